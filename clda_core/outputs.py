@@ -1,0 +1,64 @@
+"""What the learner reads from a model's output, whatever its shape."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, NamedTuple, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from .errors import problem
+
+__all__ = ["Extract", "Outputs"]
+
+
+class Outputs(NamedTuple):
+    """The tensors of one forward pass that saliency, updates and KD losses read.
+
+    Attributes:
+        logits: Shape ``(N, C, ...)``, float, unnormalised class scores; the class dimension is 1.
+        features: Intermediate activations ``(N, C_i, ...)`` for feature-based losses, in a fixed order; may be empty.
+    """
+
+    logits: Tensor
+    features: Tuple[Tensor, ...] = ()
+
+
+Extract = Callable[[Any], Union[Tensor, Outputs]]
+"""Turns whatever a model returns into logits, or into :class:`Outputs` where a loss also reads features."""
+
+
+def as_outputs(raw: Any, extract: "Extract | None", whose: str) -> Outputs:
+    """Read :class:`Outputs` from a model's raw output.
+
+    Raises:
+        CldaError: If the output is no tensor and no ``extract`` was given, or ``extract`` returned something else.
+    """
+    value = raw if extract is None or isinstance(raw, Outputs) else extract(raw)
+    if isinstance(value, Tensor):
+        value = Outputs(value)
+    if not isinstance(value, Outputs) or not isinstance(value.logits, Tensor):
+        source = "the model" if extract is None else "extract="
+        raise problem(
+            f"the {whose}'s logits cannot be read",
+            expected="a tensor or clda_core.Outputs",
+            received=f"{type(value).__name__} from {source}",
+            fix="pass extract=, a function from the model's output to its logits, to CollaborativeLearner",
+        )
+    if value.logits.dim() < 2 or not torch.is_floating_point(value.logits):
+        raise problem(
+            f"the {whose}'s logits have a wrong shape or dtype",
+            expected="a floating-point tensor (N, C, ...) with the classes in dimension 1",
+            received=f"{value.logits.dtype} of shape {tuple(value.logits.shape)}",
+            fix="return unnormalised class scores from the model or from extract=",
+        )
+    return value
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)

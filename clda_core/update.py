@@ -1,0 +1,95 @@
+"""What the student does to the selected teacher layers; the one place that writes to a model."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from typing_extensions import Literal, Protocol
+
+from ._compat import lerp_
+from ._config import Strategy
+from ._distributed import mean_across_ranks
+from ._models import evaluating, requiring_grad
+from .distillation import kl_distillation
+from .errors import check_number, problem
+from .layers import Layer, canonical_buffers, canonical_parameters
+from .outputs import Outputs
+
+__all__ = ["Average", "MaskedDistillation", "RoundContext", "Update", "UpdateResult", "init_student"]
+
+Granularity = Literal["layer", "parameter"]
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What an update may read in one round.
+
+    Attributes:
+        teacher: The big model, to be changed in the selected layers only.
+        student: The small model, never changed.
+        layers: The selected teacher layers.
+        related: Student layer by teacher layer name; a teacher layer without a relation is absent.
+        inputs: The target batch of this step as the user passed it to ``distill``; ``None`` if none was passed.
+        mask: That batch's mask, or ``None``.
+        forward: ``forward(model, inputs)`` runs a model and reads its :class:`~clda_core.outputs.Outputs`.
+        strength: The schedule's factor on the size of the update, in [0, 1].
+        non_salient: For single-parameter granularity, by parameter name, True where an element is non-salient.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    layers: Tuple[Layer, ...]
+    related: Mapping[str, Layer]
+    inputs: Any
+    mask: Optional[Tensor]
+    forward: Callable[[nn.Module, Any], Outputs]
+    strength: float = 1.0
+    non_salient: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update did.
+
+    Attributes:
+        updated: Names of the teacher layers that were written.
+        skipped: By layer name (or ``layer: parameter``), why something selected was not written.
+        accepted: A guard's decision; ``None`` without a guard.
+        score_before: The guard's criterion before the update; ``None`` without a guard.
+        score_after: The same after it.
+    """
+
+    updated: Tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    accepted: Optional[bool] = None
+    score_before: Optional[float] = None
+    score_after: Optional[float] = None
+
+
+class Update(Protocol):
+    """Changes the selected teacher layers in place; the learner undoes everything if it raises.
+
+    Attributes:
+        granularity: ``"layer"`` writes selected layers whole; ``"parameter"`` only their non-salient elements.
+        needs_relation: Whether layers without a related student layer cannot be updated.
+    """
+
+    granularity: Granularity
+    needs_relation: bool
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        """Write to ``context.layers`` of the teacher and say what was done."""
+        ...
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what must survive a checkpoint: tensors and plain Python types only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        ...
