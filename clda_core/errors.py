@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Sequence
 
 __all__ = ["CldaError"]
 
 
-class CldaError(Exception):
+class CldaError(RuntimeError):
     """Raised for every wrong input or state; the user's objects are then as they were before the call.
 
     The message says what is wrong, what was expected, what was received and how to fix it.
@@ -43,3 +43,10 @@ def check_number(
         raise problem(f"{name} is not {kind}", expected=expected, received=repr(value), fix=f"pass {name}={expected}")
     if not (value > above and value >= at_least and value < below and value <= at_most):
         raise problem(f"{name} is out of range", expected=expected, received=repr(value), fix=f"pass {name} within range")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise :class:`CldaError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        expected = " or ".join(repr(choice) for choice in choices)
+        raise problem(f"{name} is unknown", expected=expected, received=repr(value), fix=f"pass one of them as {name}=")

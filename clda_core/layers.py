@@ -157,6 +157,32 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
     )
 
 
+def local_names(layer: Layer, names: Sequence[str]) -> Dict[str, str]:
+    """Return full by local name, by which the tensors of two related layers are paired.
+
+    Below the layer's own module the local name is the rest of the path. A norm that joined the layer of a numbered
+    sibling is named by its distance, so that ``features.1.weight`` of layer ``features.0`` pairs with
+    ``features.4.weight`` of layer ``features.3``.
+
+    Example:
+        >>> layer = Layer("features.3", ("features.3.weight", "features.4.bias"), (), 2, "features")
+        >>> local_names(layer, layer.parameters)
+        {'weight': 'features.3.weight', '+1.bias': 'features.4.bias'}
+    """
+    parent, _, position = layer.name.rpartition(".")
+    prefix = parent + "." if parent else ""
+    local: Dict[str, str] = {}
+    for name in names:
+        sibling, _, rest = name[len(prefix) :].partition(".")
+        if name.startswith(layer.name + "."):
+            local[name[len(layer.name) + 1 :]] = name
+        elif name.startswith(prefix) and position.isdigit() and sibling.isdigit():
+            local[f"+{int(sibling) - int(position)}.{rest}"] = name
+        else:
+            local[name] = name
+    return local
+
+
 def _insert(named: Dict[str, "Tensor"], name: str, tensor: Tensor) -> None:  # type: ignore[type-arg]
     short = canonical_name(name)
     if short in named:

@@ -1,26 +1,21 @@
-"""What the student does to the selected teacher layers; the one place that writes to a model."""
+"""What an update is, what it may read, and what it reports."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from typing_extensions import Literal, Protocol
 
-from ._compat import lerp_
-from ._config import Strategy
-from ._distributed import mean_across_ranks
-from ._models import evaluating, requiring_grad
-from .distillation import kl_distillation
-from .errors import check_number, problem
-from .layers import Layer, canonical_buffers, canonical_parameters
-from .outputs import Outputs
+from .._models import evaluating
+from ..errors import problem
+from ..layers import Layer
+from ..outputs import Outputs
 
-__all__ = ["Average", "MaskedDistillation", "RoundContext", "Update", "UpdateResult", "init_student"]
+__all__ = ["Granularity", "RoundContext", "Update", "UpdateResult"]
 
 Granularity = Literal["layer", "parameter"]
 
@@ -50,6 +45,41 @@ class RoundContext:
     forward: Callable[[nn.Module, Any], Outputs]
     strength: float = 1.0
     non_salient: Mapping[str, Tensor] = field(default_factory=dict)
+    _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
+
+    def student_outputs(self) -> Outputs:
+        """Return the student's outputs on ``inputs`` in eval mode, detached; computed once a round.
+
+        Raises:
+            CldaError: If this step's ``distill`` got no inputs.
+        """
+        if "student" not in self._cache:
+            self._cache["student"] = self.predict(self.student)
+        return self._cache["student"]
+
+    def predict(self, model: nn.Module) -> Outputs:
+        """Return a model's outputs on ``inputs`` in eval mode, without a graph.
+
+        Raises:
+            CldaError: If this step's ``distill`` got no inputs.
+        """
+        with evaluating(model), torch.no_grad():
+            return self.forward(model, self.required_inputs())
+
+    def required_inputs(self) -> Any:
+        """Return ``inputs``.
+
+        Raises:
+            CldaError: If this step's ``distill`` got no inputs.
+        """
+        if self.inputs is None:
+            raise problem(
+                "the update needs this step's target batch",
+                expected="the teacher's inputs",
+                received="distill() without inputs",
+                fix="call learner.distill(student_output, inputs), with teacher_output= beside it if you have that",
+            )
+        return self.inputs
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""When rounds happen, and how strongly they act."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+from typing_extensions import Literal
+
+from ._config import Strategy
+from .errors import check_choice, check_number
+
+__all__ = ["Schedule"]
+
+
+class Schedule(Strategy):
+    r"""A round every ``interval`` optimizer steps after a warm-up, with a strength that may decay.
+
+    Step :math:`n` (counted from 1) ends with a round if :math:`n > w` and :math:`i` divides :math:`n - w`, with warm-up
+    :math:`w` and interval :math:`i`; the last ``observations`` steps before and including it are observed. With
+    :math:`p = (n - w) / (T - w)` the strength is 1, :math:`1 - p` (linear) or :math:`(1 + \cos \pi p) / 2` (cosine).
+    The paper does not publish its schedule; this one and its defaults are ours.
+
+    Args:
+        warmup: Optimizer steps before which nothing is observed or updated; an untrained student harms the teacher.
+        interval: Optimizer steps between rounds, >= 1.
+        observations: Observed steps a round, between 1 and ``interval``.
+        decay: How the strength falls after the warm-up.
+        total: Optimizer steps of the whole training; needed by ``"linear"`` and ``"cosine"``, and > ``warmup``.
+
+    Raises:
+        CldaError: If a number is out of range or ``total`` is missing.
+
+    Example:
+        >>> schedule = Schedule(warmup=4, interval=3)
+        >>> [step for step in range(1, 12) if schedule.due(step)]
+        [7, 10]
+    """
+
+    def __init__(
+        self,
+        *,
+        warmup: int = 200,
+        interval: int = 10,
+        observations: int = 1,
+        decay: Literal["constant", "linear", "cosine"] = "constant",
+        total: Optional[int] = None,
+    ) -> None:
+        check_number("warmup", warmup, at_least=0, integer=True)
+        check_number("interval", interval, at_least=1, integer=True)
+        check_number("observations", observations, at_least=1, at_most=interval, integer=True)
+        check_choice("decay", decay, ("constant", "linear", "cosine"))
+        if total is not None or decay != "constant":
+            check_number("total", total, above=warmup, integer=True)
+        self.warmup = warmup
+        self.interval = interval
+        self.observations = observations
+        self.decay = decay
+        self.total = total
+
+    def due(self, step: int) -> bool:
+        """Return whether optimizer step ``step`` (counted from 1) ends with a round."""
+        return step > self.warmup and (step - self.warmup) % self.interval == 0
+
+    def observes(self, step: int) -> bool:
+        """Return whether gradients are observed at optimizer step ``step``."""
+        return step > self.warmup and (self.warmup - step) % self.interval < self.observations
+
+    def strength(self, step: int) -> float:
+        """Return the factor in [0, 1] by which an update after step ``step`` is scaled."""
+        if self.decay == "constant" or self.total is None:
+            return 1.0
+        progress = min(max((step - self.warmup) / (self.total - self.warmup), 0.0), 1.0)
+        return 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

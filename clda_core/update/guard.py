@@ -1,0 +1,140 @@
+"""A guard around an update: accept it or roll it back, by an unsupervised criterion on target data."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Mapping, Optional
+
+import torch
+from torch import Tensor
+
+from .._config import Strategy
+from .._distributed import mean_across_ranks
+from ..errors import check_number, problem
+from .base import Granularity, RoundContext, Update, UpdateResult
+from .writing import Snapshot
+
+__all__ = ["Criterion", "Guard", "agreement", "mutual_information"]
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""``criterion(teacher_logits, student_logits) -> scalar`` on one target batch; higher is better."""
+
+
+def mutual_information(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    r"""Mutual information between input and predicted class, :math:`H(\bar p) - \overline{H(p)}`, in nats.
+
+    It falls when predictions collapse to one class and when they blur.
+
+    Args:
+        teacher_logits: Shape ``(N, C, ...)``.
+        student_logits: Not used.
+
+    Returns:
+        Scalar float32 or float64 in ``[0, log C]``.
+
+    Example:
+        >>> round(mutual_information(torch.eye(2) * 100, torch.zeros(2, 2)).item(), 4)
+        0.6931
+
+    References:
+        Shi and Sha, Information-Theoretical Learning of Discriminative Clusters for Unsupervised Domain Adaptation,
+        ICML 2012, Eq. (3).
+    """
+    log_p = _log_probabilities(teacher_logits)
+    p = log_p.exp()
+    mean = p.mean(dim=0)
+    return torch.sum(p * log_p, dim=1).mean() - torch.sum(mean * torch.log(mean.clamp(min=1e-30)))
+
+
+def agreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    r"""Negative mean Kullback-Leibler divergence :math:`-\mathrm{KL}(p_S \| p_T)` of the teacher from the student, in nats.
+
+    Args:
+        teacher_logits: Shape ``(N, C, ...)``.
+        student_logits: The same shape.
+
+    Returns:
+        Scalar float32 or float64, <= 0.
+
+    Example:
+        >>> agreement(torch.zeros(2, 3), torch.zeros(2, 3)).item()
+        0.0
+    """
+    log_t, log_s = _log_probabilities(teacher_logits), _log_probabilities(student_logits)
+    return torch.sum(log_s.exp() * (log_t - log_s), dim=1).mean()
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Return log-softmax over classes as ``(positions, C)``, in float32 or wider."""
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide.transpose(0, 1).reshape(wide.shape[1], -1).transpose(0, 1), dim=1)
+
+
+class Guard(Strategy):
+    r"""Run an update, and roll it back unless the teacher is as good on target data as before.
+
+    With the criterion :math:`c` on this step's target batch the update is accepted if
+    :math:`c_\text{after} \ge c_\text{before} - \text{tolerance}`. A NaN is a rejection.
+
+    Args:
+        update: The update to guard.
+        criterion: Unsupervised, higher is better: :func:`mutual_information`, :func:`agreement` or your own.
+        tolerance: In the criterion's units, >= 0.
+
+    Raises:
+        CldaError: If ``tolerance`` is negative, or the criterion returns no scalar.
+
+    Note:
+        Costs two forward passes of the teacher, one of the student, and a copy of the selected layers a round. On
+        several ranks the scores are averaged, so that all decide alike.
+    """
+
+    def __init__(
+        self, update: Update, *, criterion: Criterion = mutual_information, tolerance: float = 0.0
+    ) -> None:
+        check_number("tolerance", tolerance, at_least=0)
+        self.update = update
+        self.criterion = criterion
+        self.tolerance = tolerance
+
+    @property
+    def granularity(self) -> Granularity:
+        """The guarded update's."""
+        return self.update.granularity
+
+    @property
+    def needs_relation(self) -> bool:
+        """The guarded update's."""
+        return self.update.needs_relation
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        """Apply the guarded update and accept it or roll it back."""
+        snapshot = Snapshot(context.teacher, context.layers)
+        before = self._score(context)
+        result = self.update.apply(context)
+        after = self._score(context)
+        accepted = after >= before - self.tolerance
+        if not accepted:
+            snapshot.restore()
+        updated = result.updated if accepted else ()
+        return UpdateResult(updated, result.skipped, accepted, before, after)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the guarded update's state."""
+        return self.update.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the guarded update's state."""
+        self.update.load_state_dict(state)
+
+    def _score(self, context: RoundContext) -> float:
+        teacher, student = context.predict(context.teacher).logits, context.student_outputs().logits
+        with torch.no_grad():
+            score: Optional[Tensor] = self.criterion(teacher, student)
+        if not isinstance(score, Tensor) or score.numel() != 1:
+            raise problem(
+                "the guard's criterion returned something else than a score",
+                expected="a tensor with one element",
+                received=type(score).__name__ if not isinstance(score, Tensor) else f"shape {tuple(score.shape)}",
+                fix="return a scalar tensor, higher for a better teacher, from criterion=",
+            )
+        return float(mean_across_ranks([score.detach().double()])[0])

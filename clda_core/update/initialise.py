@@ -1,0 +1,84 @@
+"""Start the student from the teacher's related layers."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import nn
+
+from ..errors import problem
+from ..layers import Layer, LayerGrouping, group_layers
+from ..relation import ByRelativeDepth, ModelView, Relation
+from .base import UpdateResult
+from .writing import pair_tensors, undone_on_error
+
+__all__ = ["init_student"]
+
+
+def init_student(
+    student: nn.Module,
+    teacher: nn.Module,
+    relation: Optional[Relation] = None,
+    *,
+    layers: Optional[LayerGrouping] = None,
+    inputs: Any = None,
+) -> UpdateResult:
+    """Copy related teacher layers into the student, once, before its training.
+
+    Of several teacher layers related to one student layer, the one at the same relative place among them is copied: the
+    first for the first student layer of its stage, the last for the last. Parameters and floating-point persistent
+    buffers (BatchNorm statistics) are copied in place where local name and shape agree.
+
+    Args:
+        student: Written in place.
+        teacher: Only read.
+        relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
+        layers: A regrouping for both models, as in :func:`~clda_core.layers.group_layers`.
+        inputs: A batch, for relations that need one.
+
+    Returns:
+        The student layers written, and what was skipped with its reason.
+
+    Raises:
+        CldaError: If nothing can be copied; the student is unchanged.
+
+    Example:
+        >>> big = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> init_student(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), big).updated
+        ('0', '2')
+    """
+    of_teacher, of_student = group_layers(teacher, layers), group_layers(student, layers)
+    related = (relation or ByRelativeDepth())(ModelView(teacher, of_teacher), ModelView(student, of_student), inputs)
+    sources: Dict[str, List[Layer]] = {}
+    for layer in of_teacher:
+        if layer.name in related.pairs:
+            sources.setdefault(related.pairs[layer.name].name, []).append(layer)
+    updated: List[str] = []
+    skipped: Dict[str, str] = {}
+    with undone_on_error(student, of_student), torch.no_grad():
+        for layer in of_student:
+            if layer.name not in sources:
+                skipped[layer.name] = "no related teacher layer"
+                continue
+            peers = [other.name for other in of_student if other.stage == layer.stage and other.name in sources]
+            source = _at_relative_place(sources[layer.name], peers.index(layer.name), len(peers))
+            pairs, unpaired = pair_tensors(student, layer, teacher, source, True)
+            skipped.update(unpaired)
+            for target, value in pairs.values():
+                target.copy_(value)
+            if pairs:
+                updated.append(layer.name)
+        if not updated:
+            raise problem(
+                "no teacher layer can be copied into the student",
+                expected="at least one related pair of layers with parameters of equal name and shape",
+                received=f"skipped: {skipped}",
+                fix="pass a relation that pairs layers of equal shape, or start the student otherwise",
+            )
+    return UpdateResult(tuple(updated), skipped)
+
+
+def _at_relative_place(candidates: List[Layer], position: int, count: int) -> Layer:
+    place = position / (count - 1) if count > 1 else 0.0
+    return candidates[int(place * (len(candidates) - 1) + 0.5)]
