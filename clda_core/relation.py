@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from torch import nn
-
+import torch
+from torch import Tensor, nn
 from typing_extensions import Protocol
 
-from .layers import Layer
-from .outputs import Outputs
+from ._activations import capturing, positions, rows, watching, wide
+from ._config import Strategy
+from ._distributed import mean_across_ranks
+from .errors import check_number, problem
+from .layers import Layer, _canonical_modules
+from .outputs import call_model
 
-__all__ = ["ModelView", "RelatedLayers", "Relation"]
+__all__ = [
+    "ByName",
+    "ByRelativeDepth",
+    "BySimilarity",
+    "Explicit",
+    "ModelView",
+    "RelatedLayers",
+    "Relation",
+    "linear_cka",
+]
 
 
 @dataclass(frozen=True)
@@ -48,3 +62,302 @@ class Relation(Protocol):
     def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
         """Relate every teacher layer to a student layer, or say by name why it is unrelated."""
         ...
+
+
+class ByName(Strategy):
+    """Relates layers of the same canonical name.
+
+    The right relation where both models come from one family and share their shape, and where deeper teachers only
+    append blocks. The teacher's surplus blocks are unrelated; :class:`ByRelativeDepth` relates those too.
+
+    Example:
+        >>> from clda_core.layers import group_layers
+        >>> big, small = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 2)), nn.Sequential(nn.Linear(2, 2))
+        >>> related = ByName()(ModelView(big, group_layers(big)), ModelView(small, group_layers(small)))
+        >>> sorted(related.pairs), sorted(related.unrelated)
+        (['0'], ['1'])
+    """
+
+    needs_inputs: bool = False
+
+    def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
+        """Relate by name; ``inputs`` is not read."""
+        return _related(teacher, student, {layer.name: layer.name for layer in teacher.layers}, {})
+
+
+class ByRelativeDepth(Strategy):
+    r"""Relates layers at the same relative depth of the same stage.
+
+    Of a stage with :math:`n_t` layers in the teacher and :math:`n_s` in the student, teacher layer :math:`i` (from 0)
+    relates to student layer :math:`\lfloor i (n_s - 1) / (n_t - 1) + 1/2 \rfloor`, so that first meets first and last
+    meets last; a teacher's only layer meets the first, which like it changes width and resolution. Stages are the
+    containers that :attr:`Layer.stage <clda_core.layers.Layer.stage>` names. They pair by name; those left over pair
+    in their order if both models have equally many. Every other layer relates by name.
+
+    Deeper teachers therefore relate several layers to one student layer.
+
+    Example:
+        >>> from clda_core.layers import group_layers
+        >>> def net(depth):
+        ...     return nn.ModuleDict({"blocks": nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))})
+        >>> big, small = net(4), net(2)
+        >>> related = ByRelativeDepth()(ModelView(big, group_layers(big)), ModelView(small, group_layers(small)))
+        >>> [layer.name for layer in related.pairs.values()]
+        ['blocks.0', 'blocks.0', 'blocks.1', 'blocks.1']
+    """
+
+    needs_inputs: bool = False
+
+    def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
+        """Relate by stage and depth, else by name; ``inputs`` is not read."""
+        chosen = {layer.name: layer.name for layer in teacher.layers}
+        ours, theirs = _stages(teacher.layers), _stages(student.layers)
+        for stage, other in _paired_stages(list(ours), list(theirs)):
+            names, candidates = ours[stage], theirs[other]
+            for index, name in enumerate(names):
+                chosen[name] = candidates[_relative_index(index, len(names), len(candidates))]
+        return _related(teacher, student, chosen, {})
+
+
+class Explicit(Strategy):
+    """Relates layers as the user says.
+
+    Args:
+        mapping: Student layer name by teacher layer name. Teacher layers left out are unrelated.
+
+    Raises:
+        CldaError: If ``mapping`` is no mapping of names, is empty, or (when called) names a layer that does not exist.
+
+    Example:
+        >>> Explicit({"layer3.0": "layer2.0"})
+        Explicit(mapping={'layer3.0': 'layer2.0'})
+    """
+
+    needs_inputs: bool = False
+
+    def __init__(self, mapping: Mapping[str, str]) -> None:
+        valid = isinstance(mapping, Mapping) and all(isinstance(name, str) for pair in mapping.items() for name in pair)
+        if not valid or not mapping:
+            raise problem(
+                "the explicit relation is not a mapping of layer names",
+                expected="a non-empty mapping from teacher layer name to student layer name",
+                received=repr(mapping),
+                fix="pass for example Explicit({'layer3.0': 'layer2.0'})",
+            )
+        self.mapping = mapping
+
+    def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
+        """Relate by the mapping; ``inputs`` is not read."""
+        _check_known("teacher", self.mapping, teacher.layers)
+        _check_known("student", self.mapping.values(), student.layers)
+        reasons = {layer.name: "the explicit mapping leaves it out" for layer in teacher.layers}
+        return _related(teacher, student, self.mapping, reasons)
+
+
+class BySimilarity(Strategy):
+    """Relates each teacher layer to the student layer whose output features are most similar on real inputs.
+
+    Similarity is :func:`linear_cka` of the outputs of the layers' modules. Feature maps are averaged to the smaller
+    of the two grids, so that rows are images x positions; token sequences count as square grids where their length
+    allows. Vectors, sequences and maps are not compared with one another: their numbers of rows, and with them the bias
+    of the measure, differ too much. Of equally similar student layers the first is taken. Several teacher layers may
+    relate to one student layer, and depth need not be kept in order.
+
+    Args:
+        minimum: Least similarity, in [0, 1], of layers to be related; the rest is unrelated. Our choice, 0.5.
+        samples: Most rows to compare, >= 2; bounds memory to ``samples`` x channels floats a layer.
+
+    Raises:
+        CldaError: If an argument is out of range, or (when called) no inputs are given.
+
+    Note:
+        Runs both models once each, in eval mode without gradients; hooks, modes and random state are given back.
+        Layers which are no module (groups of a user's own, single parameters), which the forward pass does not call,
+        or whose output is no tensor, are unrelated. In distributed runs similarities are averaged over the ranks.
+
+    References:
+        Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019.
+        <https://arxiv.org/abs/1905.00414>
+    """
+
+    needs_inputs: bool = True
+
+    def __init__(self, *, minimum: float = 0.5, samples: int = 2048) -> None:
+        check_number("minimum", minimum, at_least=0, at_most=1)
+        check_number("samples", samples, at_least=2, integer=True)
+        self.minimum = minimum
+        self.samples = samples
+
+    def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
+        """Relate by similarity on ``inputs``: a tensor, positional arguments (tuple, list), or keywords (mapping)."""
+        if inputs is None:
+            raise problem(
+                "layers cannot be related by similarity without inputs",
+                expected="a batch of model inputs",
+                received="None",
+                fix="pass inputs= to distill(), or choose ByRelativeDepth()",
+            )
+        with watching(teacher.model, student.model):
+            ours, reasons = _features(teacher, inputs, self.samples)
+            theirs, _ = _features(student, inputs, self.samples)
+            table = _similarities(ours, theirs)
+        chosen: Dict[str, str] = {}
+        for name, values in zip(ours, table):
+            best = max(range(len(values)), key=values.__getitem__, default=None)
+            if best is None or not values[best] >= 0:
+                reasons[name] = "no student layer has finite features on a grid comparable with its own"
+            elif values[best] < self.minimum:
+                reasons[name] = (
+                    f"its most similar student layer, {list(theirs)[best]}, "
+                    f"has a linear CKA of {values[best]:.2f}, below minimum={self.minimum:g}"
+                )
+            else:
+                chosen[name] = list(theirs)[best]
+        return _related(teacher, student, chosen, reasons)
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    r"""Compute the linear centred kernel alignment of two sets of features of the same samples.
+
+    .. math:: \mathrm{CKA}(X, Y) = \frac{\lVert Y^\top X \rVert_F^2}
+              {\lVert X^\top X \rVert_F \, \lVert Y^\top Y \rVert_F}
+
+    with the columns of :math:`X, Y` centred: the feature-space form. It does not change when features are rotated,
+    permuted, scaled by one number, or shifted.
+
+    Args:
+        x: Shape ``(n, p)``, float; one row a sample.
+        y: Shape ``(n, q)``, float; rows of the same samples.
+
+    Returns:
+        Scalar in [0, 1], dtype of ``x``, computed in float64; 0 if either does not vary.
+
+    Raises:
+        CldaError: If the shapes are not ``(n, p)`` and ``(n, q)`` with n >= 2, or a dtype is not floating-point.
+
+    Note:
+        Biased upwards when n is not much larger than p and q: for unrelated features towards 1.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+        >>> round(linear_cka(x, 3 * x.flip(1) + 1).item(), 6)
+        1.0
+
+    References:
+        Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, Eq. (5).
+        <https://arxiv.org/abs/1905.00414>
+    """
+    fine = x.dim() == y.dim() == 2 and x.shape[0] == y.shape[0] >= 2
+    if not fine or not x.is_floating_point() or not y.is_floating_point():
+        raise problem(
+            "linear CKA cannot compare these features",
+            expected="two floating-point tensors (n, p) and (n, q) with n >= 2",
+            received=f"{x.dtype} of shape {tuple(x.shape)} and {y.dtype} of shape {tuple(y.shape)}",
+            fix="flatten to one row a sample and pass the same samples in the same order",
+        )
+    a, b = _centred(x), _centred(y)
+    across = (b.t() @ a).pow(2).sum()
+    within = (a.t() @ a).norm() * (b.t() @ b).norm()
+    zero = torch.zeros_like(across)
+    return torch.where(within == 0, zero, across / torch.where(within == 0, zero + 1, within)).to(x.dtype)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Centre columns and scale the whole to a largest magnitude of 1, so that fourth powers stay in range."""
+    centred = wide(x) - wide(x).mean(0, keepdim=True)
+    scale = centred.abs().max() if centred.numel() else centred.new_zeros(())
+    floor = 1e-12 * wide(x).abs().max() if x.numel() else scale
+    varies = (scale > floor) | (scale != scale)
+    return torch.where(varies, centred / torch.where(varies, scale, torch.ones_like(scale)), torch.zeros_like(centred))
+
+
+def _related(
+    teacher: ModelView, student: ModelView, chosen: Mapping[str, str], reasons: Mapping[str, str]
+) -> RelatedLayers:
+    """Look the chosen names up; whatever is not chosen or not there is unrelated, with its reason."""
+    candidates = {layer.name: layer for layer in student.layers}
+    pairs: Dict[str, Layer] = {}
+    unrelated: Dict[str, str] = {}
+    for layer in teacher.layers:
+        wanted = chosen.get(layer.name)
+        if wanted is not None and wanted in candidates:
+            pairs[layer.name] = candidates[wanted]
+        else:
+            unrelated[layer.name] = reasons.get(layer.name, f"the student has no layer named {layer.name!r}")
+    return RelatedLayers(pairs, unrelated)
+
+
+def _stages(layers: Sequence[Layer]) -> Dict[str, List[str]]:
+    stages: Dict[str, List[str]] = {}
+    for layer in layers:
+        if layer.stage:
+            stages.setdefault(layer.stage, []).append(layer.name)
+    return stages
+
+
+def _paired_stages(ours: List[str], theirs: List[str]) -> List[Tuple[str, str]]:
+    same = [(stage, stage) for stage in ours if stage in theirs]
+    left = [stage for stage in ours if stage not in theirs]
+    right = [stage for stage in theirs if stage not in ours]
+    return same + (list(zip(left, right)) if len(left) == len(right) else [])
+
+
+def _relative_index(index: int, count: int, others: int) -> int:
+    """Scale an index from ``count`` layers to ``others``, rounding halves up, in integers and so exactly."""
+    if count == 1:
+        return 0
+    return (2 * index * (others - 1) + count - 1) // (2 * (count - 1))
+
+
+def _check_known(whose: str, names: Any, layers: Sequence[Layer]) -> None:
+    known = [layer.name for layer in layers]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.4)
+        raise problem(
+            f"the explicit relation names {whose} layers that do not exist",
+            expected=f"names among {known}",
+            received=repr(unknown),
+            fix=f"perhaps {close} is meant" if close else f"use one of the {whose}'s layer names",
+        )
+
+
+def _features(view: ModelView, inputs: Any, samples: int) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    """Run a model once and return its layers' output features by layer name, and why some layers have none."""
+    modules = _canonical_modules(view.model)
+    watched = {layer.name: modules[layer.name] for layer in view.layers if layer.name in modules}
+    features: Dict[str, Optional[Tensor]] = {}
+
+    def read(name: str, module: nn.Module, _: Tuple[Any, ...], output: Any) -> None:
+        features[name] = positions(output, module, samples)
+
+    with capturing(watched, read):
+        call_model(view.model, inputs)
+    reasons: Dict[str, str] = {}
+    usable: Dict[str, Tensor] = {}
+    for layer in view.layers:
+        value = features.get(layer.name)
+        if layer.name not in watched:
+            reasons[layer.name] = "it is a group of parameters, not a module with an output to compare"
+        elif layer.name not in features:
+            reasons[layer.name] = "its module is not called in the forward pass"
+        elif value is None:
+            reasons[layer.name] = "its module's output is not a floating-point tensor (N, ...)"
+        else:
+            usable[layer.name] = value
+    return usable, reasons
+
+
+def _similarities(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> List[List[float]]:
+    """Return linear CKA by teacher layer and student layer, -1 where it is undefined; equal on every rank."""
+    if not ours or not theirs:
+        return [[] for _ in ours]
+    undefined = wide(next(iter(ours.values())).new_tensor(-1.0))
+    values = []
+    for first in ours.values():
+        for second in theirs.values():
+            both = rows(first, second)
+            value = undefined if both is None or both[0].shape[0] < 2 else wide(linear_cka(*both)).to(undefined.device)
+            values.append(torch.where(torch.isfinite(value), value, undefined))
+    table: List[List[float]] = mean_across_ranks([torch.stack(values)])[0].view(len(ours), len(theirs)).tolist()
+    return table

@@ -1,0 +1,139 @@
+"""What a module put out (and took in) during one forward pass, in a form that two different networks share."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._models import evaluating
+
+_SPATIAL = {
+    1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d),
+}
+_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_POOL: Mapping[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+Read = Callable[[str, nn.Module, Tuple[Any, ...], Any], None]
+"""Receives ``(name, module, positional inputs, output)`` of a module's first call."""
+
+
+@contextmanager
+def capturing(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
+    """Hand each module's first call to ``read`` while the context is open; leave no hook behind."""
+    seen = set()
+    handles = []
+
+    def hook_for(name: str) -> Callable[[nn.Module, Tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+            if name not in seen:
+                seen.add(name)
+                read(name, module, inputs, output)
+
+        return hook
+
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(hook_for(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watching(*models: nn.Module) -> Iterator[None]:
+    """Let models be run in eval mode without gradients, and give the random state back even if they draw."""
+    devices = sorted({p.device.index or 0 for m in models for p in m.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(*models):
+        yield
+
+
+def positions(value: Any, module: nn.Module, samples: int) -> Optional[Tensor]:
+    """Bring an activation of ``module`` to ``(N, C, *grid)``, float32, of at most ``samples`` rows ``N * grid``.
+
+    A sequence whose length is a square, or a square and a class token before it, becomes a square grid. A grid is
+    averaged to fewer cells; of a batch larger than ``samples`` evenly spaced items are taken, without any draw.
+
+    Returns:
+        ``None`` where the activation holds no floating-point tensor with a batch and a channel dimension.
+    """
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point() or value.numel() == 0:
+        return None
+    batch = value.detach()
+    if batch.shape[0] > samples:
+        batch = batch[_evenly(batch.shape[0], samples, batch.device)]
+    channel = channel_dim(batch, module)
+    grid = batch.movedim(channel, 1).float()
+    if batch.dim() == 3 and channel == 2:
+        grid = _square(grid)
+    if grid.dim() > 5:
+        grid = grid.flatten(4)
+    rank = grid.dim() - 2
+    if rank:
+        side = max(1, int((samples // grid.shape[0]) ** (1.0 / rank) + 1e-9))
+        grid = _pool(grid, [min(size, side) for size in grid.shape[2:]])
+    return grid
+
+
+def channel_dim(value: Tensor, module: nn.Module) -> int:
+    """Return the channel dimension: 1 for what convolves or batch-normalises over this many axes, else the last."""
+    rank = value.dim() - 2
+    if rank <= 0:
+        return 1
+    first = any(isinstance(part, (*_SPATIAL.get(rank, ()), *_FIRST)) for part in module.modules())
+    return 1 if first else value.dim() - 1
+
+
+def rows(first: Tensor, second: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
+    """Bring two results of :func:`positions` to matrices ``(n, C_1)`` and ``(n, C_2)`` whose rows correspond.
+
+    Both are averaged to the smaller grid.
+
+    Returns:
+        ``None`` where the batch sizes or the ranks of the grids differ, so that rows do not correspond.
+    """
+    if first.shape[0] != second.shape[0] or first.dim() != second.dim():
+        return None
+    if first.dim() > 2:
+        grid = [min(sizes) for sizes in zip(first.shape[2:], second.shape[2:])]
+        first, second = _pool(first, grid), _pool(second, grid)
+    return _matrix(first), _matrix(second)
+
+
+def wide(value: Tensor) -> Tensor:
+    """Convert to float64, which autocast leaves alone, where the device has it."""
+    return value.float() if value.device.type == "mps" else value.double()
+
+
+def _evenly(total: int, count: int, device: torch.device) -> Tensor:
+    return torch.tensor([index * total // count for index in range(count)], device=device)
+
+
+def _square(value: Tensor) -> Tensor:
+    length = value.shape[2]
+    for skipped in (0, 1):
+        side = math.isqrt(length - skipped)
+        if side > 1 and side * side == length - skipped:
+            return value[:, :, skipped:].reshape(value.shape[0], value.shape[1], side, side)
+    return value
+
+
+def _pool(value: Tensor, grid: List[int]) -> Tensor:
+    return value if list(value.shape[2:]) == grid else _POOL[len(grid)](value, grid)
+
+
+def _matrix(value: Tensor) -> Tensor:
+    return value.flatten(2).transpose(1, 2).reshape(-1, value.shape[1]) if value.dim() > 2 else value
