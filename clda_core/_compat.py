@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Sequence
+from contextlib import nullcontext
+from typing import Any, ContextManager, List, Sequence
 
 import torch
 from torch import Tensor
@@ -23,26 +24,41 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -
             target.lerp_(source, weight)
 
 
-def scaler_step(scaler: Any, optimizer: Any) -> bool:
-    """Call ``scaler.step(optimizer)`` and return whether the optimizer really stepped.
+def leading_bits(values: Tensor, bits: int) -> Tensor:
+    """Return the leading ``bits`` bits of each float32 value as a non-negative integer: sign, exponent, top mantissa.
 
-    A GradScaler skips the step after an overflow without saying so, so ``optimizer.step`` is watched for the call; it
-    is the instance's own again afterwards.
+    Args:
+        values: Shape ``(n,)``, float32, without a gradient.
+        bits: 9 to 31.
     """
-    calls: List[bool] = []
-    inner = optimizer.step
-    own = vars(optimizer).get("step")
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        calls.append(True)
-        return inner(*args, **kwargs)
-
-    optimizer.step = watched
     try:
-        scaler.step(optimizer)
-    finally:
-        if own is None:
-            del optimizer.step
-        else:
-            optimizer.step = own
-    return bool(calls)
+        pattern = values.view(torch.int32)
+    except TypeError:  # Tensor.view(dtype) came with torch 1.8
+        if values.device.type != "cpu":
+            return leading_bits_by_search(values, bits)
+        import numpy
+
+        pattern = torch.from_numpy(values.numpy().view(numpy.int32))
+    return (pattern >> (32 - bits)).bitwise_and_((1 << bits) - 1)
+
+
+def leading_bits_by_search(values: Tensor, bits: int) -> Tensor:
+    """Return :func:`leading_bits` (all NaNs under one code) by comparison with the smallest value of each code."""
+    import numpy
+
+    codes = numpy.arange(1 << (bits - 1), dtype=numpy.int32) << (32 - bits)
+    edges = torch.from_numpy(codes.view(numpy.float32)).to(values.device)
+    infinity = 255 << (bits - 9)
+    found = torch.bucketize(values.abs(), edges[: infinity + 1], right=True) - 1
+    found = torch.where(torch.isnan(values), torch.full_like(found, len(edges) - 1), found)
+    return found + (values < 0) * len(edges)
+
+
+def autocast_off(device_type: str) -> ContextManager[Any]:
+    """Return a context in which no operation on that kind of device is cast to a lower precision."""
+    if not hasattr(torch, "autocast"):  # before 1.10 only CUDA had it, under this name
+        return torch.cuda.amp.autocast(enabled=False)
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:  # a device without autocast, such as meta
+        return nullcontext()

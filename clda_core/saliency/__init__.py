@@ -1,0 +1,20 @@
+"""Saliency: how much each parameter matters to a loss. Estimators only score; selection is elsewhere."""
+
+from .base import Probe, SaliencyEstimator
+from .fisher import Fisher
+from .hessian import Hessian
+from .histogram import Histogram
+from .magnitude import Magnitude
+from .probe import PseudoLabelCrossEntropy
+from .taylor import Taylor
+
+__all__ = [
+    "Fisher",
+    "Hessian",
+    "Histogram",
+    "Magnitude",
+    "Probe",
+    "PseudoLabelCrossEntropy",
+    "SaliencyEstimator",
+    "Taylor",
+]

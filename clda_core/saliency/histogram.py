@@ -1,0 +1,204 @@
+"""Saliency scores of a whole model, layer by layer, in bounded memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import List, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from .._compat import leading_bits
+from ..errors import check_number, problem
+
+__all__ = ["Histogram", "fraction_above", "mean", "quantile"]
+
+_BITS = 12
+_BINS = 1 << _BITS
+_SIGN = _BINS // 2
+_NORMAL = 8
+_INFINITE = _SIGN - 8
+_CHUNK = 1 << 16
+
+
+class Histogram:
+    r"""Counts of scores by layer and bin, and their sums: all that thresholds and saliency rates need.
+
+    A score's bin is the leading 12 bits of its float32 representation, which are its sign, its exponent and the top
+    three bits of its mantissa: eight bins of equal width for each octave, over the whole range of float32. So nothing
+    is clipped, no range is fitted to data, histograms of different batches and ranks add up, and multiplying all
+    scores by a power of two moves every count by whole octaves. Zero and subnormal scores (below ``2 ** -126``) are one
+    bin, taken as zero. Within a bin scores are taken as evenly spread.
+
+    Attributes:
+        counts: Shape ``(L, 4096)``, int64: scores by layer and bin.
+        sums: Shape ``(L,)``, float64: sums of the scores by layer.
+
+    Args:
+        counts: See above; kept, not copied.
+        sums: See above; kept, not copied.
+
+    Note:
+        Memory is 32 KiB a layer, whatever the model's size. Deterministic: integer counts, and sums in a fixed order.
+
+    Example:
+        >>> histogram = Histogram.empty(2)
+        >>> histogram.add(0, torch.tensor([0.0, 1.0, 2.0, 4.0]))
+        >>> fraction_above(histogram, 1.5)
+        tensor([0.5000,    nan], dtype=torch.float64)
+    """
+
+    def __init__(self, counts: Tensor, sums: Tensor) -> None:
+        self.counts = counts
+        self.sums = sums
+
+    @classmethod
+    def empty(cls, layers: int, device: Union[torch.device, str, None] = None) -> Histogram:
+        """Return a histogram of ``layers`` layers that has seen no score.
+
+        Args:
+            layers: Number of layers, >= 1.
+            device: Where scores will be.
+
+        Raises:
+            CldaError: If ``layers`` is no integer >= 1.
+        """
+        check_number("layers", layers, at_least=1, integer=True)
+        return cls(
+            torch.zeros(layers, _BINS, dtype=torch.int64, device=device),
+            torch.zeros(layers, dtype=torch.float64, device=device),
+        )
+
+    def add(self, layer: int, scores: Tensor) -> None:
+        """Count the scores of one layer, or of a part of it.
+
+        Args:
+            layer: Index of the layer.
+            scores: Any shape, any floating dtype (read as float32: what is larger is infinite), on the histogram's
+                device. Invalid scores are accepted here and seen in :attr:`finite` and :attr:`negative`.
+
+        Note:
+            The one place that synchronises with a CUDA device (``torch.bincount`` does).
+        """
+        flat = scores.detach().reshape(-1).float()
+        # On a CPU a chunk and its bins stay in the cache, which halves the time.
+        for chunk in torch.split(flat, _CHUNK) if flat.device.type == "cpu" else (flat,):
+            self.counts[layer] += torch.bincount(leading_bits(chunk, _BITS), minlength=_BINS)
+            self.sums[layer] += chunk.sum(dtype=torch.float64)
+
+    def merge(self, other: Histogram) -> None:
+        """Add the counts of a histogram over the same layers, in place.
+
+        Raises:
+            CldaError: If the numbers of layers differ.
+        """
+        if self.counts.shape != other.counts.shape:
+            raise problem(
+                "the histograms are of different layers",
+                expected=f"{self.counts.shape[0]} layers",
+                received=f"{other.counts.shape[0]} layers",
+                fix="merge histograms of the same model and grouping",
+            )
+        self.counts += other.counts
+        self.sums += other.sums
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of scores seen in each layer, shape ``(L,)``, int64."""
+        return self.counts.sum(dim=1)
+
+    @property
+    def seen(self) -> Tensor:
+        """Which layers have seen a score, shape ``(L,)``, bool."""
+        return self.sizes > 0
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether no score is infinite or NaN, 0-dim, bool."""
+        return (self.counts[:, _INFINITE:_SIGN].sum() + self.counts[:, _SIGN + _INFINITE :].sum()) == 0
+
+    @property
+    def negative(self) -> Tensor:
+        """Whether a score is negative, which no estimator may return, 0-dim, bool."""
+        return self.counts[:, _SIGN + _NORMAL : _SIGN + _INFINITE].sum() > 0
+
+
+def quantile(histogram: Histogram, q: float) -> Tensor:
+    """Return the score that a fraction ``q`` of all seen scores of the model does not exceed.
+
+    Every parameter counts once, so large layers weigh more. The result lies in the right bin (relative error at most
+    1/8), linearly interpolated inside it; it is 0 where at least that fraction of the scores is zero.
+
+    Args:
+        histogram: The model's scores.
+        q: In (0, 1).
+
+    Returns:
+        0-dim, float64, on the histogram's device; NaN where nothing was seen.
+
+    Raises:
+        CldaError: If ``q`` is out of range.
+    """
+    check_number("q", q, above=0, below=1)
+    masses = _masses(histogram).sum(dim=0).double()
+    cumulative = masses.cumsum(dim=0)
+    rank = cumulative[-1:] * q
+    place = torch.searchsorted(cumulative, rank)
+    mass = masses.index_select(0, place)
+    lower, width = _edges_at(place, histogram.counts.device)
+    share = (rank - cumulative.index_select(0, place) + mass) / mass
+    return ((lower + share * width) * (place > 0))[0]
+
+
+def mean(histogram: Histogram) -> Tensor:
+    """Return the mean of all seen scores of the model, 0-dim, float64; NaN where nothing was seen."""
+    return histogram.sums.sum() / histogram.sizes.sum()
+
+
+def fraction_above(histogram: Histogram, threshold: Union[Tensor, float]) -> Tensor:
+    """Return the fraction of each layer's seen scores that exceeds a threshold.
+
+    Exact but for the scores in the threshold's own bin, of which the fraction above is linearly interpolated. Zeros
+    never exceed.
+
+    Args:
+        histogram: The model's scores.
+        threshold: 0-dim, >= 0.
+
+    Returns:
+        Shape ``(L,)``, float64, in [0, 1]; NaN for a layer that saw no score, or where the threshold is NaN.
+    """
+    masses = _masses(histogram)
+    value = torch.as_tensor(threshold, dtype=torch.float64, device=masses.device).reshape(1)
+    place = torch.searchsorted(_edges(masses.device)[1:-1], value, right=True)
+    lower, width = _edges_at(place, masses.device)
+    share = ((lower + width - value) / width).clamp(0, 1) * (place > 0)
+    inside = masses.index_select(1, place)[:, 0]
+    totals = masses.sum(dim=1)
+    beyond = totals - masses.cumsum(dim=1).index_select(1, place)[:, 0]
+    fractions = (beyond.double() + inside * share) / totals
+    return torch.where(torch.isnan(value), value, fractions)
+
+
+def _masses(histogram: Histogram) -> Tensor:
+    """Return the counts of valid scores ``(L, bins)``: zero and subnormals first, then the normal bins in order."""
+    counts = histogram.counts
+    zero = counts[:, :_NORMAL].sum(dim=1) + counts[:, _SIGN : _SIGN + _NORMAL].sum(dim=1)
+    return torch.cat([zero[:, None], counts[:, _NORMAL:_INFINITE]], dim=1)
+
+
+@functools.lru_cache(maxsize=1)
+def _edge_values() -> Tuple[float, ...]:
+    edges: List[float] = [math.ldexp(8 + index % 8, index // 8 - 130) for index in range(_NORMAL, _INFINITE + 1)]
+    return (0.0, *edges)
+
+
+def _edges(device: torch.device) -> Tensor:
+    return torch.tensor(_edge_values(), dtype=torch.float64, device=device)
+
+
+def _edges_at(place: Tensor, device: torch.device) -> Tuple[Tensor, Tensor]:
+    edges = _edges(device)
+    lower = edges.index_select(0, place)
+    return lower, edges.index_select(0, place + 1) - lower

@@ -1,0 +1,100 @@
+"""The default loss of which saliency takes the derivatives, on unlabelled data."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .._config import Strategy
+from ..errors import problem
+
+__all__ = ["PseudoLabelCrossEntropy"]
+
+
+class PseudoLabelCrossEntropy(Strategy):
+    r"""Cross-entropy of the teacher's logits against the teacher's own hard pseudo-labels.
+
+    .. math:: \mathcal{L} = \frac{1}{\sum_i w_i} \sum_i w_i \,
+              \bigl(-\log \operatorname{softmax}(z_i)_{\hat{y}_i}\bigr), \qquad \hat{y}_i = \arg\max_c z_{ic}
+
+    Positions :math:`i` are images, or pixels of images; weights :math:`w_i` are 1 where no mask is given. Our choice:
+    it needs no labels, and uncertain predictions weigh more in its gradient than certain ones.
+
+    Args:
+        ignore_index: The label that an integer mask marks invalid positions with.
+
+    Note:
+        Computed in float32 (float64 for float64 logits) whatever autocast does. The pseudo-labels carry no gradient.
+        On a saturated teacher (every softmax near one-hot) the gradient vanishes, and with it what saliency can see.
+
+    Example:
+        >>> probe = PseudoLabelCrossEntropy()
+        >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
+        >>> round(probe(logits, torch.tensor([True, False])).item(), 4)
+        0.6931
+
+    References:
+        Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural Networks, ICML
+        workshop 2013.
+    """
+
+    def __init__(self, *, ignore_index: int = 255) -> None:
+        self.ignore_index = ignore_index
+
+    def __call__(self, logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Return the weighted mean cross-entropy over valid positions.
+
+        Args:
+            logits: Shape ``(N, C, *spatial)``, float, unnormalised.
+            mask: Shape ``(N, *spatial)`` or ``(N, 1, *spatial)``: bool (``True`` is valid) or float weights >= 0, or an
+                integer label map, of which only the positions equal to ``ignore_index`` are read, as invalid. A
+                spatial size other than that of the logits is resized to it, nearest neighbour.
+
+        Returns:
+            Scalar, float32 or float64.
+
+        Raises:
+            CldaError: If the mask's shape does not fit, or no position is valid.
+        """
+        scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        losses = functional.cross_entropy(scores, scores.detach().argmax(dim=1), reduction="none")
+        if mask is None:
+            if losses.numel() == 0:
+                raise _nothing_valid("an empty batch")
+            return losses.mean()
+        weights = self._weights(mask, losses)
+        total = weights.sum()
+        if not total > 0:
+            raise _nothing_valid("a mask that excludes every position")
+        # A zero weight must also remove what is not finite.
+        losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
+        return (losses * weights).sum() / total
+
+    def _weights(self, mask: Tensor, losses: Tensor) -> Tensor:
+        if mask.dim() == losses.dim() + 1 and mask.shape[1] == 1:
+            mask = mask.squeeze(1)
+        if mask.dim() != losses.dim() or mask.shape[0] != losses.shape[0]:
+            raise problem(
+                "the mask does not fit the logits",
+                expected=f"shape {tuple(losses.shape)}",
+                received=f"shape {tuple(mask.shape)}",
+                fix="pass one weight or label for each position, without a class dimension",
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            mask = mask != self.ignore_index
+        weights = mask.to(device=losses.device, dtype=losses.dtype)
+        if weights.shape == losses.shape:
+            return weights
+        return functional.interpolate(weights.unsqueeze(1), size=losses.shape[1:], mode="nearest").squeeze(1)
+
+
+def _nothing_valid(received: str) -> Exception:
+    return problem(
+        "the probe has nothing to average over",
+        expected="at least one valid position",
+        received=received,
+        fix="skip this batch, or correct the mask",
+    )
