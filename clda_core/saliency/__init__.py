@@ -1,6 +1,6 @@
 """Saliency: how much each parameter matters to a loss. Estimators only score; selection is elsewhere."""
 
-from .base import Probe, SaliencyEstimator
+from .base import Probe, SaliencyEstimator, derivatives
 from .fisher import Fisher
 from .hessian import Hessian
 from .histogram import Histogram
@@ -17,4 +17,5 @@ __all__ = [
     "PseudoLabelCrossEntropy",
     "SaliencyEstimator",
     "Taylor",
+    "derivatives",
 ]

@@ -82,7 +82,7 @@ def derivatives(
         [tensor([ 6., 12.])]
 
     References:
-        Yao et al., ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning, AAAI 2021, Eq. (7).
+        Yao et al., ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning, AAAI 2021, Hutchinson diagonal.
         <https://arxiv.org/abs/2006.00719>
     """
     check_number("order", order, at_least=0, at_most=2, integer=True)

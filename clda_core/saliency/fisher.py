@@ -36,7 +36,7 @@ class Fisher(Strategy):
         tensor([0.5000, 2.0000])
 
     References:
-        Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, Eq. (10).
+        Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, empirical Fisher criterion.
         <https://arxiv.org/abs/1801.05787>
     """
 

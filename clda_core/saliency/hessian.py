@@ -38,9 +38,9 @@ class Hessian(Strategy):
         tensor([1., 1.])
 
     References:
-        LeCun et al., Optimal Brain Damage, NeurIPS 1989, Eq. (5).
+        LeCun et al., Optimal Brain Damage, NeurIPS 1989, saliency of a parameter.
         <https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html>;
-        Yao et al., ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning, AAAI 2021, Eq. (7).
+        Yao et al., ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning, AAAI 2021, Hutchinson diagonal.
         <https://arxiv.org/abs/2006.00719>
     """
 

@@ -13,6 +13,8 @@ from ..errors import problem
 
 __all__ = ["PseudoLabelCrossEntropy"]
 
+_IGNORED = 255
+
 
 class PseudoLabelCrossEntropy(Strategy):
     r"""Cross-entropy of the teacher's logits against the teacher's own hard pseudo-labels.
@@ -22,9 +24,6 @@ class PseudoLabelCrossEntropy(Strategy):
 
     Positions :math:`i` are images, or pixels of images; weights :math:`w_i` are 1 where no mask is given. Our choice:
     it needs no labels, and uncertain predictions weigh more in its gradient than certain ones.
-
-    Args:
-        ignore_index: The label that an integer mask marks invalid positions with.
 
     Note:
         Computed in float32 (float64 for float64 logits) whatever autocast does. The pseudo-labels carry no gradient.
@@ -41,17 +40,14 @@ class PseudoLabelCrossEntropy(Strategy):
         workshop 2013.
     """
 
-    def __init__(self, *, ignore_index: int = 255) -> None:
-        self.ignore_index = ignore_index
-
     def __call__(self, logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Return the weighted mean cross-entropy over valid positions.
 
         Args:
             logits: Shape ``(N, C, *spatial)``, float, unnormalised.
-            mask: Shape ``(N, *spatial)`` or ``(N, 1, *spatial)``: bool (``True`` is valid) or float weights >= 0, or an
-                integer label map, of which only the positions equal to ``ignore_index`` are read, as invalid. A
-                spatial size other than that of the logits is resized to it, nearest neighbour.
+            mask: Which positions count, as for the distillation losses: bool or float weights of shape ``(N,)``,
+                ``(N, *spatial)`` or ``(N, 1, *spatial)``, or an integer label map of which the positions labelled 255
+                are left out. Another spatial size than that of the logits is resized to it, nearest neighbour.
 
         Returns:
             Scalar, float32 or float64.
@@ -65,30 +61,35 @@ class PseudoLabelCrossEntropy(Strategy):
             if losses.numel() == 0:
                 raise _nothing_valid("an empty batch")
             return losses.mean()
-        weights = self._weights(mask, losses)
+        weights = _weights(mask, losses)
         total = weights.sum()
         if not total > 0:
-            raise _nothing_valid("a mask that excludes every position")
-        # A zero weight must also remove what is not finite.
-        losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
-        return (losses * weights).sum() / total
+            raise _nothing_valid("a mask that leaves every position out")
+        # Masked rather than multiplied: an ignored position may hold NaN.
+        return (losses.masked_fill(weights == 0, 0.0) * weights).sum() / total
 
-    def _weights(self, mask: Tensor, losses: Tensor) -> Tensor:
-        if mask.dim() == losses.dim() + 1 and mask.shape[1] == 1:
-            mask = mask.squeeze(1)
-        if mask.dim() != losses.dim() or mask.shape[0] != losses.shape[0]:
-            raise problem(
-                "the mask does not fit the logits",
-                expected=f"shape {tuple(losses.shape)}",
-                received=f"shape {tuple(mask.shape)}",
-                fix="pass one weight or label for each position, without a class dimension",
-            )
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            mask = mask != self.ignore_index
-        weights = mask.to(device=losses.device, dtype=losses.dtype)
-        if weights.shape == losses.shape:
-            return weights
-        return functional.interpolate(weights.unsqueeze(1), size=losses.shape[1:], mode="nearest").squeeze(1)
+
+def _weights(mask: Tensor, losses: Tensor) -> Tensor:
+    shape = tuple(mask.shape)
+    if mask.dim() == losses.dim() + 1 and mask.shape[1] == 1:
+        mask = mask.squeeze(1)
+    elif mask.dim() == 1:
+        mask = mask.reshape(-1, *[1] * (losses.dim() - 1))
+    if mask.dim() != losses.dim() or mask.shape[0] != losses.shape[0]:
+        raise problem(
+            "the mask does not fit the logits",
+            expected=f"({losses.shape[0]},) or {tuple(losses.shape)}, the latter at any resolution",
+            received=f"shape {shape}",
+            fix="pass one weight or label a sample, or a position",
+        )
+    if mask.is_floating_point():
+        mask = mask.masked_fill(~(mask > 0), 0.0)
+    elif mask.dtype != torch.bool:
+        mask = mask != _IGNORED
+    weights = mask.detach().to(device=losses.device, dtype=losses.dtype)
+    if weights.shape == losses.shape:
+        return weights
+    return functional.interpolate(weights.unsqueeze(1), size=losses.shape[1:], mode="nearest").squeeze(1)
 
 
 def _nothing_valid(received: str) -> Exception:

@@ -29,7 +29,7 @@ class Taylor(Strategy):
         tensor([1., 2.])
 
     References:
-        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, Eq. (8).
+        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, first-order criterion.
         <https://arxiv.org/abs/1906.10771>
     """
 
