@@ -1,0 +1,1 @@
+"""CLDA on image classification: the digits job and its parts."""

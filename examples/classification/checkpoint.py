@@ -1,0 +1,65 @@
+"""Checkpoints of a stage of training: written whole or not at all, and refused if they belong to another run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+
+
+class CheckpointError(Exception):
+    """A checkpoint that does not fit the run; the message says how to go on."""
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write(temporary path)`` and move the result to ``path``, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+class Checkpoint:
+    """One file that holds where a stage stands.
+
+    Args:
+        path: The file.
+        run: Plain data that names the run; :meth:`load` refuses a file in which it differs.
+    """
+
+    def __init__(self, path: Path, run: Dict[str, Any]) -> None:
+        self.path = path
+        self.run = run
+
+    def save(self, state: Dict[str, Any]) -> None:
+        """Replace the file by ``state``."""
+        write_atomically(self.path, lambda path: torch.save({"run": self.run, "state": state}, str(path)))
+
+    def load(self) -> Optional[Dict[str, Any]]:
+        """Return the state last saved, on the CPU, or ``None`` if there is none.
+
+        Raises:
+            CheckpointError: If the file cannot be read or belongs to another run.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            stored = torch.load(str(self.path), map_location="cpu")
+            run, state = stored["run"], stored["state"]
+        except Exception as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}); start anew without --resume") from error
+        differing = sorted(key for key in {*run, *self.run} if run.get(key) != self.run.get(key))
+        if differing:
+            was = ", ".join(f"{key}={run.get(key)!r}" for key in differing)
+            now = ", ".join(f"{key}={self.run.get(key)!r}" for key in differing)
+            raise CheckpointError(
+                f"{self.path} belongs to another run ({was}; now {now}); use that run's settings, another --output, "
+                "or start anew without --resume"
+            )
+        return state

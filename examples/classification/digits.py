@@ -1,0 +1,257 @@
+"""Fonts to real handwriting: train a big teacher by UDA, then a small student three ways, and compare them.
+
+    python -m examples.classification.digits --seed 0
+
+The three students start from the same weights and see the same batches: UDA alone, with knowledge distillation (KD)
+from the frozen teacher, and with CLDA, which updates the teacher meanwhile. The target's labels are used to evaluate
+only; see ``digits_data.py``. ``runs/digits`` then holds ``results.json``, ``figure.png`` and the checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import torch
+
+if __package__ in (None, ""):  # run as a file: the imports below start at the repository's root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.classification.checkpoint import Checkpoint, CheckpointError
+from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
+from examples.classification.digits_models import BIG, SMALL, residual_network
+from examples.classification.digits_report import save_figure, save_json, table, versions
+from examples.classification.digits_training import MakeLearner, Stage, Task, train
+from examples.classification.self_training import SelfTraining
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of the job; equal configurations give equal figures on one machine.
+
+    Attributes:
+        seed: Of the source's rendering, both networks' starts, and the order of the data.
+        steps: Optimizer steps of each of the four trainings.
+        device: Where the networks run.
+        threads: CPU threads of torch; the last digits of the figures may depend on it.
+        teacher_blocks: Residual blocks of the teacher, by stage.
+        student_blocks: The same of the student.
+        source_images: Digits rendered.
+        host: The self-training that every network goes through.
+        progress: Whether to show progress bars.
+    """
+
+    seed: int = 0
+    steps: int = 600
+    device: str = "cpu"
+    threads: int = 2
+    teacher_blocks: Tuple[int, ...] = BIG
+    student_blocks: Tuple[int, ...] = SMALL
+    source_images: int = SOURCE_IMAGES
+    host: SelfTraining = field(default_factory=SelfTraining)
+    progress: bool = True
+
+
+@dataclass
+class Results:
+    """What a run measured: the teacher's training, and each student's by its title."""
+
+    config: Config
+    teacher: Stage
+    students: Dict[str, Stage]
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "config": asdict(self.config),
+            "versions": versions(),
+            "seeds": _seeds(self.config.seed),
+            "teacher": asdict(self.teacher),
+            "students": {title: asdict(stage) for title, stage in self.students.items()},
+        }
+
+
+UDA_ALONE, FROZEN_KD, CLDA = "UDA alone", "UDA + KD from the frozen teacher", "UDA + CLDA"
+
+
+def learners() -> Dict[str, MakeLearner]:
+    """Return the three ways, which differ in one argument: no learner, KD without updates, and all defaults."""
+    from clda_core import CollaborativeLearner
+
+    return {
+        UDA_ALONE: lambda teacher, student: CollaborativeLearner(teacher, student, enabled=False),
+        FROZEN_KD: lambda teacher, student: CollaborativeLearner(teacher, student, update=None),
+        CLDA: lambda teacher, student: CollaborativeLearner(teacher, student),
+    }
+
+
+def run(
+    config: Config,
+    *,
+    make_learners: Optional[Mapping[str, MakeLearner]] = None,
+    folder: Optional[Path] = None,
+    resume: bool = False,
+    teacher_file: Optional[Path] = None,
+) -> Results:
+    """Train the teacher, then a student for each learner, every one with its own copy of that teacher.
+
+    Args:
+        config: The run.
+        make_learners: By title, a function from teacher and student to a learner; the three ways by default.
+        folder: Where to keep checkpoints; ``None`` keeps none.
+        resume: Whether to go on from the checkpoints in ``folder``, instead of starting anew.
+        teacher_file: Checkpoint of the teacher's training, used if it is there and written if not, so that many runs
+            can share one teacher; in ``folder`` by default.
+
+    Raises:
+        CheckpointError: If a checkpoint to go on from is broken or belongs to another run.
+    """
+    torch.set_num_threads(config.threads)
+    task = _task(config)
+    seeds = _seeds(config.seed)
+    chosen = learners() if make_learners is None else make_learners
+    identity = {key: value for key, value in asdict(config).items() if key not in ("device", "threads", "progress")}
+    files = {title: None if folder is None else folder / f"{_slug(title)}.pt" for title in ("teacher", *chosen)}
+    if not resume:
+        for path in files.values():
+            if path is not None and path.exists():
+                path.unlink()
+    if teacher_file is not None:
+        files["teacher"] = teacher_file
+
+    def checkpoint(title: str) -> Optional[Checkpoint]:
+        path = files[title]
+        if path is None:
+            return None
+        irrelevant = "student_blocks" if title == "teacher" else ""
+        return Checkpoint(path, {"stage": title, **{key: identity[key] for key in identity if key != irrelevant}})
+
+    trained = residual_network(config.teacher_blocks, seed=seeds["teacher"]).to(config.device)
+    of_teacher = train("teacher", trained, task, seed=seeds["teacher batches"], checkpoint=checkpoint("teacher"))
+    students: Dict[str, Stage] = {}
+    for title, make_learner in chosen.items():
+        teacher = residual_network(config.teacher_blocks, seed=seeds["teacher"]).to(config.device)
+        teacher.load_state_dict(trained.state_dict())
+        student = residual_network(config.student_blocks, seed=seeds["student"]).to(config.device)
+        # A learner that draws random numbers must find the same state however many stages came before.
+        torch.manual_seed(seeds["student"])
+        students[title] = train(
+            title,
+            student,
+            task,
+            seed=seeds["student batches"],
+            teacher=teacher,
+            make_learner=make_learner,
+            checkpoint=checkpoint(title),
+        )
+    return Results(config, of_teacher, students)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run the job from the command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    config = Config(seed=options.seed, steps=options.steps, device=options.device, threads=options.threads)
+    output = options.output
+    try:
+        results = run(config, folder=output / "checkpoints", resume=options.resume).to_dict()
+    except CheckpointError as error:
+        print(f"digits: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndigits: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    save_json(results, output / "results.json")
+    save_figure(results, output / "figure.png")
+    print(_summary(results))
+    print(f"\nwritten: {output / 'results.json'}, {output / 'figure.png'}")
+    return 0
+
+
+def _task(config: Config) -> Task:
+    device = torch.device(config.device)
+    source = source_digits(_seeds(config.seed)["source"], config.source_images)
+    target, evaluation = target_digits(device)
+    on_device = LabelledImages(source.images.to(device), source.labels.to(device))
+    return Task(
+        source=on_device,
+        target=target,
+        evaluation=evaluation,
+        host=config.host,
+        steps=config.steps,
+        evaluate_every=max(1, config.steps // 12),
+        progress=config.progress,
+    )
+
+
+def _seeds(seed: int) -> Dict[str, int]:
+    """Spread one seed over everything random; the three students share theirs."""
+    names = ("source", "teacher", "teacher batches", "student", "student batches")
+    return {name: seed * len(names) + index for index, name in enumerate(names)}
+
+
+def _slug(title: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in title.lower()).split())
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    tables = [
+        f"{title}: {stage['table']}" for title, stage in results["students"].items() if stage["report"].get("rounds")
+    ]
+    title = f"Accuracy on the 1,797 handwritten digits, in %, seed {results['config']['seed']}"
+    return "\n\n".join([*tables, f"{title}\n{table(results)}"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="digits", description="Fonts to handwritten digits: a teacher, and a student trained three ways."
+    )
+    parser.add_argument("--seed", type=_integer(0, 2**31), default=0, help="seed of everything random (default: 0)")
+    parser.add_argument(
+        "--steps", type=_integer(1), default=Config.steps, help="optimizer steps a training (default: %(default)s)"
+    )
+    parser.add_argument("--device", type=_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)")
+    parser.add_argument(
+        "--threads", type=_integer(1), default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=_folder, default=Path("runs/digits"), help="folder (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
+    return parser
+
+
+def _integer(least: int, below: float = float("inf")) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, received {text!r}") from None
+        if not least <= value < below:
+            limit = "" if below == float("inf") else f" and < {below:.0f}"
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}{limit}, received {value}")
+        return value
+
+    return parse
+
+
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"torch cannot use device {text!r}: {reason}") from None
+    return text
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not existing.is_dir() or not os.access(str(existing), os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a folder that can be written, received {text!r}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What the digits job leaves behind: a table, ``results.json`` and a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import matplotlib
+import numpy
+import sklearn
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+import clda_core
+
+from .checkpoint import write_atomically
+
+
+def versions() -> Dict[str, str]:
+    """Return the versions that the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scikit-learn": sklearn.__version__,
+        "matplotlib": matplotlib.__version__,
+        "clda_core": clda_core.__version__,
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Lay out the accuracies: a line for each way the student was trained, with its teacher before and after.
+
+    Args:
+        results: As written to ``results.json``.
+    """
+    rows: List[List[str]] = []
+    for title, stage in results["students"].items():
+        teacher = [stage["teacher_before"], stage["teacher_after"]] if stage["uses_teacher"] else [None, None]
+        seconds = f"{stage['seconds']['training']:.0f}"
+        rows.append([title, *map(_percent, teacher), _percent(stage["accuracy"]), seconds])
+    headers = ["student", "teacher before", "teacher after", "student", "training (s)"]
+    return str(tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
+
+
+def save_json(results: Mapping[str, Any], path: Path) -> None:
+    """Write everything that was measured; a figure that is not finite becomes ``null``."""
+    text = json.dumps(_plain(results), indent=2, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def save_figure(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the LSR by layer over the rounds of each student that made any, and the accuracies over the steps."""
+    histories = {
+        title: stage["report"] for title, stage in results["students"].items() if stage["report"].get("rounds")
+    }
+    figure = Figure(figsize=(6.5 * (len(histories) + 1), 4.8))
+    for column, (title, report) in enumerate(histories.items(), start=1):
+        _draw_rates(figure, figure.add_subplot(1, len(histories) + 1, column), title, report)
+    _draw_accuracies(figure.add_subplot(1, len(histories) + 1, len(histories) + 1), results)
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(str(temporary), dpi=120, format="png"))
+
+
+def _draw_rates(figure: Figure, axes: Any, title: str, report: Mapping[str, Any]) -> None:
+    layers, rounds = report["layers"], report["rounds"]
+    grid = [[record["rates"].get(layer, math.nan) for record in rounds] for layer in layers]
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0)
+    figure.colorbar(image, ax=axes, label="LSR")
+    dots = [(x, y) for y, layer in enumerate(layers) for x, record in enumerate(rounds) if layer in record["updated"]]
+    axes.scatter([x for x, _ in dots], [y for _, y in dots], s=6, color="white", linewidths=0)
+    ticks = sorted({round(i * (len(rounds) - 1) / 6) for i in range(7)})
+    axes.set_xticks(ticks)
+    axes.set_xticklabels([str(rounds[tick]["step"]) for tick in ticks])
+    axes.set_yticks(range(len(layers)))
+    axes.set_yticklabels(layers, fontsize=7)
+    axes.set_xlabel("optimizer step")
+    axes.set_title(f"{title}: LSR of the teacher (dots: updated)", fontsize=10)
+
+
+def _draw_accuracies(axes: Any, results: Mapping[str, Any]) -> None:
+    for index, (title, stage) in enumerate(results["students"].items()):
+        steps = [point["step"] for point in stage["curve"]]
+        axes.plot(steps, [point["accuracy"] for point in stage["curve"]], color=f"C{index}", label=f"student, {title}")
+        if stage["uses_teacher"]:
+            teacher = [point["teacher"] for point in stage["curve"]]
+            axes.plot(steps, teacher, color=f"C{index}", linestyle="--", label=f"teacher, {title}")
+    axes.set_xlabel("optimizer step of the student")
+    axes.set_ylabel("accuracy on the target (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    axes.set_title("Accuracy", fontsize=10)
+
+
+def _percent(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
