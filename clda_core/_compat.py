@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, ContextManager, List, Sequence
+from typing import Any, ContextManager, Sequence
 
 import torch
 from torch import Tensor

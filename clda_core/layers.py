@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ __all__ = ["Layer", "LayerGrouping", "canonical_buffers", "canonical_name", "can
 
 LayerGrouping = Union[Callable[[str], Optional[str]], Sequence[str]]
 """How a user regroups: a function from a parameter's name to its layer's name, or regular expressions."""
+
+_T = TypeVar("_T", bound=Tensor)
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -29,14 +31,14 @@ class Layer:
         parameters: Canonical names of its parameters, in the model's order.
         buffers: Canonical names of its persistent floating-point buffers (BatchNorm statistics).
         numel: Number of parameters, counted in elements.
-        stage: Name of the container in which the layer is one of several, or ``""``.
+        stage: Name of the container of which the layer is an element, ``""`` for the model itself; ``None`` outside any.
     """
 
     name: str
     parameters: Tuple[str, ...]
     buffers: Tuple[str, ...]
     numel: int
-    stage: str
+    stage: Optional[str]
 
 
 def canonical_name(name: str) -> str:
@@ -183,7 +185,7 @@ def local_names(layer: Layer, names: Sequence[str]) -> Dict[str, str]:
     return local
 
 
-def _insert(named: Dict[str, "Tensor"], name: str, tensor: Tensor) -> None:  # type: ignore[type-arg]
+def _insert(named: Dict[str, _T], name: str, tensor: _T) -> None:
     short = canonical_name(name)
     if short in named:
         raise problem(
@@ -272,5 +274,5 @@ def _user_grouping(by: LayerGrouping) -> Callable[[str], Optional[str]]:
     return name_of
 
 
-def _stage(layer: str, modules: Dict[str, nn.Module]) -> str:
-    return _parent(layer) if isinstance(modules.get(_parent(layer)), _CONTAINERS) else ""
+def _stage(layer: str, modules: Dict[str, nn.Module]) -> Optional[str]:
+    return _parent(layer) if isinstance(modules.get(_parent(layer)), _CONTAINERS) else None

@@ -28,7 +28,7 @@ Extract = Callable[[Any], Union[Tensor, Outputs]]
 """Turns whatever a model returns into logits, or into :class:`Outputs` where a loss also reads features."""
 
 
-def as_outputs(raw: Any, extract: "Extract | None", whose: str) -> Outputs:
+def as_outputs(raw: Any, extract: Extract | None, whose: str) -> Outputs:
     """Read :class:`Outputs` from a model's raw output.
 
     Raises:

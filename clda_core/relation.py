@@ -290,7 +290,7 @@ def _related(
 def _stages(layers: Sequence[Layer]) -> Dict[str, List[str]]:
     stages: Dict[str, List[str]] = {}
     for layer in layers:
-        if layer.stage:
+        if layer.stage is not None:
             stages.setdefault(layer.stage, []).append(layer.name)
     return stages
 

@@ -5,12 +5,28 @@ from __future__ import annotations
 import math
 from typing import Optional
 
-from typing_extensions import Literal
+from typing_extensions import Literal, Protocol
 
 from ._config import Strategy
 from .errors import check_choice, check_number
 
-__all__ = ["Schedule"]
+__all__ = ["Never", "RoundSchedule", "Schedule"]
+
+
+class RoundSchedule(Protocol):
+    """Decides when gradients are observed and when a round is made; steps are optimizer steps, counted from 1."""
+
+    def due(self, step: int) -> bool:
+        """Return whether optimizer step ``step`` ends with a round."""
+        ...
+
+    def observes(self, step: int) -> bool:
+        """Return whether gradients are observed at optimizer step ``step``."""
+        ...
+
+    def strength(self, step: int) -> float:
+        """Return the factor in [0, 1] by which an update after step ``step`` is scaled."""
+        ...
 
 
 class Schedule(Strategy):
@@ -72,3 +88,19 @@ class Schedule(Strategy):
             return 1.0
         progress = min(max((step - self.warmup) / (self.total - self.warmup), 0.0), 1.0)
         return 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Never(Strategy):
+    """No rounds: plain knowledge distillation from a frozen teacher, the baseline that CLDA is compared with."""
+
+    def due(self, step: int) -> bool:
+        """Return False."""
+        return False
+
+    def observes(self, step: int) -> bool:
+        """Return False."""
+        return False
+
+    def strength(self, step: int) -> float:
+        """Return 0."""
+        return 0.0

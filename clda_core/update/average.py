@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping
 
 from torch import Tensor
-
 from typing_extensions import Literal
 
 from .._config import Strategy
@@ -21,8 +20,8 @@ class Average(Strategy):
 
     :math:`\theta_T \leftarrow (1 - s(1 - d))\,\theta_T + s(1 - d)\,\theta_S` for every parameter of the selected layer
     that the related student layer has under the same local name and in the same shape; :math:`d` is ``decay`` and
-    :math:`s` the schedule's strength. What has no counterpart is reported as skipped. The paper's rule is not published;
-    this is the plainest reading of it.
+    :math:`s` the schedule's strength. What has no counterpart is reported as skipped. The paper's rule is not public; this
+    is the plainest reading of it.
 
     Args:
         decay: :math:`d` in [0, 1]; 1 changes nothing.

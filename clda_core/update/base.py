@@ -7,7 +7,6 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-
 from typing_extensions import Literal, Protocol
 
 from .._models import evaluating
@@ -103,14 +102,17 @@ class UpdateResult:
 
 class Update(Protocol):
     """Changes the selected teacher layers in place; the learner undoes everything if it raises.
-
-    Attributes:
-        granularity: ``"layer"`` writes selected layers whole; ``"parameter"`` only their non-salient elements.
-        needs_relation: Whether layers without a related student layer cannot be updated.
     """
 
-    granularity: Granularity
-    needs_relation: bool
+    @property
+    def granularity(self) -> Granularity:
+        """``"layer"`` writes selected layers whole; ``"parameter"`` only their non-salient elements."""
+        ...
+
+    @property
+    def needs_relation(self) -> bool:
+        """Whether layers without a related student layer cannot be updated."""
+        ...
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Write to ``context.layers`` of the teacher and say what was done."""

@@ -46,7 +46,7 @@ def mutual_information(teacher_logits: Tensor, student_logits: Tensor) -> Tensor
 
 
 def agreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    r"""Negative mean Kullback-Leibler divergence :math:`-\mathrm{KL}(p_S \| p_T)` of the teacher from the student, in nats.
+    r"""Negative mean Kullback-Leibler divergence :math:`-\mathrm{KL}(p_S \| p_T)` between the models, in nats.
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``.
@@ -88,9 +88,7 @@ class Guard(Strategy):
         several ranks the scores are averaged, so that all decide alike.
     """
 
-    def __init__(
-        self, update: Update, *, criterion: Criterion = mutual_information, tolerance: float = 0.0
-    ) -> None:
+    def __init__(self, update: Update, *, criterion: Criterion = mutual_information, tolerance: float = 0.0) -> None:
         check_number("tolerance", tolerance, at_least=0)
         self.update = update
         self.criterion = criterion

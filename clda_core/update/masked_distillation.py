@@ -23,7 +23,7 @@ OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 class MaskedDistillation(Strategy):
     r"""Distil the student's predictions into the teacher, with the gradient limited to the selected layers.
 
-    A few steps on :math:`L(\theta_T) = D\big(f_T(x; \theta_T),\ f_S(x)\big)`, where :math:`D` is a distillation loss with
+    A few steps on :math:`L(\theta_T) = D(f_T(x; \theta_T), f_S(x))`, where :math:`D` is a distillation loss with
     the student's predictions :math:`f_S(x)` on this step's target batch as its constant target, and every parameter
     outside the selected layers is constant. Both models run in eval mode: BatchNorm statistics stay. The networks need
     not be related and may differ in every shape. The optimizer is the learner's own. The paper speaks of layer-wise

@@ -24,7 +24,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
         parameters, buffers = canonical_parameters(model), canonical_buffers(model)
-        tensors = [parameters[name] for layer in layers for name in layer.parameters]
+        tensors: List[Tensor] = [parameters[name] for layer in layers for name in layer.parameters]
         tensors += [buffers[name] for layer in layers for name in layer.buffers]
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 

@@ -1,0 +1,48 @@
+"""Stepping the host's optimizer: alone, through a GradScaler, or through the host's own function."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, List, Optional, Tuple
+
+
+def make_step(optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]]) -> Tuple[Any, bool]:
+    """Step, and return what the step returned and whether it was made."""
+    if step_fn is not None:
+        return step_fn(), True
+    if scaler is not None:
+        return None, scaler_step(scaler, optimizer)
+    return optimizer.step(), True
+
+
+def unscale(scaler: Any, optimizer: Any) -> None:
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        # The host has unscaled already, to clip gradients for example; GradScaler offers no way to ask.
+        if "unscale_() has already been called" not in str(error):
+            raise
+
+
+def scaler_step(scaler: Any, optimizer: Any) -> bool:
+    """Call ``scaler.step(optimizer)`` and return whether the optimizer really stepped.
+
+    A GradScaler skips the step after an overflow without saying so, so ``optimizer.step`` is watched for the call; it
+    is the instance's own again afterwards.
+    """
+    calls: List[bool] = []
+    inner = optimizer.step
+    own = vars(optimizer).get("step")
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(True)
+        return inner(*args, **kwargs)
+
+    optimizer.step = watched
+    try:
+        scaler.step(optimizer)
+    finally:
+        if own is None:
+            del optimizer.step
+        else:
+            optimizer.step = own
+    return bool(calls)

@@ -1,0 +1,549 @@
+"""The learner: distillation at every step, and a round every so many steps."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Literal
+
+from ._checks import check_models, check_selected, check_state, check_steppable
+from ._config import describe
+from ._distributed import mean_across_ranks, mean_where_seen
+from ._models import evaluating, requiring_grad
+from ._stepping import make_step, unscale
+from .distillation import Distillation, KLDistillation, check_values, distillation_loss
+from .errors import CldaError, check_choice, problem
+from .layers import LayerGrouping, canonical_parameters, group_layers
+from .observation import Observations, hosts_gradients, non_salient_elements, score_layers
+from .outputs import Extract, Outputs, as_outputs, call_model
+from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
+from .report import Report, RoundRecord
+from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
+from .saliency.base import derivatives
+from .saliency.histogram import Histogram
+from .schedule import RoundSchedule, Schedule
+from .selection import LowestFraction, Selection
+from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
+from .update.writing import undone_on_error
+
+__all__ = ["CollaborativeLearner"]
+
+STATE_VERSION = 1
+_PROJECTOR_LEARNING_RATE = 1e-3
+_DISCARDED_IN_A_ROW = 10
+
+LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
+
+
+class CollaborativeLearner:
+    r"""Distils a teacher into a student, and lets the student update the teacher's non-salient layers in turns.
+
+    A *round* is: teacher gradients → saliency → Layer Saliency Rate (LSR) → selection → relation → update. Between
+    rounds the teacher is constant and :meth:`distill` is ordinary knowledge distillation. The alternation is the
+    paper's; every default strategy is this library's choice.
+
+    Args:
+        teacher: The big model. Frozen, or co-trained by the host; it is changed in the selected layers only. Save it
+            with your checkpoints: :meth:`state_dict` does not hold it.
+        student: The small model that the host trains; never changed by the learner.
+        saliency: Scores parameters; :class:`~clda_core.saliency.Taylor` by default.
+        selection: Threshold of the LSR and choice of the non-salient layers;
+            :class:`~clda_core.selection.LowestFraction` by default.
+        relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
+        update: What the student does to the selected layers; by default guarded
+            :class:`~clda_core.update.MaskedDistillation`.
+        distillation: The KD loss; :class:`~clda_core.distillation.KLDistillation` by default.
+        schedule: When rounds are made; :class:`~clda_core.schedule.Never` gives frozen-teacher distillation.
+        enabled: ``False`` makes every method do nothing but step the optimizer: bit-identical to the host alone.
+        layers: Regrouping for both models, see :func:`~clda_core.layers.group_layers`.
+        probe: Loss on the teacher's logits whose gradient is observed when the host trains no teacher;
+            cross-entropy against the teacher's own hard pseudo-labels by default.
+        extract: Reads logits, or :class:`~clda_core.outputs.Outputs`, from what the models return.
+
+    Raises:
+        CldaError: If the models share parameters, or no layer can be related although the update needs it.
+
+    Note:
+        The learner registers no hooks and no sub-modules and draws from no global random generator; modes,
+        ``requires_grad`` and ``.grad`` of both models are the same after every call. It holds O(layers) state, plus the
+        optimizer state of what it updates.
+
+    Example:
+        >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> learner = CollaborativeLearner(teacher, student)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> images = torch.ones(2, 4)
+        >>> learner.distill(student(images), images).backward()
+        >>> learner.step(optimizer)
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        saliency: Optional[SaliencyEstimator] = None,
+        selection: Optional[Selection] = None,
+        relation: Optional[Relation] = None,
+        update: Optional[Update] = None,
+        distillation: Optional[Distillation] = None,
+        schedule: Optional[RoundSchedule] = None,
+        enabled: bool = True,
+        layers: Optional[LayerGrouping] = None,
+        probe: Optional[Probe] = None,
+        extract: Optional[Extract] = None,
+    ) -> None:
+        check_models(teacher, student)
+        self.teacher = teacher
+        self.student = student
+        self.saliency: SaliencyEstimator = Taylor() if saliency is None else saliency
+        self.selection: Selection = LowestFraction() if selection is None else selection
+        self.relation: Relation = ByRelativeDepth() if relation is None else relation
+        self.update: Update = Guard(MaskedDistillation()) if update is None else update
+        self.distillation: Distillation = KLDistillation() if distillation is None else distillation
+        self.schedule: RoundSchedule = Schedule() if schedule is None else schedule
+        self.enabled = enabled
+        self.probe: Probe = PseudoLabelCrossEntropy() if probe is None else probe
+        self.extract = extract
+        self._teacher_view = ModelView(teacher, group_layers(teacher, layers))
+        self._student_view = ModelView(student, group_layers(student, layers))
+        self._related: Optional[RelatedLayers] = None
+        if not self.relation.needs_inputs:
+            self._relate(None)
+        self._leftover_gradients = hosts_gradients(teacher, {})
+        self._steps = 0
+        self._observations = Observations(len(self._teacher_view.layers))
+        self._generator = torch.Generator().manual_seed(0)
+        self._history: List[RoundRecord] = []
+        self._discarded = 0
+        self._discarded_in_a_row = 0
+        self._projector_optimizer: Optional[torch.optim.Optimizer] = None
+        self._restored_projector_optimizer: Optional[Mapping[str, Any]] = None
+        self._kd_loss: Optional[Tensor] = None
+        # What belongs to the optimizer step in the making.
+        self._observed = False
+        self._inputs: Any = None
+        self._mask: Optional[Tensor] = None
+        self._pending: List[Tuple[str, Histogram]] = []
+        self._non_salient: Dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------------ every step
+
+    @property
+    def observing(self) -> bool:
+        """Whether gradients are observed at the optimizer step now in the making."""
+        return self.enabled and self.schedule.observes(self._steps + 1)
+
+    def distill(
+        self,
+        student_output: Any,
+        inputs: Any = None,
+        *,
+        teacher_output: Any = None,
+        mask: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Return the KD loss of the student's output against the teacher's.
+
+        Args:
+            student_output: What the student returned, with its graph; possibly for another view of the same images.
+            inputs: What the teacher is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
+            teacher_output: The teacher's output if the host has it already; ``inputs`` are then used in rounds only.
+            mask: What counts: bool or float weights ``(N, ...)`` without the class dimension, or an integer label map,
+                of which 255 is left out.
+
+        Returns:
+            A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only.
+
+        Raises:
+            CldaError: If neither ``inputs`` nor ``teacher_output`` is given, outputs do not fit each other, logits are
+                not finite or every position is masked out. The last two are checked where it costs no host-device
+                synchronisation: always on the CPU, on accelerators at observed steps.
+        """
+        if not self.enabled:
+            reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
+            return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
+        student = as_outputs(student_output, self.extract, "student")
+        if teacher_output is None:
+            if inputs is None:
+                raise problem(
+                    "distill() cannot get the teacher's output",
+                    expected="inputs or teacher_output=",
+                    received="neither",
+                    fix="call learner.distill(student_output, inputs)",
+                )
+            with evaluating(self.teacher), torch.no_grad():
+                teacher_output = call_model(self.teacher, inputs)
+        teacher = as_outputs(teacher_output, self.extract, "teacher")
+        check_values(student.logits, teacher.logits, mask)
+        loss = distillation_loss(self.distillation, student, teacher, mask)
+        self._kd_loss = loss.detach()
+        if self.observing:
+            self._inputs, self._mask = inputs, mask
+        return loss
+
+    def step(
+        self, optimizer: Any = None, *, scaler: Any = None, step_fn: Optional[Callable[[], Any]] = None
+    ) -> Optional[Any]:
+        """Observe, step the optimizer, and make a round if one is due: sugar over :meth:`observe`, :meth:`after_step`.
+
+        Args:
+            optimizer: Anything with ``step()``.
+            scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. A step
+                that it skips is no step for the learner either.
+            step_fn: Does the step instead, for optimizers that need more than ``step()`` (SAM, LBFGS closures).
+
+        Returns:
+            What the optimizer's ``step()`` or ``step_fn`` returned.
+
+        Raises:
+            CldaError: If there is nothing to step, a SAM optimizer comes without ``step_fn``, or the optimizer raises
+                (its exception is the cause); the learner is then as before.
+        """
+        check_steppable(optimizer, scaler, step_fn)
+        if not self.enabled:
+            return make_step(optimizer, scaler, step_fn)[0]
+        if not self._observed:
+            if scaler is not None and self.observing and hosts_gradients(self.teacher, self._leftover_gradients):
+                unscale(scaler, optimizer)
+            self.observe()
+        try:
+            result, stepped = make_step(optimizer, scaler, step_fn)
+        except Exception as error:
+            self._forget_step()
+            raise CldaError(
+                f"the optimizer step raised {type(error).__name__}: {error}. The learner has not counted this step. "
+                "Fix: see the exception that caused this one"
+            ) from error
+        if stepped:
+            self.after_step()
+        else:
+            self._forget_step()
+        return result
+
+    # -------------------------------------------------------------------------------------------- the two halves
+
+    def observe(self, loss: Optional[LossOrFunction] = None, *, domain: Literal["target", "source"] = "target") -> None:
+        """Observe the teacher's gradients; call it after ``backward()`` and before the optimizer step.
+
+        Does nothing unless :attr:`observing`. The gradients are, in this order: those of ``loss`` if given; those that
+        the host left on a co-trained teacher's parameters (left-overs from before the learner was built do not count);
+        those of the probe on this step's ``inputs``.
+
+        Args:
+            loss: A scalar with a graph to the teacher, or a function of the teacher that returns one, for example
+                ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; a function is called in eval mode and
+                only when needed, and works for a frozen teacher.
+            domain: Whether the batch is target or source data; source observations serve
+                :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.selection.ReferenceThreshold`.
+
+        Raises:
+            CldaError: If there is nothing to observe, or observations were non-finite ten times in a row. A single
+                non-finite observation is discarded and counted.
+        """
+        check_choice("domain", domain, ("target", "source"))
+        self._observed = True
+        if not self.observing:
+            return
+        parameters = canonical_parameters(self.teacher)
+        names = [name for layer in self._teacher_view.layers for name in layer.parameters]
+        found = self._derivatives(loss, domain, parameters, names)
+        layers = self._teacher_view.layers
+        histogram = score_layers(self.saliency, layers, parameters, found)
+        self._pending.append((domain, histogram))
+        if domain == "target" and self.update.granularity == "parameter":
+            threshold = self._observations.threshold(self.selection.threshold, histogram)
+            self._non_salient = non_salient_elements(self.saliency, parameters, found, threshold)
+
+    def after_step(self) -> None:
+        """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
+
+        Raises:
+            CldaError: If :meth:`observe` was not called for this step, or an update raised (its exception is the
+                cause); the teacher is then as before the round.
+        """
+        if not self.enabled:
+            return
+        if not self._observed:
+            raise problem(
+                "after_step() came without observe()",
+                expected="observe(), the optimizer step, after_step(), in this order",
+                received="after_step() alone",
+                fix="call learner.observe() after backward(), or use learner.step(optimizer)",
+            )
+        self._steps += 1
+        try:
+            for domain, histogram in self._pending:
+                self._commit(domain, histogram)
+            self._step_projectors()
+            if self.schedule.due(self._steps) and self._observations.seen("target"):
+                self._round()
+        finally:
+            self._forget_step()
+
+    # ------------------------------------------------------------------------------------------ state and report
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the learner's state: tensors and plain Python types only, so ``weights_only=True`` loads it.
+
+        It holds counters, observations, history, the relation, the configuration, and the state of the update's and the
+        projectors' optimizers. The models are not in it: save the teacher beside the student, since it changes.
+        """
+        projectors = self._projectors()
+        return {
+            "version": STATE_VERSION,
+            "config": self._config(),
+            "steps": self._steps,
+            "observations": self._observations.state_dict(),
+            "generator": self._generator.get_state(),
+            "history": self.report().to_dict()["rounds"],
+            "discarded": self._discarded,
+            "discarded_in_a_row": self._discarded_in_a_row,
+            "relation": None if self._related is None else _relation_as_dict(self._related),
+            "update": self.update.state_dict(),
+            "projectors": {} if projectors is None else dict(projectors.state_dict()),
+            "projector_optimizer": None
+            if self._projector_optimizer is None
+            else self._projector_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, into a learner of the same architecture and configuration.
+
+        Raises:
+            CldaError: If the state is of another version, architecture or configuration; nothing is changed then.
+        """
+        check_state(state, self.state_dict())
+        self._steps = int(state["steps"])
+        self._observations.load_state_dict(state["observations"])
+        self._generator.set_state(state["generator"])
+        self._history = [
+            RoundRecord(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
+            for record in state["history"]
+        ]
+        self._discarded = int(state["discarded"])
+        self._discarded_in_a_row = int(state["discarded_in_a_row"])
+        if state["relation"] is not None:
+            students = {layer.name: layer for layer in self._student_view.layers}
+            pairs = {name: students[other] for name, other in state["relation"]["pairs"].items()}
+            self._related = RelatedLayers(pairs, dict(state["relation"]["unrelated"]))
+        self.update.load_state_dict(state["update"])
+        projectors = self._projectors()
+        if projectors is not None:
+            projectors.load_state_dict(state["projectors"])
+        self._projector_optimizer = None
+        self._restored_projector_optimizer = state["projector_optimizer"]
+        self._forget_step()
+
+    def report(self) -> Report:
+        """Return the history: ``print(report)``, ``report.to_dict()``, ``report.plot()``."""
+        return Report(
+            layers=tuple(layer.name for layer in self._teacher_view.layers),
+            rounds=tuple(self._history),
+            unrelated={} if self._related is None else dict(self._related.unrelated),
+            steps=self._steps,
+            discarded=self._discarded,
+        )
+
+    def metrics(self) -> Dict[str, float]:
+        """Return the latest figures as a flat dict for any logger; the KD loss costs one synchronisation."""
+        figures: Dict[str, float] = {
+            "clda/steps": float(self._steps),
+            "clda/rounds": float(len(self._history)),
+            "clda/discarded": float(self._discarded),
+        }
+        if self._kd_loss is not None:
+            figures["clda/kd_loss"] = float(self._kd_loss)
+        if self._history:
+            last = self._history[-1]
+            rates = list(last.rates.values())
+            figures["clda/lsr_mean"] = sum(rates) / len(rates)
+            figures["clda/lsr_min"] = min(rates)
+            figures["clda/selected_layers"] = float(len(last.selected))
+            figures["clda/updated_layers"] = float(len(last.updated))
+            figures["clda/strength"] = last.strength
+            for name in ("accepted", "score_before", "score_after"):
+                value = getattr(last, name)
+                if value is not None:
+                    figures[f"clda/{name}"] = float(value)
+        return figures
+
+    # ------------------------------------------------------------------------------------------------- internals
+
+    def _forget_step(self) -> None:
+        """Drop what belongs to one optimizer step."""
+        self._observed = False
+        self._inputs = None
+        self._mask = None
+        self._pending = []
+        self._non_salient = {}
+
+    def _config(self) -> Dict[str, Any]:
+        strategies = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
+        return {
+            **{name: describe(getattr(self, name)) for name in strategies},
+            "teacher_layers": [[layer.name, layer.numel] for layer in self._teacher_view.layers],
+            "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
+        }
+
+    def _forward(self, model: nn.Module, inputs: Any) -> Outputs:
+        return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
+
+    def _relate(self, inputs: Any) -> RelatedLayers:
+        if self._related is None:
+            related = self.relation(self._teacher_view, self._student_view, inputs)
+            if not isinstance(related, RelatedLayers):
+                raise problem(
+                    "the relation returned something else",
+                    expected="clda_core.relation.RelatedLayers",
+                    received=type(related).__name__,
+                    fix="return RelatedLayers(pairs, unrelated) from relation=",
+                )
+            if self.update.needs_relation and not related.pairs:
+                raise problem(
+                    "no teacher layer can be related to a student layer",
+                    expected="at least one related pair of layers",
+                    received=f"unrelated: {dict(related.unrelated)}",
+                    fix="pass another relation=, for example Explicit({...}), or an update that needs none",
+                )
+            self._related = related
+        return self._related
+
+    def _derivatives(
+        self, loss: Optional[LossOrFunction], domain: str, parameters: Mapping[str, nn.Parameter], names: Sequence[str]
+    ) -> Dict[str, Optional[Tensor]]:
+        """Return the derivatives the saliency needs, by parameter name, averaged over ranks."""
+        order = self.saliency.order
+        if order == 0:
+            return dict.fromkeys(names)
+        wanted = [parameters[name] for name in names]
+        samples = int(getattr(self.saliency, "samples", 1))
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1 or not loss.requires_grad:
+                raise problem(
+                    "observe() got a loss without gradients",
+                    expected="a scalar with a graph to the teacher's parameters",
+                    received=f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}",
+                    fix="for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))",
+                )
+            found = derivatives(order, loss, wanted, self._generator, samples=samples, retain_graph=True)
+        elif loss is None and order == 1 and hosts_gradients(self.teacher, self._leftover_gradients):
+            live = hosts_gradients(self.teacher, self._leftover_gradients)
+            found = [parameters[name].grad if name in live else None for name in names]
+        else:
+            with evaluating(self.teacher), requiring_grad(wanted, of=parameters.values()):
+                value = self._probe_loss(domain) if loss is None else loss(self.teacher)
+                found = derivatives(order, value, wanted, self._generator, samples=samples)
+        return dict(zip(names, mean_where_seen(found, wanted)))
+
+    def _probe_loss(self, domain: str) -> Tensor:
+        if self._inputs is None or domain == "source":
+            raise problem(
+                f"there is nothing to observe on {domain} data",
+                expected="this step's inputs passed to distill(), gradients of a co-trained teacher, or a loss",
+                received="none of these",
+                fix="call learner.distill(student_output, inputs), or observe(lambda teacher: ..., domain=...)",
+            )
+        logits = self._forward(self.teacher, self._inputs).logits
+        loss = self.probe(logits, self._mask)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise problem(
+                "the probe returned something else than a loss",
+                expected="a scalar tensor with a graph to the logits",
+                received=type(loss).__name__ if not isinstance(loss, Tensor) else f"shape {tuple(loss.shape)}",
+                fix="return a differentiable scalar from probe=",
+            )
+        return loss
+
+    def _commit(self, domain: str, histogram: Histogram) -> None:
+        if bool(histogram.finite):
+            self._observations.add(domain, histogram, self.selection.threshold)
+            self._discarded_in_a_row = 0
+            return
+        self._discarded += 1
+        self._discarded_in_a_row += 1
+        if self._discarded_in_a_row >= _DISCARDED_IN_A_ROW:
+            raise problem(
+                f"the last {_DISCARDED_IN_A_ROW} observations were all discarded",
+                expected="finite teacher gradients",
+                received="NaN or infinite ones each time",
+                fix="check the teacher's weights and the loss that is observed; under AMP unscale before observe()",
+            )
+
+    def _round(self) -> None:
+        """Select, relate, update, and record."""
+        layers = {layer.name: layer for layer in self._teacher_view.layers}
+        rates = self._observations.rates("target", list(layers))
+        source_rates = self._observations.rates("source", list(layers))
+        selected = self.selection(rates, source_rates, {name: layer.numel for name, layer in layers.items()})
+        check_selected(selected, rates)
+        related = self._relate(self._inputs)
+        context = RoundContext(
+            teacher=self.teacher,
+            student=self.student,
+            layers=tuple(layers[name] for name in layers if name in selected),
+            related=related.pairs,
+            inputs=self._inputs,
+            mask=self._mask,
+            forward=self._forward,
+            strength=self.schedule.strength(self._steps),
+            non_salient=self._non_salient,
+        )
+        result = self._apply(context) if context.layers else UpdateResult(())
+        self._observations.start_next_round()
+        self._history.append(
+            RoundRecord(
+                step=self._steps,
+                rates=rates,
+                source_rates=source_rates,
+                selected=tuple(layer.name for layer in context.layers),
+                updated=result.updated,
+                skipped=dict(result.skipped),
+                strength=context.strength,
+                accepted=result.accepted,
+                score_before=result.score_before,
+                score_after=result.score_after,
+            )
+        )
+
+    def _apply(self, context: RoundContext) -> UpdateResult:
+        try:
+            with undone_on_error(self.teacher, context.layers):
+                result = self.update.apply(context)
+                if not isinstance(result, UpdateResult):
+                    raise TypeError(f"apply() returned {type(result).__name__} instead of UpdateResult")
+                return result
+        except Exception as error:
+            raise CldaError(
+                f"the update {type(self.update).__name__} raised {type(error).__name__}: {error}. The teacher is as it "
+                "was before the round. Fix: see the exception that caused this one"
+            ) from error
+
+    def _projectors(self) -> Optional[nn.Module]:
+        return self.distillation if isinstance(self.distillation, nn.Module) else None
+
+    def _step_projectors(self) -> None:
+        """Step the optimizer of the KD loss's own parameters, which the host's optimizer never sees."""
+        projectors = self._projectors()
+        parameters = [] if projectors is None else list(projectors.parameters())
+        if not parameters:
+            return
+        if self._projector_optimizer is None:
+            self._projector_optimizer = torch.optim.Adam(parameters, lr=_PROJECTOR_LEARNING_RATE)
+            if self._restored_projector_optimizer is not None:
+                self._projector_optimizer.load_state_dict(dict(self._restored_projector_optimizer))
+                self._restored_projector_optimizer = None
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        with torch.no_grad():
+            for gradient, mean in zip(gradients, mean_across_ranks(gradients)):
+                gradient.copy_(mean)
+        self._projector_optimizer.step()
+        self._projector_optimizer.zero_grad()
+
+
+def _relation_as_dict(related: RelatedLayers) -> Dict[str, Dict[str, str]]:
+    return {
+        "pairs": {name: layer.name for name, layer in related.pairs.items()},
+        "unrelated": dict(related.unrelated),
+    }

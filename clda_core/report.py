@@ -1,0 +1,135 @@
+"""What happened: LSR by layer over rounds, which layers were updated, and what the guard decided."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
+
+from .errors import CldaError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "RoundRecord"]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round.
+
+    Attributes:
+        step: Optimizer step after which the round was made.
+        rates: LSR on target data by teacher layer, in [0, 1]; a layer without a seen gradient is absent.
+        source_rates: The same on source data, where that was observed.
+        selected: The non-salient layers the selection chose.
+        updated: The layers that were changed.
+        skipped: By layer, or ``layer: parameter``, why something selected was not changed.
+        strength: The schedule's factor.
+        accepted: The guard's decision; ``None`` without a guard.
+        score_before: The guard's criterion before the update.
+        score_after: The same after it.
+    """
+
+    step: int
+    rates: Mapping[str, float]
+    source_rates: Mapping[str, float] = field(default_factory=dict)
+    selected: Tuple[str, ...] = ()
+    updated: Tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    strength: float = 1.0
+    accepted: Optional[bool] = None
+    score_before: Optional[float] = None
+    score_after: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The history of a learner; ``print(report)`` shows a table.
+
+    Attributes:
+        layers: Names of all teacher layers, in the model's order.
+        rounds: The rounds made, oldest first.
+        unrelated: By teacher layer, why it has no student layer.
+        steps: Optimizer steps counted.
+        discarded: Observations discarded because a gradient was not finite.
+    """
+
+    layers: Tuple[str, ...]
+    rounds: Tuple[RoundRecord, ...]
+    unrelated: Mapping[str, str]
+    steps: int
+    discarded: int
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return everything as plain Python data, fit for JSON."""
+        return {
+            "layers": list(self.layers),
+            "rounds": [
+                {**asdict(record), "selected": list(record.selected), "updated": list(record.updated)}
+                for record in self.rounds
+            ],
+            "unrelated": dict(self.unrelated),
+            "steps": self.steps,
+            "discarded": self.discarded,
+        }
+
+    def __str__(self) -> str:
+        """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched."""
+        accepted = [record.accepted for record in self.rounds if record.accepted is not None]
+        lines = [
+            f"CLDA after {self.steps} optimizer steps: {len(self.rounds)} rounds"
+            + (f", guard accepted {sum(accepted)} of {len(accepted)}" if accepted else "")
+            + (f", {self.discarded} observations discarded (non-finite)" if self.discarded else "")
+        ]
+        if not self.rounds:
+            return lines[0]
+        width = max(len(name) for name in (*self.layers, "layer"))
+        lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
+        for name in self.layers:
+            seen = [record.rates[name] for record in self.rounds if name in record.rates]
+            first, last = (f"{seen[0]:9.3f}", f"{seen[-1]:8.3f}") if seen else ("  unknown", " unknown")
+            selected = sum(name in record.selected for record in self.rounds)
+            updated = sum(name in record.updated for record in self.rounds)
+            note = f"unrelated: {self.unrelated[name]}" if name in self.unrelated else ""
+            lines.append(f"{name:<{width}}  {first}  {last}  {selected:8d}  {updated:7d}  {note}".rstrip())
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """Draw LSR by layer over rounds, with a dot where a layer was updated.
+
+        Returns:
+            A matplotlib figure; save it with ``figure.savefig(path)``.
+
+        Raises:
+            CldaError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise CldaError(
+                "report().plot() needs matplotlib, which is not installed. Fix: pip install 'clda-core[plots]', "
+                "or read the figures from report().to_dict()"
+            ) from error
+        nan = float("nan")
+        grid = [[record.rates.get(name, nan) for record in self.rounds] for name in self.layers]
+        figure = Figure(figsize=(8.0, 1.6 + 0.24 * len(self.layers)))
+        axes = figure.add_subplot(1, 1, 1)
+        if self.rounds:
+            image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0)
+            figure.colorbar(image, ax=axes, label="LSR")
+            dots: List[Tuple[int, int]] = [
+                (column, row)
+                for row, name in enumerate(self.layers)
+                for column, record in enumerate(self.rounds)
+                if name in record.updated
+            ]
+            axes.scatter([x for x, _ in dots], [y for _, y in dots], s=6, color="white", linewidths=0)
+            ticks = sorted({round(i * (len(self.rounds) - 1) / 8) for i in range(9)})
+            axes.set_xticks(ticks)
+            axes.set_xticklabels([str(self.rounds[tick].step) for tick in ticks])
+        axes.set_yticks(range(len(self.layers)))
+        axes.set_yticklabels(self.layers, fontsize=7)
+        axes.set_xlabel("optimizer step")
+        axes.set_title("Layer Saliency Rate of the teacher (dots: updated)", fontsize=10)
+        figure.tight_layout()
+        return figure
