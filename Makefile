@@ -1,0 +1,63 @@
+# `make` lists the targets. ARGS= goes to the program a target runs: make demo ARGS="--seed 1", make test ARGS="-k lsr".
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PYTHON ?= $(shell .ci/find-python 3.11+)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS ?= 2
+ARGS ?=
+# Two workers with a thread each finish sooner than one with two, and sums do not depend on the number of cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-oldest lint format types docs wheel import-time ci clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+venv: $(STAMP)  ## make or renew .venv (PYTHON= picks the interpreter, 3.11 or newer)
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; set PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=.ci/constraints.txt $(PIP) install -q -e '.[dev]'
+	@touch $@
+
+demo: venv  ## train on the digits and print the table (ARGS="--seed 1")
+	$(BIN)/python -m examples.classification.digits $(ARGS)
+
+test: venv  ## run the tests, the doctests and the snippets of README and docs (ARGS="-k name")
+	$(PYTEST) $(ARGS)
+
+test-oldest: wheel  ## the same on Python 3.8 and torch 1.7.1, with the wheel installed
+	.ci/test-oldest -n $(WORKERS) $(ARGS)
+
+lint: venv  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv  ## apply what lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv  ## check the package's types
+	$(BIN)/mypy --strict clda_core
+
+docs: venv  ## build the documentation into site/, any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
+
+wheel: venv  ## build dist/ and check what the wheel holds
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+import-time: venv  ## what `import clda_core` costs over `import torch`
+	$(BIN)/python .ci/import_time.py
+
+ci:  ## everything that must hold before a change is merged
+	.ci/run
+
+clean:  ## remove everything that is made here, the environments too
+	rm -rf $(VENV) .venv-oldest build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find clda_core examples tests benchmarks .ci -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
