@@ -31,7 +31,8 @@ class Layer:
         parameters: Canonical names of its parameters, in the model's order.
         buffers: Canonical names of its persistent floating-point buffers (BatchNorm statistics).
         numel: Number of parameters, counted in elements.
-        stage: Name of the container of which the layer is an element, ``""`` for the model itself; ``None`` outside any.
+        stage: Name of the container of which the layer is an element, ``""`` for the model itself; ``None`` outside
+            any.
     """
 
     name: str
@@ -258,14 +259,22 @@ def _default_grouping(modules: Dict[str, nn.Module]) -> Callable[[str], Optional
 def _user_grouping(by: LayerGrouping) -> Callable[[str], Optional[str]]:
     if callable(by):
         return by
-    if isinstance(by, str) or not all(isinstance(pattern, str) for pattern in by):
+    if not isinstance(by, (list, tuple)) or not all(isinstance(pattern, str) for pattern in by):
         raise problem(
             "the layer grouping is of a wrong type",
             expected="a callable or a sequence of regular expressions",
             received=repr(by),
             fix=r"pass for example layers=[r'blocks\.\d+', r'head']",
         )
-    patterns = [re.compile(pattern) for pattern in by]
+    try:
+        patterns = [re.compile(pattern) for pattern in by]
+    except re.error as error:
+        raise problem(
+            "a layer pattern is not a regular expression",
+            expected="regular expressions",
+            received=f"{error.pattern!r}: {error}",
+            fix=r"escape what is meant literally, for example r'blocks\.\d+'",
+        ) from error
 
     def name_of(tensor_name: str) -> Optional[str]:
         matches = (pattern.match(tensor_name) for pattern in patterns)

@@ -74,7 +74,9 @@ def derivatives(
 
     Note:
         Neither ``parameter.grad`` nor the global random state is touched. Order 2 holds the graph of the gradient
-        (about twice the memory of a backward pass), and costs one further backward pass for each sample.
+        (about twice the memory of a backward pass), and costs one further backward pass for each sample. Autograd
+        takes the backward pass of a custom function marked ``once_differentiable`` as constant, without an error:
+        curvature that passes through one (deformable convolution, for example) is missing.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)

@@ -56,29 +56,30 @@ class PseudoLabelCrossEntropy(Strategy):
             CldaError: If the mask's shape does not fit, or no position is valid.
         """
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        losses = functional.cross_entropy(scores, scores.detach().argmax(dim=1), reduction="none")
+        if scores.numel() == 0:
+            raise _nothing_valid("an empty batch")
         if mask is None:
-            if losses.numel() == 0:
-                raise _nothing_valid("an empty batch")
-            return losses.mean()
-        weights = _weights(mask, losses)
+            return functional.cross_entropy(scores, scores.detach().argmax(dim=1))
+        weights = _weights(mask, scores)
         total = weights.sum()
         if not total > 0:
             raise _nothing_valid("a mask that leaves every position out")
-        # Masked rather than multiplied: an ignored position may hold NaN.
-        return (losses.masked_fill(weights == 0, 0.0) * weights).sum() / total
+        # An ignored position may hold NaN, which a weight of zero would leave in the gradient.
+        scores = scores.masked_fill((weights == 0).unsqueeze(1), 0.0)
+        losses = functional.cross_entropy(scores, scores.detach().argmax(dim=1), reduction="none")
+        return (losses * weights).sum() / total
 
 
-def _weights(mask: Tensor, losses: Tensor) -> Tensor:
-    shape = tuple(mask.shape)
-    if mask.dim() == losses.dim() + 1 and mask.shape[1] == 1:
+def _weights(mask: Tensor, scores: Tensor) -> Tensor:
+    shape, positions = tuple(mask.shape), (scores.shape[0], *scores.shape[2:])
+    if mask.dim() == scores.dim() and mask.shape[1] == 1:
         mask = mask.squeeze(1)
     elif mask.dim() == 1:
-        mask = mask.reshape(-1, *[1] * (losses.dim() - 1))
-    if mask.dim() != losses.dim() or mask.shape[0] != losses.shape[0]:
+        mask = mask.reshape(-1, *[1] * (len(positions) - 1))
+    if mask.dim() != len(positions) or mask.shape[0] != positions[0]:
         raise problem(
             "the mask does not fit the logits",
-            expected=f"({losses.shape[0]},) or {tuple(losses.shape)}, the latter at any resolution",
+            expected=f"({positions[0]},) or {positions}, the latter at any resolution",
             received=f"shape {shape}",
             fix="pass one weight or label a sample, or a position",
         )
@@ -86,10 +87,10 @@ def _weights(mask: Tensor, losses: Tensor) -> Tensor:
         mask = mask.masked_fill(~(mask > 0), 0.0)
     elif mask.dtype != torch.bool:
         mask = mask != _IGNORED
-    weights = mask.detach().to(device=losses.device, dtype=losses.dtype)
-    if weights.shape == losses.shape:
+    weights = mask.detach().to(device=scores.device, dtype=scores.dtype)
+    if weights.shape == positions:
         return weights
-    return functional.interpolate(weights.unsqueeze(1), size=losses.shape[1:], mode="nearest").squeeze(1)
+    return functional.interpolate(weights.unsqueeze(1), size=positions[1:], mode="nearest").squeeze(1)
 
 
 def _nothing_valid(received: str) -> Exception:
