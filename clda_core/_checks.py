@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from .errors import problem
-from .layers import canonical_parameters
+from .errors import check_number, problem
+from .layers import Layer, canonical_parameters
+from .relation import ModelView, RelatedLayers
+
+_STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
+    "saliency": (("score",), ("order",), "Taylor()"),
+    "selection": (("__call__", "threshold"), (), "LowestFraction()"),
+    "relation": (("__call__",), ("needs_inputs",), "ByRelativeDepth()"),
+    "update": (
+        ("apply", "state_dict", "load_state_dict"),
+        ("granularity", "needs_relation"),
+        "Guard(MaskedDistillation())",
+    ),
+    "distillation": (("__call__",), (), "KLDistillation()"),
+    "schedule": (("due", "observes", "strength"), (), "Schedule(warmup=1000)"),
+    "probe": (("__call__",), (), "PseudoLabelCrossEntropy()"),
+}
+"""By role: the methods a strategy must have, its attributes, and an example."""
+
+
+def check_strategies(strategies: Mapping[str, Any]) -> None:
+    for role, strategy in strategies.items():
+        methods, attributes, example = _STRATEGIES[role]
+        missing = [name for name in methods if not callable(getattr(strategy, name, None))]
+        missing += [name for name in attributes if not hasattr(strategy, name)]
+        if missing or isinstance(strategy, type):
+            received = (
+                repr(strategy) if isinstance(strategy, type) or not missing else f"{strategy!r} without {missing}"
+            )
+            raise problem(
+                f"{role}= is no {role} strategy",
+                expected=f"an object with {', '.join([*methods, *attributes])}",
+                received=received,
+                fix=f"pass an instance, for example {role}={example}",
+            )
+    if strategies["saliency"].order not in (0, 1, 2):
+        raise problem(
+            "the order of the saliency estimator is unknown",
+            expected="0 (no derivative), 1 (the gradient) or 2 (the Hessian's diagonal)",
+            received=repr(strategies["saliency"].order),
+            fix="set the class attribute order",
+        )
+
+
+def check_callable(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise problem(
+            f"{name} cannot be called",
+            expected="a function, or None",
+            received=type(value).__name__,
+            fix=f"pass for example {name}=lambda output: output['logits']",
+        )
 
 
 def check_models(teacher: nn.Module, student: nn.Module) -> None:
@@ -19,8 +69,8 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
                 received=type(model).__name__,
                 fix="call CollaborativeLearner(teacher, student)",
             )
-    ours = {id(parameter): name for name, parameter in canonical_parameters(student).items()}
-    shared = [name for name, parameter in canonical_parameters(teacher).items() if id(parameter) in ours]
+    ours = {_identity(parameter) for parameter in canonical_parameters(student).values()}
+    shared = [name for name, parameter in canonical_parameters(teacher).items() if _identity(parameter) in ours]
     if shared:
         raise problem(
             "teacher and student share parameters",
@@ -30,8 +80,62 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
+def _identity(parameter: Tensor) -> Hashable:
+    """Return what two parameters on the same memory have in common, whether or not they are one object."""
+    address = 0 if parameter.device.type == "meta" else parameter.data_ptr()
+    return (str(parameter.device), address) if address else id(parameter)
+
+
+def check_mask(mask: Any) -> None:
+    if mask is not None and not isinstance(mask, Tensor):
+        raise problem(
+            "mask is no tensor",
+            expected="bool or float weights (N, ...), or an integer label map",
+            received=type(mask).__name__,
+            fix="pass torch.as_tensor(mask)",
+        )
+
+
+def check_loss(loss: Any) -> None:
+    if loss is not None and not isinstance(loss, Tensor) and not callable(loss):
+        raise problem(
+            "observe() cannot use this loss",
+            expected="a scalar tensor, or a function of the teacher that returns one",
+            received=type(loss).__name__,
+            fix="call learner.observe(lambda teacher: loss of teacher(x))",
+        )
+
+
+def check_differentiable(value: Any, what: str, fix: str) -> None:
+    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+        received = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+        raise problem(
+            f"{what} is not a loss that can be differentiated",
+            expected="a scalar tensor with a graph to the teacher's parameters",
+            received=received if isinstance(value, Tensor) else type(value).__name__,
+            fix=fix,
+        )
+
+
+def check_reached(found: Mapping[str, Optional[Tensor]]) -> None:
+    if all(derivative is None for derivative in found.values()):
+        raise problem(
+            "the observed loss does not depend on the teacher",
+            expected="a loss with a graph to at least one of the teacher's parameters",
+            received="no gradient for any of them",
+            fix="observe a loss computed from the teacher's own forward pass, without detach() or no_grad()",
+        )
+
+
 def check_steppable(optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]]) -> None:
     if step_fn is not None:
+        if scaler is not None:
+            raise problem(
+                "step() got both scaler= and step_fn=",
+                expected="one of them",
+                received="both",
+                fix="call observe(), your own step and, if it was not skipped, after_step()",
+            )
         if not callable(step_fn):
             raise problem(
                 "step_fn cannot be called",
@@ -47,6 +151,13 @@ def check_steppable(optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], 
             received=type(optimizer).__name__,
             fix="call learner.step(optimizer)",
         )
+    if scaler is not None and not callable(getattr(scaler, "step", None)):
+        raise problem(
+            "scaler cannot step an optimizer",
+            expected="a GradScaler, or None",
+            received=type(scaler).__name__,
+            fix="pass scaler=torch.cuda.amp.GradScaler(), or leave it out",
+        )
     if callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None)):
         raise problem(
             f"{type(optimizer).__name__} makes two steps in one, which step() cannot make for it",
@@ -58,7 +169,7 @@ def check_steppable(optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], 
 
 
 def check_selected(selected: Any, rates: Mapping[str, float]) -> None:
-    if not isinstance(selected, (tuple, list)) or not all(name in rates for name in selected):
+    if not isinstance(selected, (tuple, list)) or not all(isinstance(name, str) and name in rates for name in selected):
         raise problem(
             "the selection returned something else than known layers",
             expected=f"a tuple of names among {list(rates)[:5]}...",
@@ -67,7 +178,35 @@ def check_selected(selected: Any, rates: Mapping[str, float]) -> None:
         )
 
 
-def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_related(related: Any, teacher: ModelView, student: ModelView, needed: bool) -> None:
+    """Raise unless a relation returned layers of both models; at least one pair of them if ``needed``."""
+    ours = {layer.name for layer in teacher.layers}
+    theirs: Dict[str, Layer] = {layer.name: layer for layer in student.layers}
+    if (
+        not isinstance(related, RelatedLayers)
+        or not set(related.pairs) <= ours
+        or not all(isinstance(layer, Layer) and theirs.get(layer.name) == layer for layer in related.pairs.values())
+    ):
+        raise problem(
+            "the relation returned something else than related layers",
+            expected="clda_core.relation.RelatedLayers of the teacher's layer names and the student's layers",
+            received=repr(related),
+            fix="return RelatedLayers({teacher layer name: student layer}, unrelated) from relation=",
+        )
+    if needed and not related.pairs:
+        raise problem(
+            "no teacher layer can be related to a student layer",
+            expected="at least one related pair of layers",
+            received=f"unrelated: {dict(related.unrelated)}",
+            fix="pass another relation=, for example Explicit({...}), or an update that needs none",
+        )
+
+
+def check_strength(strength: Any) -> None:
+    check_number("the schedule's strength", strength, at_least=0, at_most=1)
+
+
+def check_state(state: Any, own: Mapping[str, Any]) -> None:
     """Raise unless ``state`` fits a learner whose own state is ``own``."""
     if not isinstance(state, Mapping) or state.get("version") != own["version"] or set(state) != set(own):
         version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
@@ -77,13 +216,14 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             received=f"version {version!r}",
             fix="load a state that this version of clda-core wrote",
         )
-    differing = [key for key in own["config"] if state["config"].get(key) != own["config"][key]]
+    config = state["config"] if isinstance(state["config"], Mapping) else {}
+    differing = [key for key in own["config"] if config.get(key) != own["config"][key]]
     if differing:
         key = differing[0]
         raise problem(
             f"the state is of another {'architecture' if key.endswith('_layers') else 'configuration'}",
             expected=f"{key}: {own['config'][key]!r}",
-            received=f"{key}: {state['config'].get(key)!r}",
+            received=f"{key}: {config.get(key)!r}",
             fix="build the learner with the models and strategies the state was saved with",
         )
     if state["relation"] is not None and own["relation"] is not None and state["relation"] != own["relation"]:

@@ -19,7 +19,8 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
     if world_size() == 1:
         return list(tensors)
     summed: List[Tensor] = list(tensors)
-    for dtype in {tensor.dtype for tensor in tensors}:
+    # Not a set, whose order differs from process to process.
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[index].reshape(-1) for index in chosen])
         dist.all_reduce(flat)

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from ._checks import check_models, check_selected, check_state, check_steppable
+from ._checks import (
+    check_callable,
+    check_differentiable,
+    check_loss,
+    check_mask,
+    check_models,
+    check_reached,
+    check_related,
+    check_selected,
+    check_state,
+    check_steppable,
+    check_strategies,
+    check_strength,
+)
 from ._config import describe
-from ._distributed import mean_across_ranks, mean_where_seen
+from ._distributed import mean_where_seen
 from ._models import evaluating, requiring_grad
 from ._stepping import make_step, unscale
 from .distillation import Distillation, KLDistillation, check_values, distillation_loss
 from .errors import CldaError, check_choice, problem
 from .layers import LayerGrouping, canonical_parameters, group_layers
-from .observation import Observations, hosts_gradients, non_salient_elements, score_layers
+from .observation import (
+    Observations,
+    hosts_gradients,
+    leftover_gradients,
+    non_salient_elements,
+    score_layers,
+    still_leftover,
+)
 from .outputs import Extract, Outputs, as_outputs, call_model
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Report, RoundRecord
@@ -33,6 +53,7 @@ __all__ = ["CollaborativeLearner"]
 STATE_VERSION = 1
 _PROJECTOR_LEARNING_RATE = 1e-3
 _DISCARDED_IN_A_ROW = 10
+_ROLES = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
 
 LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
 
@@ -107,12 +128,14 @@ class CollaborativeLearner:
         self.enabled = enabled
         self.probe: Probe = PseudoLabelCrossEntropy() if probe is None else probe
         self.extract = extract
+        check_strategies({role: getattr(self, role) for role in _ROLES})
+        check_callable("extract", extract)
         self._teacher_view = ModelView(teacher, group_layers(teacher, layers))
         self._student_view = ModelView(student, group_layers(student, layers))
         self._related: Optional[RelatedLayers] = None
         if not self.relation.needs_inputs:
             self._relate(None)
-        self._leftover_gradients = hosts_gradients(teacher, {})
+        self._leftover = leftover_gradients(teacher)
         self._steps = 0
         self._observations = Observations(len(self._teacher_view.layers))
         self._generator = torch.Generator().manual_seed(0)
@@ -123,7 +146,7 @@ class CollaborativeLearner:
         self._restored_projector_optimizer: Optional[Mapping[str, Any]] = None
         self._kd_loss: Optional[Tensor] = None
         # What belongs to the optimizer step in the making.
-        self._observed = False
+        self._observed: Set[str] = set()
         self._inputs: Any = None
         self._mask: Optional[Tensor] = None
         self._pending: List[Tuple[str, Histogram]] = []
@@ -164,6 +187,7 @@ class CollaborativeLearner:
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
+        check_mask(mask)
         student = as_outputs(student_output, self.extract, "student")
         if teacher_output is None:
             if inputs is None:
@@ -173,13 +197,13 @@ class CollaborativeLearner:
                     received="neither",
                     fix="call learner.distill(student_output, inputs)",
                 )
-            with evaluating(self.teacher), torch.no_grad():
+            with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
                 teacher_output = call_model(self.teacher, inputs)
         teacher = as_outputs(teacher_output, self.extract, "teacher")
         check_values(student.logits, teacher.logits, mask)
         loss = distillation_loss(self.distillation, student, teacher, mask)
         self._kd_loss = loss.detach()
-        if self.observing:
+        if inputs is not None and self.observing:
             self._inputs, self._mask = inputs, mask
         return loss
 
@@ -190,8 +214,8 @@ class CollaborativeLearner:
 
         Args:
             optimizer: Anything with ``step()``.
-            scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. A step
-                that it skips is no step for the learner either.
+            scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. A
+                step that it skips is no step for the learner either.
             step_fn: Does the step instead, for optimizers that need more than ``step()`` (SAM, LBFGS closures).
 
         Returns:
@@ -204,8 +228,8 @@ class CollaborativeLearner:
         check_steppable(optimizer, scaler, step_fn)
         if not self.enabled:
             return make_step(optimizer, scaler, step_fn)[0]
-        if not self._observed:
-            if scaler is not None and self.observing and hosts_gradients(self.teacher, self._leftover_gradients):
+        if "target" not in self._observed:
+            if scaler is not None and self.observing and hosts_gradients(self.teacher, self._leftover):
                 unscale(scaler, optimizer)
             self.observe()
         try:
@@ -243,18 +267,11 @@ class CollaborativeLearner:
                 non-finite observation is discarded and counted.
         """
         check_choice("domain", domain, ("target", "source"))
-        self._observed = True
-        if not self.observing:
-            return
-        parameters = canonical_parameters(self.teacher)
-        names = [name for layer in self._teacher_view.layers for name in layer.parameters]
-        found = self._derivatives(loss, domain, parameters, names)
-        layers = self._teacher_view.layers
-        histogram = score_layers(self.saliency, layers, parameters, found)
-        self._pending.append((domain, histogram))
-        if domain == "target" and self.update.granularity == "parameter":
-            threshold = self._observations.threshold(self.selection.threshold, histogram)
-            self._non_salient = non_salient_elements(self.saliency, parameters, found, threshold)
+        check_loss(loss)
+        if self.observing:
+            with self._keeping_rng():
+                self._observe(loss, domain)
+        self._observed.add(domain)
 
     def after_step(self) -> None:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
@@ -274,11 +291,13 @@ class CollaborativeLearner:
             )
         self._steps += 1
         try:
-            for domain, histogram in self._pending:
-                self._commit(domain, histogram)
             self._step_projectors()
-            if self.schedule.due(self._steps) and self._observations.seen("target"):
-                self._round()
+            with self._keeping_rng():
+                # Source data first: the threshold on target data may refer to it.
+                for domain, histogram in sorted(self._pending, key=lambda pending: pending[0]):
+                    self._commit(domain, histogram)
+                if self.schedule.due(self._steps):
+                    self._round()
         finally:
             self._forget_step()
 
@@ -302,8 +321,10 @@ class CollaborativeLearner:
             "discarded_in_a_row": self._discarded_in_a_row,
             "relation": None if self._related is None else _relation_as_dict(self._related),
             "update": self.update.state_dict(),
-            "projectors": {} if projectors is None else dict(projectors.state_dict()),
-            "projector_optimizer": None
+            "projectors": {}
+            if projectors is None
+            else {name: tensor.detach().clone() for name, tensor in projectors.state_dict().items()},
+            "projector_optimizer": self._restored_projector_optimizer
             if self._projector_optimizer is None
             else self._projector_optimizer.state_dict(),
         }
@@ -314,27 +335,24 @@ class CollaborativeLearner:
         Raises:
             CldaError: If the state is of another version, architecture or configuration; nothing is changed then.
         """
-        check_state(state, self.state_dict())
-        self._steps = int(state["steps"])
-        self._observations.load_state_dict(state["observations"])
-        self._generator.set_state(state["generator"])
-        self._history = [
-            RoundRecord(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
-            for record in state["history"]
-        ]
-        self._discarded = int(state["discarded"])
-        self._discarded_in_a_row = int(state["discarded_in_a_row"])
-        if state["relation"] is not None:
-            students = {layer.name: layer for layer in self._student_view.layers}
-            pairs = {name: students[other] for name, other in state["relation"]["pairs"].items()}
-            self._related = RelatedLayers(pairs, dict(state["relation"]["unrelated"]))
-        self.update.load_state_dict(state["update"])
+        own = self.state_dict()
+        # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
+        check_state(state, {**own, "relation": None} if self.relation.needs_inputs else own)
         projectors = self._projectors()
-        if projectors is not None:
-            projectors.load_state_dict(state["projectors"])
-        self._projector_optimizer = None
-        self._restored_projector_optimizer = state["projector_optimizer"]
-        self._forget_step()
+        children = [] if projectors is None else [(module, dict(module._modules)) for module in projectors.modules()]
+        try:
+            self._load(state)
+        except Exception as error:
+            for module, before in children:
+                module._modules.clear()
+                module._modules.update(before)
+            if projectors is not None:
+                projectors.load_state_dict(own["projectors"])
+            self.update.load_state_dict(own["update"])
+            raise CldaError(
+                f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
+                "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"
+            ) from error
 
     def report(self) -> Report:
         """Return the history: ``print(report)``, ``report.to_dict()``, ``report.plot()``."""
@@ -373,16 +391,53 @@ class CollaborativeLearner:
 
     def _forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
-        self._observed = False
+        self._observed = set()
         self._inputs = None
         self._mask = None
         self._pending = []
         self._non_salient = {}
+        self._leftover = still_leftover(self.teacher, self._leftover)
+        for parameter in self._projector_parameters():
+            parameter.grad = None
+
+    def _keeping_rng(self) -> ContextManager[None]:
+        """Give the host's random state back, should a model or a strategy draw from it."""
+        models = (self.teacher, self.student)
+        devices = {parameter.device for model in models for parameter in model.parameters()}
+        return torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices if d.type == "cuda"))
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Restore a state, whatever raises first leaving the learner's own attributes alone."""
+        observations = Observations(len(self._teacher_view.layers))
+        observations.load_state_dict(state["observations"])
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        history = [
+            RoundRecord(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
+            for record in state["history"]
+        ]
+        counters = [int(state[name]) for name in ("steps", "discarded", "discarded_in_a_row")]
+        related = self._related
+        if self.relation.needs_inputs:
+            related = None if state["relation"] is None else self._relation_from(state["relation"])
+        projectors = self._projectors()
+        if projectors is not None:
+            projectors.load_state_dict(state["projectors"])
+        self.update.load_state_dict(state["update"])
+        self._observations, self._generator, self._history, self._related = observations, generator, history, related
+        self._steps, self._discarded, self._discarded_in_a_row = counters
+        self._projector_optimizer = None
+        self._restored_projector_optimizer = state["projector_optimizer"]
+        self._forget_step()
+
+    def _relation_from(self, saved: Mapping[str, Mapping[str, str]]) -> RelatedLayers:
+        students = {layer.name: layer for layer in self._student_view.layers}
+        pairs = {name: students[other] for name, other in saved["pairs"].items()}
+        return RelatedLayers(pairs, dict(saved["unrelated"]))
 
     def _config(self) -> Dict[str, Any]:
-        strategies = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
         return {
-            **{name: describe(getattr(self, name)) for name in strategies},
+            **{role: describe(getattr(self, role)) for role in _ROLES},
             "teacher_layers": [[layer.name, layer.numel] for layer in self._teacher_view.layers],
             "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
         }
@@ -393,22 +448,20 @@ class CollaborativeLearner:
     def _relate(self, inputs: Any) -> RelatedLayers:
         if self._related is None:
             related = self.relation(self._teacher_view, self._student_view, inputs)
-            if not isinstance(related, RelatedLayers):
-                raise problem(
-                    "the relation returned something else",
-                    expected="clda_core.relation.RelatedLayers",
-                    received=type(related).__name__,
-                    fix="return RelatedLayers(pairs, unrelated) from relation=",
-                )
-            if self.update.needs_relation and not related.pairs:
-                raise problem(
-                    "no teacher layer can be related to a student layer",
-                    expected="at least one related pair of layers",
-                    received=f"unrelated: {dict(related.unrelated)}",
-                    fix="pass another relation=, for example Explicit({...}), or an update that needs none",
-                )
+            check_related(related, self._teacher_view, self._student_view, self.update.needs_relation)
             self._related = related
         return self._related
+
+    def _observe(self, loss: Optional[LossOrFunction], domain: str) -> None:
+        layers, parameters = self._teacher_view.layers, canonical_parameters(self.teacher)
+        names = [name for layer in layers for name in layer.parameters]
+        found = self._derivatives(loss, domain, parameters, names)
+        histogram = score_layers(self.saliency, layers, parameters, found)
+        if domain == "target" and self.update.granularity == "parameter":
+            source = [other for kind, other in self._pending if kind == "source"]
+            threshold = self._observations.threshold(self.selection.threshold, histogram, source)
+            self._non_salient = non_salient_elements(self.saliency, parameters, found, threshold)
+        self._pending.append((domain, histogram))
 
     def _derivatives(
         self, loss: Optional[LossOrFunction], domain: str, parameters: Mapping[str, nn.Parameter], names: Sequence[str]
@@ -419,23 +472,35 @@ class CollaborativeLearner:
             return dict.fromkeys(names)
         wanted = [parameters[name] for name in names]
         samples = int(getattr(self.saliency, "samples", 1))
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1 or not loss.requires_grad:
-                raise problem(
-                    "observe() got a loss without gradients",
-                    expected="a scalar with a graph to the teacher's parameters",
-                    received=f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}",
-                    fix="for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))",
-                )
-            found = derivatives(order, loss, wanted, self._generator, samples=samples, retain_graph=True)
-        elif loss is None and order == 1 and hosts_gradients(self.teacher, self._leftover_gradients):
-            live = hosts_gradients(self.teacher, self._leftover_gradients)
-            found = [parameters[name].grad if name in live else None for name in names]
+        live = hosts_gradients(self.teacher, self._leftover) if loss is None and order == 1 else {}
+        if live:
+            found = [live.get(name) for name in names]
+        elif isinstance(loss, Tensor):
+            found = self._derivatives_of(loss, wanted, samples)
         else:
             with evaluating(self.teacher), requiring_grad(wanted, of=parameters.values()):
                 value = self._probe_loss(domain) if loss is None else loss(self.teacher)
+                check_differentiable(value, "what the function given to observe() returned", "return a scalar from it")
                 found = derivatives(order, value, wanted, self._generator, samples=samples)
-        return dict(zip(names, mean_where_seen(found, wanted)))
+        by_name = dict(zip(names, mean_where_seen(found, wanted)))
+        check_reached(by_name)
+        return by_name
+
+    def _derivatives_of(self, loss: Tensor, wanted: Sequence[nn.Parameter], samples: int) -> List[Optional[Tensor]]:
+        order = self.saliency.order
+        fix = "for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))"
+        check_differentiable(loss, "the loss given to observe()", fix)
+        try:
+            return derivatives(order, loss, wanted, self._generator, samples=samples, retain_graph=True)
+        except RuntimeError as error:
+            if "retain_graph" not in str(error):
+                raise
+            raise problem(
+                "the graph of the loss given to observe() is gone",
+                expected="a loss whose graph backward() has not freed",
+                received="a freed graph",
+                fix="call observe(loss) before loss.backward(), or pass a function of the teacher",
+            ) from error
 
     def _probe_loss(self, domain: str) -> Tensor:
         if self._inputs is None or domain == "source":
@@ -447,13 +512,7 @@ class CollaborativeLearner:
             )
         logits = self._forward(self.teacher, self._inputs).logits
         loss = self.probe(logits, self._mask)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise problem(
-                "the probe returned something else than a loss",
-                expected="a scalar tensor with a graph to the logits",
-                received=type(loss).__name__ if not isinstance(loss, Tensor) else f"shape {tuple(loss.shape)}",
-                fix="return a differentiable scalar from probe=",
-            )
+        check_differentiable(loss, "what the probe returned", "return a differentiable scalar from probe=")
         return loss
 
     def _commit(self, domain: str, histogram: Histogram) -> None:
@@ -472,10 +531,14 @@ class CollaborativeLearner:
             )
 
     def _round(self) -> None:
-        """Select, relate, update, and record."""
+        """Select, relate, update, and record; nothing where no target data was observed."""
         layers = {layer.name: layer for layer in self._teacher_view.layers}
-        rates = self._observations.rates("target", list(layers))
-        source_rates = self._observations.rates("source", list(layers))
+        device = next(self.teacher.parameters()).device
+        rates, source_rates = self._observations.rates(list(layers), device)
+        if not rates:
+            return
+        strength = self.schedule.strength(self._steps)
+        check_strength(strength)
         selected = self.selection(rates, source_rates, {name: layer.numel for name, layer in layers.items()})
         check_selected(selected, rates)
         related = self._relate(self._inputs)
@@ -487,7 +550,7 @@ class CollaborativeLearner:
             inputs=self._inputs,
             mask=self._mask,
             forward=self._forward,
-            strength=self.schedule.strength(self._steps),
+            strength=strength,
             non_salient=self._non_salient,
         )
         result = self._apply(context) if context.layers else UpdateResult(())
@@ -511,8 +574,7 @@ class CollaborativeLearner:
         try:
             with undone_on_error(self.teacher, context.layers):
                 result = self.update.apply(context)
-                if not isinstance(result, UpdateResult):
-                    raise TypeError(f"apply() returned {type(result).__name__} instead of UpdateResult")
+                _check_result(result, context)
                 return result
         except Exception as error:
             raise CldaError(
@@ -525,8 +587,7 @@ class CollaborativeLearner:
 
     def _step_projectors(self) -> None:
         """Step the optimizer of the KD loss's own parameters, which the host's optimizer never sees."""
-        projectors = self._projectors()
-        parameters = [] if projectors is None else list(projectors.parameters())
+        parameters = self._projector_parameters()
         if not parameters:
             return
         if self._projector_optimizer is None:
@@ -534,12 +595,28 @@ class CollaborativeLearner:
             if self._restored_projector_optimizer is not None:
                 self._projector_optimizer.load_state_dict(dict(self._restored_projector_optimizer))
                 self._restored_projector_optimizer = None
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        with torch.no_grad():
-            for gradient, mean in zip(gradients, mean_across_ranks(gradients)):
-                gradient.copy_(mean)
+        gradients = mean_where_seen([parameter.grad for parameter in parameters], parameters)
+        for parameter, gradient in zip(parameters, gradients):
+            # One non-finite gradient would stay in Adam's moments for good.
+            if gradient is not None:
+                gradient = torch.where(torch.isfinite(gradient), gradient, torch.zeros_like(gradient))
+            parameter.grad = gradient
         self._projector_optimizer.step()
-        self._projector_optimizer.zero_grad()
+
+    def _projector_parameters(self) -> List[nn.Parameter]:
+        projectors = self._projectors()
+        return [] if projectors is None else [p for p in projectors.parameters() if p.requires_grad]
+
+
+def _check_result(result: Any, context: RoundContext) -> None:
+    names = {layer.name for layer in context.layers}
+    if not isinstance(result, UpdateResult) or not set(result.updated) <= names:
+        raise problem(
+            "apply() returned something else",
+            expected="an UpdateResult with names of the selected layers",
+            received=repr(result),
+            fix="return UpdateResult(names of the layers that were written)",
+        )
 
 
 def _relation_as_dict(related: RelatedLayers) -> Dict[str, Dict[str, str]]:

@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ._distributed import sum_across_ranks
 from .errors import problem
 from .layers import Layer, canonical_parameters
 from .saliency import SaliencyEstimator
 from .saliency.histogram import Histogram
 from .selection import Threshold, layer_saliency_rates
 
-__all__ = ["Observations", "hosts_gradients", "non_salient_elements", "score_layers"]
+__all__ = [
+    "Observations",
+    "hosts_gradients",
+    "leftover_gradients",
+    "non_salient_elements",
+    "score_layers",
+    "still_leftover",
+]
 
-Stamp = Tuple[int, int]
+Leftover = Mapping[str, Tuple[Tensor, int]]
+"""Gradients by parameter name, each with its version, which any write to it raises."""
 
 
-def hosts_gradients(model: nn.Module, leftover: Mapping[str, Stamp]) -> Dict[str, Stamp]:
-    """Return which parameters hold a gradient that the host computed, each with a stamp that changes when it does.
+def leftover_gradients(model: nn.Module) -> Dict[str, Tuple[Tensor, int]]:
+    """Return the gradients that the parameters hold now.
+
+    The tensors are held, since an address or an ``id`` may come back with the next gradient; drop them with
+    :func:`still_leftover` as soon as the host has dropped them.
+    """
+    return {
+        name: (parameter.grad, int(parameter.grad._version))
+        for name, parameter in canonical_parameters(model).items()
+        if parameter.grad is not None
+    }
+
+
+def still_leftover(model: nn.Module, leftover: Leftover) -> Dict[str, Tuple[Tensor, int]]:
+    """Return those of the gradients that are still there and were not written to."""
+    if not leftover:
+        return {}
+    now = leftover_gradients(model)
+    return {
+        name: (gradient, version)
+        for name, (gradient, version) in leftover.items()
+        if name in now and now[name][0] is gradient and now[name][1] == version
+    }
+
+
+def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
+    """Return the gradients that the host computed, by parameter name.
+
+    Those that are zero in every element are left out: ``zero_grad()`` without ``set_to_none`` leaves them on parameters
+    that the loss does not use, whose saliency is unknown. Synchronises once with the device.
 
     Args:
         model: The teacher.
-        leftover: Stamps of gradients to ignore: those from before the learner was built.
+        leftover: Gradients to ignore: those from before the learner was built.
     """
-    stamps = {
-        name: (id(parameter.grad), int(parameter.grad._version))
+    stale = still_leftover(model, leftover)
+    found = {
+        name: parameter.grad
         for name, parameter in canonical_parameters(model).items()
-        if parameter.requires_grad and parameter.grad is not None
+        if parameter.requires_grad and parameter.grad is not None and name not in stale
     }
-    return {name: stamp for name, stamp in stamps.items() if leftover.get(name) != stamp}
+    if not found:
+        return {}
+    device = next(iter(found.values())).device
+    used: List[bool] = torch.stack([gradient.ne(0).any().to(device) for gradient in found.values()]).tolist()
+    return {name: gradient for (name, gradient), flag in zip(found.items(), used) if flag}
 
 
 def score_layers(
@@ -114,10 +156,7 @@ class Observations:
                 fix="return an absolute value or a square",
             )
         if domain == "source" and not self._reference_frozen:
-            if self._reference is None:
-                self._reference = Histogram(histogram.counts.clone(), histogram.sums.clone())
-            else:
-                self._reference.merge(histogram)
+            self._reference = _merged(self._reference, histogram)
         rates = layer_saliency_rates(histogram, self.threshold(threshold, histogram)).double().cpu()
         known = ~torch.isnan(rates)
         if domain not in self._sums:
@@ -126,9 +165,18 @@ class Observations:
         self._sums[domain] += torch.where(known, rates, torch.zeros_like(rates))
         self._counts[domain] += known.long()
 
-    def threshold(self, threshold: Threshold, histogram: Histogram) -> Tensor:
-        """Return the threshold for one observation, a 0-dim tensor."""
-        value = threshold(histogram, self._reference)
+    def threshold(self, threshold: Threshold, histogram: Histogram, pending: Sequence[Histogram] = ()) -> Tensor:
+        """Return the threshold for one observation, a 0-dim tensor.
+
+        Args:
+            threshold: The strategy.
+            histogram: The observation.
+            pending: Observations of source data that are not added yet.
+        """
+        reference = self._reference
+        for other in () if self._reference_frozen else pending:
+            reference = _merged(reference, other)
+        value = threshold(histogram, None if reference is None else _moved(reference, histogram.counts.device))
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise problem(
                 f"the threshold {type(threshold).__name__} returned something else",
@@ -138,16 +186,21 @@ class Observations:
             )
         return value
 
-    def seen(self, domain: str) -> bool:
-        """Return whether a domain was observed since the last round."""
-        return domain in self._counts
+    def rates(self, names: Sequence[str], device: torch.device) -> Tuple[Dict[str, float], Dict[str, float]]:
+        """Return the mean LSR by layer name on target and on source data; a layer that was never seen is absent.
 
-    def rates(self, domain: str, names: Sequence[str]) -> Dict[str, float]:
-        """Return the mean LSR by layer name; a layer that was never seen is absent."""
-        if not self.seen(domain):
-            return {}
-        sums, counts = self._sums[domain].tolist(), self._counts[domain].tolist()
-        return {name: sums[index] / counts[index] for index, name in enumerate(names) if counts[index]}
+        The mean is over the observations of all ranks, so every rank gets the same figures; ``device`` is where the
+        ranks' reduction runs.
+        """
+        nothing = torch.zeros(self._layers, dtype=torch.float64)
+        rows = [self._sums.get(domain, nothing) for domain in ("target", "source")]
+        rows += [self._counts.get(domain, nothing).double() for domain in ("target", "source")]
+        table = sum_across_ranks([torch.stack(rows).to(device)])[0].tolist()
+
+        def means(sums: List[float], counts: List[float]) -> Dict[str, float]:
+            return {name: total / count for name, total, count in zip(names, sums, counts) if count}
+
+        return means(table[0], table[2]), means(table[1], table[3])
 
     def start_next_round(self) -> None:
         """Forget the observations of the finished round; the reference stays."""
@@ -159,16 +212,43 @@ class Observations:
         """Return the state as tensors and plain Python types."""
         reference = self._reference
         return {
-            "sums": dict(self._sums),
-            "counts": dict(self._counts),
-            "reference": None if reference is None else {"counts": reference.counts, "sums": reference.sums},
+            "sums": {domain: sums.clone() for domain, sums in self._sums.items()},
+            "counts": {domain: counts.clone() for domain, counts in self._counts.items()},
+            "reference": None
+            if reference is None
+            else {"counts": reference.counts.clone(), "sums": reference.sums.clone()},
             "reference_frozen": self._reference_frozen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        reference = state["reference"]
-        self._sums = {domain: sums.clone() for domain, sums in state["sums"].items()}
-        self._counts = {domain: counts.clone() for domain, counts in state["counts"].items()}
-        self._reference = None if reference is None else Histogram(reference["counts"], reference["sums"])
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            CldaError: If the vectors are not of this many layers.
+        """
+        found = state["reference"]
+        reference = None if found is None else Histogram(found["counts"].clone(), found["sums"].clone())
+        sums = {domain: value.cpu().clone() for domain, value in state["sums"].items()}
+        counts = {domain: value.cpu().clone() for domain, value in state["counts"].items()}
+        vectors = [*sums.values(), *counts.values(), *([] if reference is None else [reference.sums, reference.sizes])]
+        if sums.keys() != counts.keys() or any(tuple(vector.shape) != (self._layers,) for vector in vectors):
+            raise problem(
+                "the saved observations do not fit",
+                expected=f"vectors of {self._layers} layers",
+                received=str([tuple(vector.shape) for vector in vectors]),
+                fix="load the state of a learner of the same architecture",
+            )
+        self._sums, self._counts, self._reference = sums, counts, reference
         self._reference_frozen = bool(state["reference_frozen"])
+
+
+def _merged(base: Optional[Histogram], other: Histogram) -> Histogram:
+    """Return the sum of both where ``other`` is, as a new histogram."""
+    merged = Histogram(other.counts.clone(), other.sums.clone())
+    if base is not None:
+        merged.merge(_moved(base, other.counts.device))
+    return merged
+
+
+def _moved(histogram: Histogram, device: torch.device) -> Histogram:
+    return Histogram(histogram.counts.to(device), histogram.sums.to(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, NamedTuple, Tuple, Union
+from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,12 @@ def as_outputs(raw: Any, extract: Extract | None, whose: str) -> Outputs:
     value = raw if extract is None or isinstance(raw, Outputs) else extract(raw)
     if isinstance(value, Tensor):
         value = Outputs(value)
-    if not isinstance(value, Outputs) or not isinstance(value.logits, Tensor):
+    if not isinstance(value, Outputs) or not isinstance(value.logits, Tensor) or not _are_tensors(value.features):
         source = "the model" if extract is None else "extract="
         raise problem(
             f"the {whose}'s logits cannot be read",
-            expected="a tensor or clda_core.Outputs",
-            received=f"{type(value).__name__} from {source}",
+            expected="a tensor, or clda_core.Outputs with a tensor as logits and a tuple of tensors as features",
+            received=f"{value if isinstance(value, Outputs) else type(value).__name__} from {source}",
             fix="pass extract=, a function from the model's output to its logits, to CollaborativeLearner",
         )
     if value.logits.dim() < 2 or not torch.is_floating_point(value.logits):
@@ -52,13 +52,51 @@ def as_outputs(raw: Any, extract: Extract | None, whose: str) -> Outputs:
             received=f"{value.logits.dtype} of shape {tuple(value.logits.shape)}",
             fix="return unnormalised class scores from the model or from extract=",
         )
+    if value.logits.numel() == 0:
+        raise problem(
+            f"the {whose}'s logits are empty",
+            expected="at least one sample",
+            received=f"shape {tuple(value.logits.shape)}",
+            fix="skip the empty batch",
+        )
     return value
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Raises:
+        CldaError: If the model fails and the inputs are on another device or of another dtype than its parameters;
+            any other exception of the model passes.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
+    except RuntimeError as error:
+        given, own = _placement(_tensors_in(inputs)), _placement(model.parameters())
+        if not given or not own or given <= own:
+            raise
+        raise problem(
+            f"{type(model).__name__} cannot be run on the inputs ({error})",
+            expected=f"inputs where the model is: {', '.join(sorted(own))}",
+            received=", ".join(sorted(given)),
+            fix="move the inputs to the model's device and dtype before learner.distill()",
+        ) from error
+
+
+def _are_tensors(features: Any) -> bool:
+    return isinstance(features, (tuple, list)) and all(isinstance(feature, Tensor) for feature in features)
+
+
+def _tensors_in(inputs: Any) -> List[Tensor]:
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    )
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _placement(tensors: Iterable[Tensor]) -> Set[str]:
+    return {f"{tensor.dtype} on {tensor.device}" for tensor in tensors if tensor.is_floating_point()}
