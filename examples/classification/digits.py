@@ -41,6 +41,7 @@ class Config:
         teacher_blocks: Residual blocks of the teacher, by stage.
         student_blocks: The same of the student.
         source_images: Digits rendered.
+        evaluations: Points on the accuracy curve, each also a checkpoint.
         host: The self-training that every network goes through.
         progress: Whether to show progress bars.
     """
@@ -52,6 +53,7 @@ class Config:
     teacher_blocks: Tuple[int, ...] = BIG
     student_blocks: Tuple[int, ...] = SMALL
     source_images: int = SOURCE_IMAGES
+    evaluations: int = 12
     host: SelfTraining = field(default_factory=SelfTraining)
     progress: bool = True
 
@@ -182,7 +184,7 @@ def _task(config: Config) -> Task:
         evaluation=evaluation,
         host=config.host,
         steps=config.steps,
-        evaluate_every=max(1, config.steps // 12),
+        evaluate_every=max(1, config.steps // config.evaluations),
         progress=config.progress,
     )
 

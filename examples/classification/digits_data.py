@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Tuple, Union
+from typing import Optional, Tuple, Union
 
 import matplotlib
 import numpy as np
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 CLASSES = 10
 SIZE = 8
 SOURCE_IMAGES = 6000
+
+# Deviation of the smooth displacement that makes printed strokes uneven, in half image widths.
+WOBBLE = 0.1
 
 # Named one by one: matplotlib ships symbol fonts too, some without digits and some (cmsy10, cmex10) with other signs in
 # their places, which no character map reveals. These are in every matplotlib since 3.1, so the source stays the same.
@@ -87,7 +90,13 @@ def source_digits(seed: int, count: int = SOURCE_IMAGES) -> LabelledImages:
     fonts = torch.randint(len(FONTS), (count,), generator=generator)
     drawn = _restroke(glyphs()[fonts, labels].unsqueeze(1), torch.randint(3, (count,), generator=generator))
     pose = _poses(count, generator, turn=12.0, shear=0.25, low=0.9, high=1.15, shift=0.08)
-    bitmaps = _move(drawn, pose, _BITMAP).gt(0.5).to(torch.float32)
+    wobble = F.interpolate(
+        WOBBLE * torch.randn(count, 2, 4, 4, generator=generator),
+        [_BITMAP, _BITMAP],
+        mode="bicubic",
+        align_corners=True,
+    )
+    bitmaps = _move(drawn, pose, _BITMAP, wobble).gt(0.5).to(torch.float32)
     return LabelledImages(F.avg_pool2d(bitmaps, _BITMAP // SIZE), labels)
 
 
@@ -155,6 +164,8 @@ def _poses(
     return torch.stack([first, second], dim=1)
 
 
-def _move(images: Tensor, poses: Tensor, size: int) -> Tensor:
+def _move(images: Tensor, poses: Tensor, size: int, wobble: Optional[Tensor] = None) -> Tensor:
     grid = F.affine_grid(poses, [images.shape[0], 1, size, size], align_corners=False)
+    if wobble is not None:
+        grid = grid + wobble.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)

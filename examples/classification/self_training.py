@@ -35,11 +35,11 @@ class SelfTraining:
     """
 
     batch: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     target_weight: float = 1.0
-    target_start: float = 0.15
-    target_rise: float = 0.15
+    target_start: float = 0.25
+    target_rise: float = 0.25
     ema_decay: float = 0.99
     masked: float = 0.3
 
@@ -75,10 +75,14 @@ class Batches:
 
 
 class HostEma:
-    """The host's exponential moving average of the model: weights and BatchNorm statistics, paired by name."""
+    """The host's exponential moving average of the model's weights, paired by name.
+
+    It stays in training mode, as in MIC: BatchNorm then uses the statistics of the target batch at hand, not running
+    ones that are half the source's, which on another domain makes the difference between good and bad labels.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).train().requires_grad_(False)
         self.decay = decay
         self.updates = 0
 
@@ -92,13 +96,10 @@ class HostEma:
         """Move towards ``model``, faster at first, so that the random start is soon forgotten."""
         self.updates += 1
         decay = min(self.decay, 1.0 - 1.0 / (self.updates + 1))
-        current = model.state_dict()
+        current = dict(model.named_parameters())
         with torch.no_grad():
-            for name, average in self.model.state_dict().items():
-                if average.is_floating_point():
-                    average.lerp_(current[name], 1.0 - decay)
-                else:
-                    average.copy_(current[name])
+            for name, average in self.model.named_parameters():
+                average.lerp_(current[name], 1.0 - decay)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return everything :meth:`load_state_dict` needs to go on bit for bit."""
