@@ -59,11 +59,12 @@ def watching(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def positions(value: Any, module: nn.Module, samples: int) -> Optional[Tensor]:
+def positions(value: Any, module: Optional[nn.Module], samples: int) -> Optional[Tensor]:
     """Bring an activation of ``module`` to ``(N, C, *grid)``, float32, of at most ``samples`` rows ``N * grid``.
 
     A sequence whose length is a square, or a square and a class token before it, becomes a square grid. A grid is
-    averaged to fewer cells; of a batch larger than ``samples`` evenly spaced items are taken, without any draw.
+    averaged to fewer cells; of a batch larger than ``samples`` evenly spaced items are taken, without any draw. The
+    result is a copy, which later in-place operations of the model (``ReLU(inplace=True)``) do not reach.
 
     Returns:
         ``None`` where the activation holds no floating-point tensor with a batch and a channel dimension.
@@ -85,13 +86,16 @@ def positions(value: Any, module: nn.Module, samples: int) -> Optional[Tensor]:
     if rank:
         side = max(1, int((samples // grid.shape[0]) ** (1.0 / rank) + 1e-9))
         grid = _pool(grid, [min(size, side) for size in grid.shape[2:]])
-    return grid
+    return grid.clone()
 
 
-def channel_dim(value: Tensor, module: nn.Module) -> int:
-    """Return the channel dimension: 1 for what convolves or batch-normalises over this many axes, else the last."""
+def channel_dim(value: Tensor, module: Optional[nn.Module]) -> int:
+    """Return the channel dimension: 1 for what convolves or batch-normalises over this many axes, else the last.
+
+    Without a module it is 1, as in logits.
+    """
     rank = value.dim() - 2
-    if rank <= 0:
+    if rank <= 0 or module is None:
         return 1
     first = any(isinstance(part, (*_SPATIAL.get(rank, ()), *_FIRST)) for part in module.modules())
     return 1 if first else value.dim() - 1

@@ -1,0 +1,180 @@
+"""Which channel of one network plays the part of which channel of another."""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+
+from ._activations import wide
+from .errors import check_number, problem
+
+__all__ = ["Moments", "linear_assignment", "match_channels"]
+
+
+class Moments(NamedTuple):
+    """Sums over the same samples of two sets of channels, from which correlations follow; add up over ranks.
+
+    Attributes:
+        samples: Scalar, number of samples.
+        first: Shape ``(p,)``, sum of each channel of the first set.
+        second: Shape ``(q,)``, the same of the second.
+        first_square: Shape ``(p,)``, sum of squares.
+        second_square: Shape ``(q,)``, the same of the second.
+        product: Shape ``(p, q)``, sum of products.
+    """
+
+    samples: Tensor
+    first: Tensor
+    second: Tensor
+    first_square: Tensor
+    second_square: Tensor
+    product: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Moments:
+        """Sum over the rows of ``x``, shape ``(n, p)``, and ``y``, shape ``(n, q)``, in float64."""
+        a, b = wide(x), wide(y)
+        samples = a.new_tensor(float(a.shape[0]))
+        return cls(samples, a.sum(0), b.sum(0), a.pow(2).sum(0), b.pow(2).sum(0), a.t() @ b)
+
+    def correlation(self) -> Tensor:
+        """Return Pearson correlations, shape ``(p, q)``; 0 where a channel does not vary."""
+        a, b = self.first / self.samples, self.second / self.samples
+        covariance = self.product / self.samples - a[:, None] * b[None, :]
+        return (
+            _whitening(self.first_square / self.samples, a)[:, None]
+            * covariance
+            * _whitening(self.second_square / self.samples, b)
+        )
+
+
+def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
+    r"""Choose for every teacher channel the student channel that plays its part.
+
+    Equal widths: the permutation :math:`\pi` that maximises :math:`\sum_i \mathrm{corr}(i, \pi(i))`, so that every
+    student channel is used once. Unequal widths: each teacher channel takes its most correlated student channel, so
+    that several may take the same. Near-ties (1e-6) keep the order.
+
+    Args:
+        correlation: Shape ``(p, q)``: teacher channels x student channels, in [-1, 1].
+        minimum: A match must be correlated by more than this, in [0, 1).
+
+    Returns:
+        The student channel of each teacher channel; -1 where there is none.
+
+    Raises:
+        CldaError: If ``minimum`` is out of range.
+
+    Example:
+        >>> match_channels(torch.tensor([[0.1, 0.9], [0.8, 0.7]]))
+        [1, 0]
+        >>> match_channels(torch.tensor([[0.1, 0.9], [0.8, 0.7], [-0.1, -0.2]]))
+        [1, 0, -1]
+
+    References:
+        Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020. <https://arxiv.org/abs/1910.05653>
+        Ainsworth et al., Git Re-Basin, ICLR 2023, §3.1 (activation matching). <https://arxiv.org/abs/2209.04836>
+    """
+    check_number("minimum", minimum, at_least=0, below=1)
+    values = correlation.detach().to("cpu", torch.float64)
+    if values.shape[0] == values.shape[1]:
+        chosen = linear_assignment(-values - 1e-6 * torch.eye(values.shape[0], dtype=values.dtype))
+    else:
+        chosen = values.argmax(1).tolist() if values.shape[1] else [-1] * values.shape[0]
+    return [column if column >= 0 and values[row, column] > minimum else -1 for row, column in enumerate(chosen)]
+
+
+def linear_assignment(cost: Tensor) -> List[int]:
+    r"""Solve the linear assignment problem exactly: the permutation of least total cost.
+
+    Minimises :math:`\sum_i \mathrm{cost}(i, \pi(i))` over permutations :math:`\pi` by shortest augmenting paths on
+    reduced costs, after a first pass that assigns what is free: :math:`O(n^3)`, each step vectorised over the columns.
+
+    Args:
+        cost: Shape ``(n, n)``, finite; used in float64 on the CPU.
+
+    Returns:
+        :math:`\pi`: the column of each row.
+
+    Raises:
+        CldaError: If ``cost`` is not square or not finite.
+
+    Example:
+        >>> linear_assignment(torch.tensor([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]]))
+        [1, 0, 2]
+
+    References:
+        Jonker and Volgenant, A shortest augmenting path algorithm for dense and sparse linear assignment problems,
+        Computing 38, 1987. Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 2016.
+    """
+    values = cost.detach().to("cpu", torch.float64)
+    if values.dim() != 2 or values.shape[0] != values.shape[1] or not bool(torch.isfinite(values).all()):
+        raise problem(
+            "the assignment problem is not well-defined",
+            expected="a square matrix of finite costs",
+            received=f"shape {tuple(values.shape)}, all finite: {bool(torch.isfinite(values).all())}",
+            fix="pass an (n, n) matrix without NaN or infinity",
+        )
+    size = values.shape[0]
+    if size == 0:
+        return []
+    lowest = values.min(1)[0]
+    column_price = (values - lowest[:, None]).min(0)[0]
+    column_of, row_of = _greedy(values - lowest[:, None] - column_price)
+    row_price = lowest.tolist()
+    for start in range(size):
+        if column_of[start] < 0:
+            _augment(start, values, row_price, column_price, column_of, row_of)
+    return column_of
+
+
+def _greedy(reduced: Tensor) -> Tuple[List[int], List[int]]:
+    """Assign rows and columns that meet at a reduced cost of zero, as long as both are free."""
+    size = reduced.shape[0]
+    column_of, row_of = [-1] * size, [-1] * size
+    for row, column in torch.nonzero(reduced <= 0, as_tuple=False).tolist():
+        if column_of[row] < 0 and row_of[column] < 0:
+            column_of[row], row_of[column] = column, row
+    return column_of, row_of
+
+
+def _augment(
+    start: int, cost: Tensor, row_price: List[float], column_price: Tensor, column_of: List[int], row_of: List[int]
+) -> None:
+    """Assign one more row along the shortest path of reduced costs from it to a free column (Dijkstra)."""
+    infinity = float("inf")
+    distance = torch.full_like(column_price, infinity)
+    closed = torch.zeros_like(column_price)
+    via = torch.zeros_like(column_price, dtype=torch.long)
+    visited: List[Tuple[int, float]] = []
+    row, reached = start, 0.0
+    while True:
+        candidate = (cost[row] - column_price).add_(reached - row_price[row]).add_(closed)
+        via.masked_fill_(candidate < distance, row)
+        distance = torch.min(distance, candidate)
+        nearest, index = distance.min(0)
+        reached, column = float(nearest), int(index)
+        if row_of[column] < 0:
+            break
+        visited.append((column, reached))
+        distance[column] = closed[column] = infinity
+        row = row_of[column]
+    row_price[start] += reached
+    for passed, before in visited:
+        row_price[row_of[passed]] += reached - before
+        column_price[passed] -= reached - before
+    while True:
+        row = int(via[column])
+        row_of[column] = row
+        column_of[row], column = column, column_of[row]
+        if row == start:
+            return
+
+
+def _whitening(square: Tensor, mean: Tensor) -> Tensor:
+    """Return one over the standard deviation, and 0 where there is none beyond rounding."""
+    variance = square - mean.pow(2)
+    varies = variance > 1e-10 * square
+    return torch.where(varies, torch.where(varies, variance, torch.ones_like(variance)).rsqrt(), torch.zeros_like(mean))

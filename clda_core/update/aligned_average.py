@@ -1,0 +1,306 @@
+"""Exponential averaging of student layers into teacher layers, after expressing them in the teacher's basis."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Literal
+
+from .._activations import capturing, positions, rows, watching
+from .._config import Strategy
+from .._distributed import sum_across_ranks
+from ..alignment import Moments, match_channels
+from ..errors import check_choice, check_number
+from ..layers import Layer, _canonical_modules, canonical_buffers, canonical_parameters, local_names
+from .base import Granularity, RoundContext, UpdateResult
+from .writing import blend
+
+__all__ = ["AlignedAverage"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NOT_CALLED = "its module is not called in the forward pass"
+
+
+class AlignedAverage(Strategy):
+    r"""Exponential averaging of related student layers, first expressed in the teacher's basis.
+
+    :math:`\theta_T \leftarrow (1 - s(1 - d))\,\theta_T + s(1 - d)\,\theta'` with ``decay`` :math:`d` and the schedule's
+    strength :math:`s`. For each pair of convolutions, linear or norm modules of a teacher layer and its related student
+    layer (paired by local name), the round's target batch gives the correlation of every teacher channel with every
+    student channel, once for what goes into the module and once for what comes out; from these
+    :func:`~clda_core.alignment.match_channels` chooses the student channels :math:`\mathrm{in}(j)` and
+    :math:`\mathrm{out}(i)`, and
+
+    .. math:: W'_{ij} = \frac{W^S_{\mathrm{out}(i),\,\mathrm{in}(j)}}{m_{\mathrm{in}(j)}}, \qquad
+              b'_i = b^S_{\mathrm{out}(i)}
+
+    where :math:`m_c` is the number of teacher channels that take student channel :math:`c` (1 for equal widths). So a
+    student that is a permuted or a narrower Net2Net copy of the teacher is mapped back to the teacher's own function.
+    A channel without a counterpart (it does not vary, or correlates with none) keeps the teacher's weights. Where a
+    student module's output is the logits, classes stay as they are.
+
+    Args:
+        decay: :math:`d` in [0, 1]; 1 changes nothing.
+        buffers: ``"average"`` treats BatchNorm statistics like the norm's other vectors, ``"keep"`` leaves the
+            teacher's.
+        granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
+        minimum: Channels must be correlated by more than this, in [0, 1), to correspond.
+        samples: Most samples (images x positions) to correlate over, >= 2; bounds memory.
+
+    Raises:
+        CldaError: If an argument is out of range, or (in :meth:`apply`) the round has no inputs.
+
+    Note:
+        Each module is aligned by itself: modules that read and write one residual stream may get *different* maps, each
+        best where it stands, and the query and key projections of an attention block may be permuted apart. Whole
+        blocks then fit less well than their parts; put a :class:`~clda_core.update.Guard` around it.
+
+        Skipped with a reason: kernels of different sizes, grouped convolutions other than depthwise, transposed
+        convolutions, embeddings, attention projections that PyTorch applies without calling a module, parameters that
+        hang on a composite module. A module called several times is aligned on its first call.
+
+        Runs both models once in eval mode without gradients; hooks, modes and random state are given back. In
+        distributed runs correlations are those over all ranks' samples, so that every rank writes the same.
+
+    References:
+        Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020. <https://arxiv.org/abs/1910.05653>
+        Ainsworth et al., Git Re-Basin, ICLR 2023. <https://arxiv.org/abs/2209.04836>
+        Chen et al., Net2Net, ICLR 2016, §2.2, for the division by the multiplicity.
+        <https://arxiv.org/abs/1511.05641>
+    """
+
+    needs_relation = True
+
+    def __init__(
+        self,
+        *,
+        decay: float = 0.99,
+        buffers: Literal["keep", "average"] = "keep",
+        granularity: Granularity = "layer",
+        minimum: float = 0.0,
+        samples: int = 2048,
+    ) -> None:
+        check_number("decay", decay, at_least=0, at_most=1)
+        check_choice("buffers", buffers, ("keep", "average"))
+        check_choice("granularity", granularity, ("layer", "parameter"))
+        check_number("minimum", minimum, at_least=0, below=1)
+        check_number("samples", samples, at_least=2, integer=True)
+        self.decay = decay
+        self.buffers = buffers
+        self.granularity: Granularity = granularity
+        self.minimum = minimum
+        self.samples = samples
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        """Average the aligned student layers into the selected teacher layers, in place."""
+        context.required_inputs()
+        movable = context.movable(self.granularity)
+        pairs, skipped = _paired_modules(context, self.buffers == "average")
+        maps = _channel_maps(context, pairs, self.samples, self.minimum)
+        parameters = canonical_parameters(context.teacher)
+        of_teacher: Dict[str, Tensor] = {**parameters, **canonical_buffers(context.teacher)}
+        targets: Dict[str, Tensor] = {}
+        sources: Dict[str, Tensor] = {}
+        updated: List[str] = []
+        for pair in pairs:
+            found = maps.get(pair.name, _NOT_CALLED)
+            for local, name in pair.tensors.items():
+                target = of_teacher[name].detach()
+                source = getattr(pair.theirs, name.rpartition(".")[2], None)
+                reason = found if isinstance(found, str) else None
+                if movable and name in parameters and name not in movable:
+                    reason = "no gradient of it was observed, so its non-salient elements are unknown"
+                elif not isinstance(source, Tensor):
+                    reason = f"the student's module {pair.other!r} has no such tensor"
+                elif not isinstance(found, str):
+                    aligned = _expressed(target, source.detach(), found, _is_depthwise(pair.ours))
+                    reason = "none of its channels has a counterpart" if aligned is None else None
+                    if aligned is not None:
+                        targets[name], sources[name] = target, aligned
+                        updated.append(pair.layer)
+                if reason is not None:
+                    skipped[f"{pair.layer}: {local}"] = reason
+        blend(targets, sources, (1 - self.decay) * context.strength, movable)
+        return UpdateResult(tuple(dict.fromkeys(updated)), skipped)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return nothing: averaging has no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept what :meth:`state_dict` returned."""
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The student channel of every teacher channel, -1 where there is none: going into a module, and coming out."""
+
+    into: List[int]
+    out: List[int]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    layer: str
+    name: str
+    other: str
+    ours: nn.Module
+    theirs: nn.Module
+    tensors: Mapping[str, str]
+    """Canonical by local name."""
+
+
+def _paired_modules(context: RoundContext, with_buffers: bool) -> Tuple[List[_Pair], Dict[str, str]]:
+    """Pair the leaf modules of selected and related layers by local name; say what cannot be aligned."""
+    ours, theirs = _canonical_modules(context.teacher), _canonical_modules(context.student)
+    pairs: List[_Pair] = []
+    skipped: Dict[str, str] = {}
+    for layer in context.layers:
+        if layer.name not in context.related:
+            skipped[layer.name] = "no related student layer"
+            continue
+        related = context.related[layer.name]
+        candidates = _owners(related, with_buffers)
+        for owner, (name, tensors) in _owners(layer, with_buffers).items():
+            if owner not in candidates:
+                reason: Optional[str] = f"student layer {related.name!r} has no module with this local name"
+            else:
+                other = candidates[owner][0]
+                reason = _why_not(ours.get(name), theirs.get(other))
+            if reason is None:
+                pairs.append(_Pair(layer.name, name, other, ours[name], theirs[other], tensors))
+            else:
+                skipped.update({f"{layer.name}: {local}": reason for local in tensors})
+    return pairs, skipped
+
+
+def _owners(layer: Layer, with_buffers: bool) -> Dict[str, Tuple[str, Dict[str, str]]]:
+    """Return by local module name the module's canonical name and its tensors' canonical by local names."""
+    names = layer.parameters + (layer.buffers if with_buffers else ())
+    owners: Dict[str, Tuple[str, Dict[str, str]]] = {}
+    for local, name in local_names(layer, names).items():
+        owner = owners.setdefault(local.rpartition(".")[0], (name.rpartition(".")[0], {}))
+        owner[1][local] = name
+    return owners
+
+
+def _why_not(ours: Optional[nn.Module], theirs: Optional[nn.Module]) -> Optional[str]:
+    """Return why two modules cannot be aligned, or ``None`` if they can."""
+    if ours is None or theirs is None or _has_children(ours) or _has_children(theirs):
+        return "it does not belong to a leaf module"
+    kinds = _kind(ours), _kind(theirs)
+    if kinds[0] is None:
+        return f"{type(ours).__name__} cannot be aligned"
+    if kinds[0] != kinds[1]:
+        return f"a {type(ours).__name__} does not pair with a {type(theirs).__name__}"
+    if isinstance(ours, _CONVOLUTIONS) and isinstance(theirs, _CONVOLUTIONS):
+        if ours.kernel_size != theirs.kernel_size:
+            return f"kernel sizes differ: {ours.kernel_size} in the teacher, {theirs.kernel_size} in the student"
+        plain = ours.groups == theirs.groups == 1
+        if not plain and not (_is_depthwise(ours) and _is_depthwise(theirs)):
+            return f"groups={ours.groups} and groups={theirs.groups}: only ungrouped or depthwise pairs can be aligned"
+    return None
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _kind(module: nn.Module) -> Optional[type]:
+    """Return what a module must share with its partner, ``None`` if modules of its kind cannot be aligned."""
+    for kind in (*_CONVOLUTIONS, nn.Linear, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, kind):
+            return kind
+    return type(module) if all(parameter.dim() == 1 for parameter in module.parameters()) else None
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def _channel_maps(
+    context: RoundContext, pairs: List[_Pair], samples: int, minimum: float
+) -> Dict[str, Union[_Maps, str]]:
+    """Run both models and match channels module by module, keeping one teacher activation at a time.
+
+    Returns:
+        By the teacher module's name its maps, or why there are none; a module that is not called is absent.
+    """
+    student: Dict[str, Tuple[Optional[Tensor], Optional[Tensor]]] = {}
+    maps: Dict[str, Union[_Maps, str]] = {}
+    partners = {pair.name: pair.other for pair in pairs}
+
+    def keep(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+        student[name] = (positions(inputs, module, samples), positions(output, module, samples))
+
+    def match(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+        if partners[name] not in student:
+            return
+        into, out = student[partners[name]]
+        found_out = _matched(positions(output, module, samples), out, minimum)
+        found_into = _matched(positions(inputs, module, samples), into, minimum)
+        if found_into is None or found_out is None:
+            maps[name] = "its activations cannot be compared with the student's (not finite, or on grids of other rank)"
+            return
+        if out is not None and len(found_out) == out.shape[1] and _is_same(out, logits):
+            found_out = list(range(len(found_out)))
+        maps[name] = _Maps(found_into, found_out)
+
+    with watching(context.teacher, context.student):
+        with capturing({pair.other: pair.theirs for pair in pairs}, keep):
+            outputs = context.forward(context.student, context.inputs)
+        logits = positions(outputs.logits, None, samples)
+        with capturing({pair.name: pair.ours for pair in pairs}, match):
+            context.forward(context.teacher, context.inputs)
+    return maps
+
+
+def _matched(ours: Optional[Tensor], theirs: Optional[Tensor], minimum: float) -> Optional[List[int]]:
+    correlation = _correlation(ours, theirs)
+    if correlation is None or not bool(torch.isfinite(correlation).all()):
+        return None
+    return match_channels(correlation, minimum=minimum)
+
+
+def _correlation(first: Optional[Tensor], second: Optional[Tensor]) -> Optional[Tensor]:
+    both = None if first is None or second is None else rows(first, second)
+    return None if both is None else Moments(*sum_across_ranks(Moments.of(*both))).correlation()
+
+
+def _is_same(output: Tensor, logits: Optional[Tensor]) -> bool:
+    """Return whether a module's output is the logits, but for their size: then its channels are the classes."""
+    if logits is None or logits.shape[1] != output.shape[1]:
+        return False
+    correlation = _correlation(output, logits)
+    return correlation is not None and bool((correlation.diagonal() > 0.9).all())
+
+
+def _expressed(target: Tensor, source: Tensor, maps: _Maps, depthwise: bool) -> Optional[Tensor]:
+    """Return the student's tensor in the teacher's basis, the teacher's values where channels have no counterpart.
+
+    Returns:
+        ``None`` if no element has a counterpart, or the maps do not fit the tensors.
+    """
+    per_channel = target.dim() == 1 or depthwise
+    fits = target.shape[0] == len(maps.out) and (per_channel or target.shape[1] == len(maps.into))
+    to_out = [index for index, match in enumerate(maps.out) if match >= 0]
+    to_into = [index for index, match in enumerate(maps.into) if match >= 0]
+    if not fits or not to_out or not (per_channel or to_into):
+        return None
+    device = target.device
+    result = target.clone()
+    chosen = source.to(target)[torch.tensor([maps.out[index] for index in to_out], device=device)]
+    kept = torch.tensor(to_out, device=device)
+    if per_channel:
+        result[kept] = chosen
+        return result
+    taken = [maps.into[index] for index in to_into]
+    multiplicity = Counter(taken)
+    counts = torch.tensor([float(multiplicity[match]) for match in taken], dtype=target.dtype, device=device)
+    chosen = chosen[:, torch.tensor(taken, device=device)] / counts.view(1, -1, *[1] * (target.dim() - 2))
+    result[kept[:, None], torch.tensor(to_into, device=device)] = chosen
+    return result

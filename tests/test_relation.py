@@ -1,0 +1,300 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from clda_core.errors import CldaError
+from clda_core.layers import group_layers
+from clda_core.relation import (
+    ByName,
+    ByRelativeDepth,
+    BySimilarity,
+    Explicit,
+    ModelView,
+    RelatedLayers,
+    linear_cka,
+)
+from tests import reference_relation as reference
+from tests.models import CNN, ResNet, SegFormer, ViT, mlp
+from tests.update.rounds import changed, images, randomise, traces, values
+
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+RELATIONS = [ByName(), ByRelativeDepth(), BySimilarity(minimum=0.0), Explicit({"conv1": "conv1"})]
+
+
+def view(model: nn.Module, by: Any = None) -> ModelView:
+    return ModelView(model, group_layers(model, by))
+
+
+def named(related: RelatedLayers) -> "dict[str, str]":
+    return {teacher: layer.name for teacher, layer in related.pairs.items()}
+
+
+def blocks(depth: int, name: str = "blocks") -> nn.Module:
+    return nn.ModuleDict({name: nn.ModuleList([nn.Linear(2, 2) for _ in range(depth)])})
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=repr)
+@pytest.mark.parametrize("depths", [((3, 2), (1, 1)), ((1, 1), (2, 3)), ((2, 2), (2, 2))])
+def test_every_teacher_layer_is_related_or_unrelated_with_a_reason(relation: Any, depths: Any) -> None:
+    teacher, student = ResNet(depths[0], width=6), ResNet(depths[1], width=4)
+    related = relation(view(teacher), view(student), images())
+    every = [layer.name for layer in group_layers(teacher)]
+    assert sorted([*related.pairs, *related.unrelated]) == sorted(every)
+    assert all(related.unrelated.values())
+    assert set(named(related).values()) <= {layer.name for layer in group_layers(student)}
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=repr)
+def test_leaves_no_trace_and_decides_alike_again(relation: Any) -> None:
+    teacher, student = randomise(ResNet((2, 1)), 1), randomise(ResNet((1, 1)), 2)
+    before, traced = (values(teacher), values(student)), traces(teacher, student)
+    first = relation(view(teacher), view(student), images())
+    assert named(relation(view(teacher), view(student), images())) == named(first)
+    assert not changed(teacher, before[0])
+    assert not changed(student, before[1])
+    assert traces(teacher, student) == traced
+
+
+def test_only_similarity_needs_inputs() -> None:
+    assert [relation.needs_inputs for relation in RELATIONS] == [False, False, True, False]
+
+
+def test_by_name() -> None:
+    related = ByName()(view(ResNet((2, 1))), view(ResNet((1, 1), width=2)))
+    assert named(related) == {"conv1": "conv1", "layer1.0": "layer1.0", "layer2.0": "layer2.0", "fc": "fc"}
+    assert related.unrelated == {"layer1.1": "the student has no layer named 'layer1.1'"}
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+@quick
+def test_relative_depth_equals_the_nearest_depth(count: int, others: int) -> None:
+    related = ByRelativeDepth()(*[ModelView(nn.Identity(), group_layers(blocks(depth))) for depth in (count, others)])
+    indices = [int(name.rpartition(".")[2]) for name in named(related).values()]
+    assert indices == [reference.relative_index(index, count, others) for index in range(count)]
+    assert indices == sorted(indices)
+    assert indices[0] == 0
+    assert count == 1 or indices[-1] == others - 1
+
+
+def test_relative_depth_stays_within_the_stage_and_falls_back_to_names() -> None:
+    related = ByRelativeDepth()(view(ResNet((4, 1))), view(ResNet((2, 3))))
+    assert named(related) == {
+        "conv1": "conv1",
+        "layer1.0": "layer1.0",
+        "layer1.1": "layer1.0",
+        "layer1.2": "layer1.1",
+        "layer1.3": "layer1.1",
+        "layer2.0": "layer2.0",
+        "fc": "fc",
+    }
+
+
+def test_relative_depth_pairs_stages_of_other_names_in_order() -> None:
+    related = ByRelativeDepth()(view(ResNet((2, 1))), view(SegFormer((1, 2)).backbone))
+    assert named(related) == {"layer1.0": "block1.0", "layer1.1": "block1.0", "layer2.0": "block2.0"}
+    assert set(related.unrelated) == {"conv1", "fc"}
+
+
+def test_relative_depth_uses_names_where_the_numbers_of_stages_differ() -> None:
+    student = nn.ModuleDict({"one": blocks(2), "two": blocks(2)})
+    related = ByRelativeDepth()(view(blocks(3, "other")), view(student))
+    assert not related.pairs
+    assert set(related.unrelated) == {"other.0", "other.1", "other.2"}
+
+
+def test_relative_depth_takes_a_bare_sequential_as_one_stage() -> None:
+    big = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)])
+    assert list(named(ByRelativeDepth()(view(big), view(nn.Sequential(nn.Linear(2, 2))))).values()) == ["0"] * 3
+
+
+def test_explicit() -> None:
+    related = Explicit({"layer1.1": "layer2.0"})(view(ResNet((2, 1))), view(ResNet((1, 1))))
+    assert named(related) == {"layer1.1": "layer2.0"}
+    assert related.unrelated["conv1"] == "the explicit mapping leaves it out"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"layer1.7": "conv1"}, r"names teacher layers that do not exist: expected names among \['conv1'.*'layer1.0'"),
+        ({"conv1": "layer9.0"}, r"names student layers.*received \['layer9.0'\].*perhaps \[.*'layer2.0'"),
+        ({"conv1": "§"}, "use one of the student's layer names"),
+    ],
+)
+def test_explicit_names_that_do_not_exist(mapping: Any, message: str) -> None:
+    with pytest.raises(CldaError, match=message):
+        Explicit(mapping)(view(ResNet((2, 1))), view(ResNet((1, 1))))
+
+
+@pytest.mark.parametrize("mapping", [{}, ["conv1"], {"conv1": 3}, None])
+def test_explicit_refuses_what_is_no_mapping_of_names(mapping: Any) -> None:
+    with pytest.raises(CldaError, match="not a mapping of layer names: expected a non-empty mapping"):
+        Explicit(mapping)
+
+
+@given(st.integers(2, 12), st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**20))
+@quick
+def test_linear_cka_equals_the_oracle_and_its_invariances(n: int, p: int, q: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (p, q))
+    value = linear_cka(x, y).item()
+    assert value == pytest.approx(reference.linear_cka(x.numpy(), y.numpy()), rel=1e-9, abs=1e-12)
+    assert -1e-12 <= value <= 1 + 1e-12
+    assert linear_cka(y, x).item() == pytest.approx(value, rel=1e-9)
+    assert linear_cka(3e9 * x + 5, y.flip(1)).item() == pytest.approx(value, rel=1e-6)
+    assert linear_cka(x, x).item() == pytest.approx(1)
+
+
+def test_linear_cka_keeps_the_dtype_and_is_0_for_constants() -> None:
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    assert linear_cka(x, x).dtype == torch.float32
+    assert linear_cka(x.half(), x).dtype == torch.float16
+    assert linear_cka(x, torch.full((6, 2), 0.1)).item() == 0
+    assert torch.isnan(linear_cka(x, torch.full((6, 2), float("nan"))))
+
+
+@pytest.mark.parametrize("shapes", [((4, 2), (5, 2)), ((1, 2), (1, 2)), ((4,), (4,)), ((4, 2, 2), (4, 2, 2))], ids=str)
+def test_linear_cka_refuses_other_shapes(shapes: Any) -> None:
+    with pytest.raises(CldaError, match=r"expected two floating-point tensors \(n, p\) and \(n, q\) with n >= 2"):
+        linear_cka(*[torch.zeros(shape) for shape in shapes])
+
+
+def test_linear_cka_refuses_integers() -> None:
+    with pytest.raises(CldaError, match=r"received torch.int64 of shape \(4, 2\)"):
+        linear_cka(torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2))
+
+
+class Features(nn.Module):
+    """Puts out what it is told to, through two modules that only add a bias."""
+
+    def __init__(self, first: Tensor, second: Tensor, convolves: bool = False) -> None:
+        super().__init__()
+        self.values = (first, second)
+        self.a, self.b = Bias(convolves), Bias(convolves)
+        self.never = nn.Linear(2, 2)
+        self.loose = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.values[0]).sum() + self.b(self.values[1]).sum() + x.sum() + self.loose
+
+
+class Bias(nn.Module):
+    def __init__(self, convolves: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+        if convolves:
+            self.convolution = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+def test_similarity_finds_the_rotated_copy_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(64, 4, generator=generator) for _ in range(2))
+    turn = torch.tensor([[0.6, 0.8, 0, 0], [-0.8, 0.6, 0, 0], [0, 0, 0, 1], [0, 0, 1.0, 0]])
+    teacher, student = Features(first, second), Features(second @ turn * 3, first[:, [2, 0, 3, 1]] - 1)
+    related = BySimilarity(minimum=0.9)(view(teacher), view(student), torch.zeros(1))
+    assert named(related) == {"a": "b", "b": "a"}
+    assert related.unrelated == {
+        "loose": "it is a group of parameters, not a module with an output to compare",
+        "never": "its module is not called in the forward pass",
+    }
+
+
+@pytest.mark.parametrize("convolves", [True, False])
+def test_similarity_equals_the_oracle_on_maps_of_two_sizes(convolves: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    fine, coarse = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 4, 4, generator=generator)
+    pooled = fine.reshape(3, 4, 4, 2, 4, 2).mean((3, 5))
+    matrices = [value.permute(0, 2, 3, 1).reshape(48, -1).numpy() for value in (pooled, coarse)]
+    expected = reference.linear_cka(*matrices)
+    maps = [value if convolves else value.permute(0, 2, 3, 1) for value in (fine, coarse)]
+    teacher, student = (view(Features(value, value, convolves), lambda name: name.partition(".")[0]) for value in maps)
+    related = BySimilarity(minimum=1.0)(teacher, student, torch.zeros(1))
+    assert f"a, has a linear CKA of {expected:.2f}, below minimum=1" in related.unrelated["b"]
+
+
+def test_similarity_does_not_compare_vectors_with_maps_or_take_what_is_not_finite() -> None:
+    vectors, maps = torch.randn(8, 3), torch.randn(8, 3, 4, 4)
+    teacher = Features(vectors, torch.full((8, 3, 4, 4), float("nan")))
+    related = BySimilarity(minimum=0.0)(view(teacher), view(Features(maps, maps)), torch.zeros(1))
+    assert not related.pairs
+    assert related.unrelated["a"] == related.unrelated["b"]
+    assert "no student layer has finite features on a grid comparable" in related.unrelated["a"]
+
+
+@pytest.mark.parametrize("build", [ResNet, ViT, SegFormer, CNN, mlp])
+def test_similarity_relates_a_model_to_itself_by_name(build: Any) -> None:
+    model = randomise(build(), 3)
+    inputs = torch.randn(24, 5) if build is mlp else images(count=24)
+    related = BySimilarity(minimum=0.99)(view(model), view(model), inputs)
+    assert related.pairs
+    assert all(name == other for name, other in named(related).items())
+
+
+def test_similarity_takes_keyword_and_positional_inputs() -> None:
+    model = view(randomise(ResNet((1, 1)), 3))
+    expected = named(BySimilarity()(model, model, images()))
+    assert named(BySimilarity()(model, model, {"x": images()})) == expected
+    assert named(BySimilarity()(model, model, (images(),))) == expected
+
+
+@pytest.mark.parametrize("samples", [2, 7, 100])
+def test_similarity_bounds_its_rows(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("clda_core.relation.linear_cka", lambda x, y: seen.append(x.shape[0]) or linear_cka(x, y))
+    model = view(ResNet((1, 1)))
+    BySimilarity(samples=samples)(model, model, images(count=5))
+    assert seen
+    assert max(seen) <= samples
+
+
+def test_similarity_gives_hooks_and_modes_back_when_a_model_raises() -> None:
+    model = randomise(ResNet((1, 1)), 3)
+    traced = traces(model)
+    with pytest.raises(RuntimeError, match="."):
+        BySimilarity()(view(model), view(model), torch.zeros(2, 7))
+    assert traces(model) == traced
+
+
+def test_similarity_gives_the_random_state_back_even_if_a_model_draws() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + torch.rand_like(x))
+
+    model = Noisy()
+    traced = traces(model)
+    BySimilarity()(view(model), view(model), torch.zeros(4, 2))
+    assert traces(model) == traced
+
+
+def test_user_groups_without_a_module_are_unrelated() -> None:
+    model = ResNet((1, 1))
+    related = BySimilarity()(view(model, lambda name: "all"), view(model), images())
+    assert related.unrelated == {"all": "it is a group of parameters, not a module with an output to compare"}
+
+
+def test_similarity_without_inputs() -> None:
+    model = view(ResNet((1, 1)))
+    with pytest.raises(CldaError, match=r"cannot be related by similarity without inputs.*received None"):
+        BySimilarity()(model, model)
+
+
+@pytest.mark.parametrize("options", [{"minimum": -0.1}, {"minimum": 1.1}, {"samples": 1}, {"samples": 2.5}])
+def test_similarity_refuses_arguments_out_of_range(options: Any) -> None:
+    with pytest.raises(CldaError, match=f"^{next(iter(options))} is"):
+        BySimilarity(**options)
+
+
+def test_relations_print_as_they_were_made() -> None:
+    assert repr(BySimilarity(minimum=0.25)) == "BySimilarity(minimum=0.25, samples=2048)"
+    assert repr(ByRelativeDepth()) == "ByRelativeDepth()"

@@ -1,0 +1,312 @@
+import copy
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clda_core.errors import CldaError
+from clda_core.layers import group_layers
+from clda_core.relation import ByName, ModelView
+from clda_core.update import RoundContext
+from clda_core.update.aligned_average import AlignedAverage, _expressed, _Maps
+from tests import reference_relation as reference
+from tests.models import CNN, ResNet, SegFormer, ViT, mlp
+from tests.update.rounds import changed, images, randomise, round_context, traces, values
+
+
+class Net(nn.Module):
+    """Plain layers, a depthwise one among them, whose hidden channels may be permuted or duplicated."""
+
+    def __init__(self, a: int = 6, b: int = 5, classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, a, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(a)
+        self.depth = nn.Conv2d(a, a, 3, padding=1, groups=a)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(a, b, 3, padding=1, stride=2)
+        self.bn2 = nn.BatchNorm2d(b)
+        self.fc = nn.Linear(b, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.depth(self.relu(self.bn1(self.conv1(x))) + 0.1))
+        return self.fc(self.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+HIDDEN_1 = ["conv1.weight", "conv1.bias", "bn1.", "depth."]
+HIDDEN_2 = ["conv2.weight", "conv2.bias", "bn2."]
+
+
+def copied(source: nn.Module, a: List[int], b: List[int]) -> Net:
+    """Return a net of which hidden channel i copies channel a[i] or b[i]; its function is the source's."""
+    net = Net(len(a), len(b))
+    state: Dict[str, Tensor] = {}
+    for name, value in source.state_dict().items():
+        if value.dim() and any(name.startswith(prefix) for prefix in HIDDEN_1):
+            value = value[a]
+        if value.dim() and any(name.startswith(prefix) for prefix in HIDDEN_2):
+            value = value[b]
+        if name == "conv2.weight":
+            value = value[:, a] / torch.tensor([float(a.count(i)) for i in a]).view(1, -1, 1, 1)
+        if name == "fc.weight":
+            value = value[:, b] / torch.tensor([float(b.count(i)) for i in b])
+        state[name] = value
+    net.load_state_dict(state)
+    return net
+
+
+def alive(seed: int, **widths: int) -> nn.Module:
+    """Return a net in which every channel varies."""
+    net = randomise(Net(**widths), seed)
+    with torch.no_grad():
+        for name in ("bn1", "bn2"):
+            getattr(net, name).bias.fill_(1.0)
+        net.depth.bias.fill_(2.0)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]),
+        ([3, 0, 5, 1, 4, 2], [4, 2, 0, 1, 3]),
+        ([3, 0, 5, 1, 4, 2, 0, 0, 3], [4, 2, 0, 1, 3, 3, 2]),
+    ],
+    ids=["same", "permuted", "widened"],
+)
+def test_a_teacher_that_copies_the_student_is_mapped_back_to_itself(a: List[int], b: List[int]) -> None:
+    student = alive(0)
+    teacher = copied(student, a, b)
+    inputs = images(count=16)
+    before, expected = values(teacher), teacher.eval()(inputs)
+    assert torch.allclose(expected, student.eval()(inputs), atol=1e-5)
+    result = AlignedAverage(decay=0.0, buffers="average").apply(round_context(teacher, student, inputs=inputs))
+    assert result.updated == ("conv1", "depth", "conv2", "fc")
+    assert not result.skipped
+    assert torch.allclose(teacher(inputs), expected, atol=1e-5)
+    for name, value in values(teacher).items():
+        assert torch.allclose(value, before[name], atol=1e-6), name
+
+
+def test_a_net2net_teacher_with_uneven_shares_keeps_its_function() -> None:
+    student = alive(0)
+    teacher = copied(student, [0, 1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 0])
+    with torch.no_grad():
+        teacher.conv2.weight[:, 5] += 0.4
+        teacher.conv2.weight[:, 6] -= 0.4
+    inputs = images(count=16)
+    expected, before = teacher.eval()(inputs), values(teacher)
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, inputs=inputs))
+    assert changed(teacher, before)
+    assert torch.allclose(teacher(inputs), expected, atol=1e-5)
+
+
+def test_only_one_layer_of_a_permuted_student_fits_the_others_of_the_teacher() -> None:
+    teacher = alive(0)
+    student = copied(teacher, [3, 0, 5, 1, 4, 2], [4, 2, 0, 1, 3])
+    expected = teacher.eval()(images(count=16))
+    with torch.no_grad():
+        teacher.conv2.weight += 0.01 * torch.randn(
+            teacher.conv2.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    assert not torch.allclose(teacher(images(count=16)), expected, atol=1e-3)
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["conv2"], inputs=images(count=16)))
+    assert torch.allclose(teacher(images(count=16)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_step_is_exponential(decay: float, strength: float) -> None:
+    teacher, student = alive(0), alive(1)
+    aligned = copy.deepcopy(teacher)
+    AlignedAverage(decay=0.0).apply(round_context(aligned, student, inputs=images()))
+    target, before = values(aligned), values(teacher)
+    AlignedAverage(decay=decay).apply(round_context(teacher, student, inputs=images(), strength=strength))
+    weight = strength * (1 - decay)
+    for name, _ in teacher.named_parameters():
+        expected = before[name] + weight * (target[name] - before[name])
+        assert torch.allclose(values(teacher)[name], expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3, 3)])
+def test_expressed_weights_equal_the_oracle(shape: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(size, generator=generator) for size in (shape, (3, 2, *shape[2:])))
+    out, into = [2, -1, 0, 2], [1, 1, -1, 0, 1]
+    found = _expressed(teacher, student, _Maps(into, out), depthwise=False)
+    oracle = reference.aligned_weight(teacher.double().numpy(), student.double().numpy(), out, into)
+    assert found is not None
+    assert np.allclose(found.numpy(), np.array(oracle), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        (lambda: ResNet((3, 2), width=6), lambda: ResNet((2, 1), width=4)),
+        (lambda: ResNet((1, 1), width=4), lambda: ResNet((2, 2), width=6)),
+        (lambda: ViT(3, dim=8), lambda: ViT(2, dim=4)),
+        (lambda: SegFormer((2, 2)), lambda: SegFormer((1, 1))),
+        (CNN, CNN),
+        (lambda: Net(7, 6), lambda: Net(3, 2)),
+    ],
+)
+@pytest.mark.parametrize("buffers", ["keep", "average"])
+def test_unrelated_networks_of_any_width_leave_no_trace_but_the_selected_layers(
+    teacher: Any, student: Any, buffers: Any
+) -> None:
+    teacher, student = randomise(teacher(), 1), randomise(student(), 2)
+    for parameter in teacher.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    selected = group_layers(teacher)[1::2]
+    allowed = [name for layer in selected for name in layer.parameters]
+    allowed += [name for layer in selected for name in layer.buffers if buffers == "average"]
+    of_teacher, of_student, traced = values(teacher), values(student), traces(teacher, student)
+    context = round_context(teacher, student, [layer.name for layer in selected], inputs=images())
+    result = AlignedAverage(decay=0.5, buffers=buffers).apply(context)
+    assert result.updated
+    assert set(changed(teacher, of_teacher)) <= set(allowed)
+    assert not changed(student, of_student)
+    assert traces(teacher, student) == traced
+    assert all(torch.isfinite(value).all() for value in values(teacher).values())
+    accounted = {key.partition(":")[0] for key in result.skipped} | set(result.updated)
+    assert accounted == {layer.name for layer in selected}
+
+
+def test_the_logits_keep_their_classes() -> None:
+    """Classes permuted in the student must not be permuted back: they mean what they mean."""
+    teacher = alive(0)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.fc.weight.copy_(teacher.fc.weight.flip(0))
+        student.fc.bias.copy_(teacher.fc.bias.flip(0))
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["fc"], inputs=images(count=16)))
+    assert torch.allclose(teacher.fc.weight, student.fc.weight, atol=1e-6)
+
+
+def test_channels_that_do_not_vary_keep_the_teachers_weights() -> None:
+    teacher, student = alive(0), alive(1)
+    with torch.no_grad():
+        teacher.depth.weight[2] = 0
+    before = values(teacher)
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, inputs=images()))
+    assert torch.equal(teacher.depth.weight[2], before["depth.weight"][2])
+    assert torch.equal(teacher.depth.bias[2], before["depth.bias"][2])
+    kept = (teacher.conv2.weight == before["conv2.weight"]).all(3).all(2).all(0)
+    assert kept.tolist() == [channel == 2 for channel in range(6)]
+
+
+def test_single_parameters_move_only_where_they_are_not_salient() -> None:
+    teacher, student = alive(0), alive(1)
+    before = values(teacher)
+    masks = {name: torch.rand(value.shape) < 0.5 for name, value in teacher.named_parameters() if name != "bn2.bias"}
+    context = round_context(teacher, student, inputs=images(), non_salient=masks)
+    result = AlignedAverage(decay=0.0, granularity="parameter").apply(context)
+    assert result.skipped == {
+        "conv2: bn2.bias": "no gradient of it was observed, so its non-salient elements are unknown"
+    }
+    moved = {name: value != before[name] for name, value in values(teacher).items()}
+    assert moved["conv2.weight"].any()
+    assert not moved["bn2.bias"].any()
+    assert not any((moved[name] & ~mask).any() for name, mask in masks.items())
+
+
+def pair(teacher: nn.Module, student: nn.Module) -> RoundContext:
+    related = ByName()(ModelView(teacher, group_layers(teacher)), ModelView(student, group_layers(student))).pairs
+    return round_context(teacher, student, inputs=images(), related=related)
+
+
+def body(layer: Optional[nn.Module], after: Optional[nn.Module] = None) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), layer or nn.Identity(), after or nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), r"kernel sizes differ: \(3, 3\) in the teacher, \(1, 1\)"),
+        (nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1), "groups=2 and groups=1: only ungrouped or depthwise"),
+        (nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 4, 1), "groups=4 and groups=1: only ungrouped or depthwise"),
+        (nn.ConvTranspose2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1), "ConvTranspose2d cannot be aligned"),
+        (nn.GroupNorm(2, 4), nn.BatchNorm2d(4), "a GroupNorm does not pair with a BatchNorm2d"),
+        (nn.Conv2d(4, 4, 1), nn.Linear(8, 4), "a Conv2d does not pair with a Linear"),
+    ],
+)
+def test_what_cannot_be_aligned_is_skipped_by_name_with_its_reason(
+    ours: nn.Module, theirs: nn.Module, reason: str
+) -> None:
+    teacher, student = body(ours), body(theirs)
+    before = values(teacher)
+    result = AlignedAverage(decay=0.0).apply(pair(teacher, student))
+    own = {key: value for key, value in result.skipped.items() if key.endswith("weight")}
+    assert own
+    with pytest.raises(KeyError, match=reason):
+        raise KeyError(*own.values())
+    assert all(name.startswith("0.") for name in changed(teacher, before))
+
+
+def test_a_bias_the_student_lacks_is_skipped() -> None:
+    result = AlignedAverage().apply(pair(body(nn.Conv2d(4, 4, 1)), body(nn.Conv2d(4, 4, 1, bias=False))))
+    assert result.skipped == {"1: bias": "the student's module '1' has no such tensor"}
+
+
+def test_parameters_without_a_leaf_module_and_modules_not_called_are_skipped() -> None:
+    result = AlignedAverage().apply(round_context(randomise(ViT(), 0), randomise(ViT(), 1), inputs=images()))
+    assert result.skipped["cls_token: cls_token"] == "it does not belong to a leaf module"
+    teacher, student = ResNet((1, 1)), ResNet((1, 1))
+    teacher.spare = nn.Linear(2, 2)
+    student.spare = nn.Linear(2, 2)
+    result = AlignedAverage().apply(round_context(teacher, student, inputs=images()))
+    assert result.skipped["spare: weight"] == "its module is not called in the forward pass"
+
+
+def test_activations_that_are_not_finite_are_skipped() -> None:
+    teacher, student = alive(0), alive(1)
+    with torch.no_grad():
+        student.conv2.bias.fill_(float("nan"))
+    before = values(teacher)
+    result = AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["conv2"], inputs=images()))
+    assert not result.updated
+    assert "not finite" in result.skipped["conv2: weight"]
+    assert not changed(teacher, before)
+
+
+def test_layers_without_a_relation_are_skipped() -> None:
+    context = round_context(alive(0), alive(1), inputs=images(), related={})
+    assert set(AlignedAverage().apply(context).skipped.values()) == {"no related student layer"}
+
+
+def test_a_model_that_raises_gets_its_hooks_and_modes_back() -> None:
+    teacher, student = alive(0), alive(1)
+    before, traced = values(teacher), traces(teacher, student)
+    with pytest.raises(RuntimeError, match="."):
+        AlignedAverage().apply(round_context(teacher, student, inputs=torch.zeros(2, 9)))
+    assert not changed(teacher, before)
+    assert traces(teacher, student) == traced
+
+
+def test_without_inputs() -> None:
+    with pytest.raises(CldaError, match="the update needs this step's target batch"):
+        AlignedAverage().apply(round_context(alive(0), alive(1)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"decay": 1.1}, {"decay": float("nan")}, {"buffers": "copy"}, {"granularity": "block"}]
+    + [{"minimum": 1.0}, {"samples": 1}],
+)
+def test_refuses_arguments_out_of_range(options: Any) -> None:
+    with pytest.raises(CldaError, match=f"^{next(iter(options))} is"):
+        AlignedAverage(**options)
+
+
+def test_has_no_state_and_prints_as_it_was_made() -> None:
+    update = AlignedAverage(decay=0.5)
+    update.load_state_dict(update.state_dict())
+    assert update.state_dict() == {}
+    assert repr(update) == ("AlignedAverage(decay=0.5, buffers='keep', granularity='layer', minimum=0.0, samples=2048)")
+
+
+def test_mlp() -> None:
+    teacher, student = randomise(mlp(hidden=8), 0), randomise(mlp(hidden=4), 1)
+    result = AlignedAverage().apply(round_context(teacher, student, inputs=torch.randn(32, 5)))
+    assert result.updated == ("0", "2", "5")
