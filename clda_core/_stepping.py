@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, List, Optional, Tuple
 
 
@@ -27,14 +28,16 @@ def scaler_step(scaler: Any, optimizer: Any) -> bool:
     """Call ``scaler.step(optimizer)`` and return whether the optimizer really stepped.
 
     A GradScaler skips the step after an overflow without saying so, so ``optimizer.step`` is watched for the call; it
-    is the instance's own again afterwards.
+    is the instance's own again afterwards. A fused optimizer is called all the same and skips on the device, by the
+    ``found_inf`` it is handed; reading that waits for the device, as every other optimizer does under a GradScaler.
     """
-    calls: List[bool] = []
+    overflows: List[Any] = []
     inner = optimizer.step
     own = vars(optimizer).get("step")
 
+    @functools.wraps(inner)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        calls.append(True)
+        overflows.append(getattr(optimizer, "found_inf", None))
         return inner(*args, **kwargs)
 
     optimizer.step = watched
@@ -45,4 +48,4 @@ def scaler_step(scaler: Any, optimizer: Any) -> bool:
             del optimizer.step
         else:
             optimizer.step = own
-    return bool(calls)
+    return bool(overflows) and not any(overflow is not None and bool(overflow) for overflow in overflows)

@@ -42,9 +42,7 @@ def check_number(
     if isinstance(value, bool) or not right_type or not math.isfinite(value):
         raise problem(f"{name} is not {kind}", expected=expected, received=repr(value), fix=f"pass {name}={expected}")
     if not (value > above and value >= at_least and value < below and value <= at_most):
-        raise problem(
-            f"{name} is out of range", expected=expected, received=repr(value), fix=f"pass {name} within it"
-        )
+        raise problem(f"{name} is out of range", expected=expected, received=repr(value), fix=f"pass {name} within it")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -20,14 +20,14 @@ class Average(Strategy):
 
     :math:`\theta_T \leftarrow (1 - s(1 - d))\,\theta_T + s(1 - d)\,\theta_S` for every parameter of the selected layer
     that the related student layer has under the same local name and in the same shape; :math:`d` is ``decay`` and
-    :math:`s` the schedule's strength. What has no counterpart is reported as skipped. The paper's rule is not public; this
-    is the plainest reading of it.
+    :math:`s` the schedule's strength. What has no counterpart is reported as skipped. The paper's rule is not public;
+    this is the plainest reading of it.
 
     Args:
         decay: :math:`d` in [0, 1]; 1 changes nothing.
         buffers: ``"average"`` treats BatchNorm statistics (floating-point persistent buffers) alike, ``"keep"`` leaves
             the teacher's.
-        granularity: ``"parameter"`` moves only non-salient elements.
+        granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
 
     Raises:
         CldaError: If an argument is out of range.
@@ -58,6 +58,7 @@ class Average(Strategy):
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the related student layers into the selected teacher layers, in place."""
+        movable = context.movable(self.granularity)
         targets: Dict[str, Tensor] = {}
         sources: Dict[str, Tensor] = {}
         updated: List[str] = []
@@ -74,7 +75,7 @@ class Average(Strategy):
             sources.update({name: source for name, (_, source) in pairs.items()})
             if pairs:
                 updated.append(layer.name)
-        blend(targets, sources, (1 - self.decay) * context.strength, context.non_salient)
+        blend(targets, sources, (1 - self.decay) * context.strength, movable)
         return UpdateResult(tuple(updated), skipped)
 
     def state_dict(self) -> Dict[str, Any]:

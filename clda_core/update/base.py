@@ -80,6 +80,23 @@ class RoundContext:
             )
         return self.inputs
 
+    def movable(self, granularity: Granularity) -> Mapping[str, Tensor]:
+        """Return, by parameter name, True where an element may move; empty for layers that move whole.
+
+        Raises:
+            CldaError: If ``granularity`` is ``"parameter"`` and no gradient was observed at this step.
+        """
+        if granularity == "layer":
+            return {}
+        if not self.non_salient:
+            raise problem(
+                "the update cannot tell which elements are non-salient",
+                expected="gradients observed at the step that ends with a round",
+                received="none at this step",
+                fix="let the schedule observe the steps that are due, or use granularity='layer'",
+            )
+        return self.non_salient
+
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -101,8 +118,7 @@ class UpdateResult:
 
 
 class Update(Protocol):
-    """Changes the selected teacher layers in place; the learner undoes everything if it raises.
-    """
+    """Changes the selected teacher layers in place; the learner undoes what it wrote there if it raises."""
 
     @property
     def granularity(self) -> Granularity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .._config import Strategy
 from .._distributed import mean_across_ranks
+from ..distillation import kl_distillation
 from ..errors import check_number, problem
 from .base import Granularity, RoundContext, Update, UpdateResult
 from .writing import Snapshot
@@ -39,9 +41,10 @@ def mutual_information(teacher_logits: Tensor, student_logits: Tensor) -> Tensor
         Shi and Sha, Information-Theoretical Learning of Discriminative Clusters for Unsupervised Domain Adaptation,
         ICML 2012, Eq. (3).
     """
-    log_p = _log_probabilities(teacher_logits)
+    wide = teacher_logits.detach().to(torch.promote_types(teacher_logits.dtype, torch.float32))
+    log_p = torch.log_softmax(wide, dim=1)
     p = log_p.exp()
-    mean = p.mean(dim=0)
+    mean = p.transpose(0, 1).flatten(1).mean(dim=1)
     return torch.sum(p * log_p, dim=1).mean() - torch.sum(mean * torch.log(mean.clamp(min=1e-30)))
 
 
@@ -50,30 +53,27 @@ def agreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``.
-        student_logits: The same shape.
+        student_logits: The same classes; another grid is resized to the smaller of the two.
 
     Returns:
         Scalar float32 or float64, <= 0.
+
+    Raises:
+        CldaError: If the logits do not fit each other.
 
     Example:
         >>> agreement(torch.zeros(2, 3), torch.zeros(2, 3)).item()
         0.0
     """
-    log_t, log_s = _log_probabilities(teacher_logits), _log_probabilities(student_logits)
-    return torch.sum(log_s.exp() * (log_t - log_s), dim=1).mean()
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    """Return log-softmax over classes as ``(positions, C)``, in float32 or wider."""
-    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(wide.transpose(0, 1).reshape(wide.shape[1], -1).transpose(0, 1), dim=1)
+    return 0.0 - kl_distillation(teacher_logits, student_logits, temperature=1.0)
 
 
 class Guard(Strategy):
     r"""Run an update, and roll it back unless the teacher is as good on target data as before.
 
     With the criterion :math:`c` on this step's target batch the update is accepted if
-    :math:`c_\text{after} \ge c_\text{before} - \text{tolerance}`. A NaN is a rejection.
+    :math:`c_\text{after} \ge c_\text{before} - \text{tolerance}`. A NaN is a rejection. The update's own state (the
+    moments of its optimizer) is rolled back with the teacher: a rejected step would otherwise be part of the next one.
 
     Args:
         update: The update to guard.
@@ -84,8 +84,8 @@ class Guard(Strategy):
         CldaError: If ``tolerance`` is negative, or the criterion returns no scalar.
 
     Note:
-        Costs two forward passes of the teacher, one of the student, and a copy of the selected layers a round. On
-        several ranks the scores are averaged, so that all decide alike.
+        Costs two forward passes of the teacher, one of the student, and a copy of the selected layers and of the
+        update's state a round. On several ranks the scores are averaged, so that all decide alike.
     """
 
     def __init__(self, update: Update, *, criterion: Criterion = mutual_information, tolerance: float = 0.0) -> None:
@@ -107,12 +107,14 @@ class Guard(Strategy):
     def apply(self, context: RoundContext) -> UpdateResult:
         """Apply the guarded update and accept it or roll it back."""
         snapshot = Snapshot(context.teacher, context.layers)
+        state = copy.deepcopy(self.update.state_dict())
         before = self._score(context)
         result = self.update.apply(context)
         after = self._score(context)
-        accepted = after >= before - self.tolerance
+        accepted = bool(after >= before - self.tolerance)
         if not accepted:
             snapshot.restore()
+            self.update.load_state_dict(state)
         updated = result.updated if accepted else ()
         return UpdateResult(updated, result.skipped, accepted, before, after)
 

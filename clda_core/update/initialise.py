@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import problem
 from ..layers import Layer, LayerGrouping, group_layers
-from ..relation import ByRelativeDepth, ModelView, Relation
+from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .base import UpdateResult
 from .writing import pair_tensors, undone_on_error
 
@@ -41,15 +41,25 @@ def init_student(
         The student layers written, and what was skipped with its reason.
 
     Raises:
-        CldaError: If nothing can be copied; the student is unchanged.
+        CldaError: If the models share parameters or nothing can be copied; the student is unchanged.
 
     Example:
         >>> big = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> init_student(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), big).updated
         ('0', '2')
     """
+    from .._checks import check_models  # which itself reads this package's types
+
+    check_models(teacher, student)
     of_teacher, of_student = group_layers(teacher, layers), group_layers(student, layers)
     related = (relation or ByRelativeDepth())(ModelView(teacher, of_teacher), ModelView(student, of_student), inputs)
+    if not isinstance(related, RelatedLayers):
+        raise problem(
+            "the relation returned something else",
+            expected="clda_core.relation.RelatedLayers",
+            received=type(related).__name__,
+            fix="return RelatedLayers(pairs, unrelated) from relation=",
+        )
     sources: Dict[str, List[Layer]] = {}
     for layer in of_teacher:
         if layer.name in related.pairs:
@@ -63,7 +73,7 @@ def init_student(
                 continue
             peers = [other.name for other in of_student if other.stage == layer.stage and other.name in sources]
             source = _at_relative_place(sources[layer.name], peers.index(layer.name), len(peers))
-            pairs, unpaired = pair_tensors(student, layer, teacher, source, True)
+            pairs, unpaired = pair_tensors(student, layer, teacher, source, True, ("student", "teacher"))
             skipped.update(unpaired)
             for target, value in pairs.values():
                 target.copy_(value)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional
+import copy
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._config import Strategy
-from .._distributed import mean_across_ranks
+from .._distributed import mean_where_seen
 from .._models import evaluating, requiring_grad
 from ..distillation import Distillation, KLDistillation, distillation_loss
-from ..errors import check_choice, check_number
+from ..errors import check_choice, check_number, problem
 from ..layers import canonical_parameters
 from .base import Granularity, RoundContext, UpdateResult
 
@@ -38,7 +39,7 @@ class MaskedDistillation(Strategy):
         granularity: ``"parameter"`` moves only non-salient elements of the selected layers.
 
     Raises:
-        CldaError: If an argument is out of range.
+        CldaError: If an argument is out of range, or ``optimizer`` holds other parameters than it was given.
 
     Note:
         Memory beyond the teacher's activations: gradients and optimizer state of the layers selected so far. The
@@ -78,26 +79,31 @@ class MaskedDistillation(Strategy):
         everything = canonical_parameters(context.teacher)
         names = [name for layer in context.layers for name in layer.parameters]
         selected = [everything[name] for name in names]
-        optimizer = self._own_optimizer(context.teacher)
+        movable = context.movable(self.granularity)
+        optimizer = self._own_optimizer(list(everything.values()))
         target = context.student_outputs()
         inputs = context.required_inputs()
+        reached: Set[str] = set()
+        reason = "no gradient reaches it"
         for _ in range(self.steps):
             with evaluating(context.teacher), requiring_grad(selected, of=everything.values()):
                 prediction = context.forward(context.teacher, inputs)
                 loss = distillation_loss(self.distillation, prediction, target, context.mask)
-                found = torch.autograd.grad(loss, selected, allow_unused=True)
-            used = [index for index, gradient in enumerate(found) if gradient is not None]
-            gradients = mean_across_ranks([gradient for gradient in found if gradient is not None])
-            if not used or not all_finite(gradients):
-                return UpdateResult((), {layer.name: "no finite gradient reaches it" for layer in context.layers})
-            for index, gradient in zip(used, gradients):
-                if names[index] in context.non_salient:
-                    gradient.mul_(context.non_salient[names[index]])
-            self._step(optimizer, [selected[index] for index in used], gradients, context.strength)
-        reached = {names[index] for index in used}
+                found = _gradients(loss, selected)
+            gradients = {
+                name: gradient
+                for name, gradient in zip(names, mean_where_seen(found, selected))
+                if gradient is not None
+            }
+            if not gradients:
+                break
+            if not all_finite(gradients.values()):
+                reason = "a gradient of the round is not finite"
+                break
+            self._step(optimizer, everything, gradients, movable, context.strength)
+            reached.update(gradients)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
-        unused = {layer.name: "no gradient reaches it" for layer in context.layers if layer.name not in updated}
-        return UpdateResult(updated, unused)
+        return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the optimizer's state."""
@@ -108,47 +114,70 @@ class MaskedDistillation(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the optimizer's state; it is applied when the teacher is at hand."""
         self._optimizer = None
-        self._restored = state if state else None
+        # Optimizers adopt the tensors they load and then write to them.
+        self._restored = copy.deepcopy(dict(state)) if state else None
 
-    def _own_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
+    def _own_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         if self._optimizer is None:
-            parameters = list(canonical_parameters(teacher).values())
             with requiring_grad(parameters):
                 if self.optimizer is None:
                     optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
                 else:
                     optimizer = self.optimizer(parameters)
+            _check_held(optimizer, parameters)
             self._base_rates = [group["lr"] for group in optimizer.param_groups]
             if self._restored is not None:
                 optimizer.load_state_dict(dict(self._restored["optimizer"]))
                 self._base_rates = list(self._restored["base_rates"])
                 self._restored = None
             self._optimizer = optimizer
+        _check_held(self._optimizer, parameters)
         return self._optimizer
 
     def _step(
         self,
         optimizer: torch.optim.Optimizer,
-        parameters: List[nn.Parameter],
-        gradients: List[Tensor],
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        movable: Mapping[str, Tensor],
         strength: float,
     ) -> None:
-        """Step with ``gradients`` of ``parameters`` alone; the ``.grad`` of every parameter is as before afterwards."""
-        everyone = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        before = [parameter.grad for parameter in everyone]
+        """Step with ``gradients`` alone; the ``.grad`` of every parameter is as before afterwards."""
+        # Momentum and weight decay move elements without a gradient too, so these are put back after the step.
+        kept = {name: parameters[name].detach().clone() for name in gradients if name in movable}
+        before = [(parameter, parameter.grad) for parameter in parameters.values()]
         try:
-            for parameter in everyone:
-                parameter.grad = None
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
+            for name, parameter in parameters.items():
+                gradient = gradients.get(name)
+                parameter.grad = gradient * movable[name] if gradient is not None and name in kept else gradient
             for group, rate in zip(optimizer.param_groups, self._base_rates):
                 group["lr"] = rate * strength
             optimizer.step()
         finally:
-            for parameter, gradient_before in zip(everyone, before):
-                parameter.grad = gradient_before
+            for parameter, gradient in before:
+                parameter.grad = gradient
+        with torch.no_grad():
+            for name, copied in kept.items():
+                parameters[name].copy_(torch.where(movable[name], parameters[name], copied))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no element is NaN or infinite, with one host-device synchronisation."""
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
+    if not loss.requires_grad:  # nothing of what is differentiated by took part
+        return [None] * len(parameters)
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _check_held(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    if held != {id(parameter) for parameter in parameters}:
+        raise problem(
+            "the update's optimizer does not hold the teacher's parameters",
+            expected=f"an optimizer of these {len(parameters)} parameters",
+            received=f"{type(optimizer).__name__} of {len(held)}, not the same ones",
+            fix="let optimizer= take all the parameters it is given, and give every learner an update of its own",
+        )

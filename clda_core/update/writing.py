@@ -69,31 +69,44 @@ def blend(
 
 
 def pair_tensors(
-    teacher: nn.Module, layer: Layer, student: nn.Module, related: Layer, with_buffers: bool
+    target: nn.Module,
+    layer: Layer,
+    source: nn.Module,
+    related: Layer,
+    with_buffers: bool,
+    roles: Tuple[str, str] = ("teacher", "student"),
 ) -> Tuple[Dict[str, Tuple[Tensor, Tensor]], Dict[str, str]]:
-    """Pair the tensors of a teacher layer with those of its related student layer by local name.
+    """Pair the tensors of a layer with those of its related layer in the other model by local name.
+
+    Args:
+        target: The model about to be written.
+        layer: A layer of ``target``.
+        source: The model to be read.
+        related: A layer of ``source``.
+        with_buffers: Whether persistent floating-point buffers are paired too.
+        roles: What the reasons call ``target`` and ``source``.
 
     Returns:
-        ``(teacher tensor, student tensor)`` of equal shape by the teacher's canonical name, and for what has no
+        ``(target tensor, source tensor)`` of equal shape by the target's canonical name, and for what has no
         counterpart a reason by ``"layer: name"``.
     """
     kinds: List[Tuple[Tuple[str, ...], Tuple[str, ...], Mapping[str, Tensor], Mapping[str, Tensor]]] = [
-        (layer.parameters, related.parameters, canonical_parameters(teacher), canonical_parameters(student))
+        (layer.parameters, related.parameters, canonical_parameters(target), canonical_parameters(source))
     ]
     if with_buffers:
-        kinds.append((layer.buffers, related.buffers, canonical_buffers(teacher), canonical_buffers(student)))
+        kinds.append((layer.buffers, related.buffers, canonical_buffers(target), canonical_buffers(source)))
     pairs: Dict[str, Tuple[Tensor, Tensor]] = {}
     unpaired: Dict[str, str] = {}
-    for teacher_names, student_names, of_teacher, of_student in kinds:
-        available = local_names(related, student_names)
-        for local, name in local_names(layer, teacher_names).items():
-            target = of_teacher[name].detach()
-            source = of_student[available[local]].detach() if local in available else None
-            if source is None:
-                unpaired[f"{layer.name}: {local}"] = f"student layer {related.name!r} has no {local!r}"
-            elif source.shape != target.shape:
-                shapes = f"{tuple(target.shape)} in the teacher, {tuple(source.shape)} in the student"
+    for target_names, source_names, of_target, of_source in kinds:
+        available = local_names(related, source_names)
+        for local, name in local_names(layer, target_names).items():
+            if local not in available:
+                unpaired[f"{layer.name}: {local}"] = f"{roles[1]} layer {related.name!r} has no {local!r}"
+                continue
+            ours, theirs = of_target[name].detach(), of_source[available[local]].detach()
+            if ours.shape != theirs.shape:
+                shapes = f"{tuple(ours.shape)} in the {roles[0]}, {tuple(theirs.shape)} in the {roles[1]}"
                 unpaired[f"{layer.name}: {local}"] = f"shapes differ: {shapes}"
             else:
-                pairs[name] = (target, source)
+                pairs[name] = (ours, theirs)
     return pairs, unpaired

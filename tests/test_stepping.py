@@ -1,0 +1,156 @@
+import inspect
+from typing import Any, List, Optional
+
+import pytest
+import torch
+from torch import nn
+
+from clda_core._stepping import make_step, scaler_step, unscale
+
+
+class FakeScaler:
+    """A GradScaler that finds what it is told to find."""
+
+    def __init__(self, overflow: bool = False, error: Optional[Exception] = None) -> None:
+        self.overflow, self.error = overflow, error
+
+    def step(self, optimizer: Any) -> None:
+        if not self.overflow:
+            optimizer.step()
+        if self.error is not None:
+            raise self.error
+
+
+class FusedScaler(FakeScaler):
+    """As with a fused optimizer, which is called in any case and looks at ``found_inf`` on the device."""
+
+    def step(self, optimizer: Any) -> None:
+        optimizer.found_inf = torch.tensor(float(self.overflow))
+        optimizer.step()
+        del optimizer.found_inf
+
+
+def sgd() -> Any:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    return torch.optim.SGD([parameter], lr=0.5)
+
+
+def value(optimizer: Any) -> float:
+    return optimizer.param_groups[0]["params"][0][0].item()
+
+
+class FusedOptimizer:
+    """Skips on the device by what a scaler left on it."""
+
+    found_inf: Any
+    steps = 0.0
+
+    def step(self) -> None:
+        self.steps += 1 - self.found_inf.item()
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_skipped_step_is_noticed(overflow: bool) -> None:
+    optimizer = sgd()
+    before = set(vars(optimizer))
+    assert make_step(optimizer, FakeScaler(overflow), None) == (None, not overflow)
+    assert set(vars(optimizer)) == before
+    assert value(optimizer) == (1.0 if overflow else 0.5)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_step_that_a_fused_optimizer_skips_is_noticed(overflow: bool) -> None:
+    optimizer = FusedOptimizer()
+    assert make_step(optimizer, FusedScaler(overflow), None) == (None, not overflow)
+    assert optimizer.steps == (0 if overflow else 1)
+    assert "step" not in vars(optimizer)
+
+
+def test_a_step_patched_by_a_scheduler_is_put_back() -> None:
+    optimizer = sgd()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    patched, before = optimizer.step, dict(vars(optimizer))
+    assert scaler_step(FakeScaler(), optimizer)
+    assert optimizer.step is patched or optimizer.step == patched
+    assert set(vars(optimizer)) - {"_opt_called"} == set(before) - {"_opt_called"}  # the scheduler's own mark
+    assert vars(optimizer).get("step") is before.get("step")
+    schedule.step()  # would warn, had the scheduler not seen the optimizer's step
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_an_error_leaves_no_trace() -> None:
+    optimizer = sgd()
+    before = set(vars(optimizer))
+    with pytest.raises(ValueError, match="out of memory"):
+        scaler_step(FakeScaler(error=ValueError("out of memory")), optimizer)
+    assert set(vars(optimizer)) == before
+
+
+def test_the_watched_step_has_the_signature_that_scalers_look_at() -> None:
+    seen: List[Any] = []
+
+    class Legacy(torch.optim.SGD):
+        def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:
+            seen.append(grad_scaler)
+
+    class Scaler:
+        def step(self, optimizer: Any) -> None:
+            assert "grad_scaler" in inspect.signature(optimizer.step).parameters
+            optimizer.step(grad_scaler=self)
+
+    scaler = Scaler()
+    assert scaler_step(scaler, Legacy([nn.Parameter(torch.ones(1))], lr=0.1))
+    assert seen == [scaler]
+
+
+def test_without_a_scaler() -> None:
+    optimizer = sgd()
+    assert make_step(optimizer, None, None) == (None, True)
+    assert value(optimizer) == 0.5
+    assert make_step(optimizer, FakeScaler(overflow=True), lambda: "made") == ("made", True)
+    assert value(optimizer) == 0.5
+
+
+def scaler_on_cpu() -> Any:
+    if not hasattr(torch, "amp") or not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("GradScaler works on the CPU from torch 2.3 on")
+    return torch.amp.GradScaler("cpu", init_scale=4.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_torchs_own_scaler(overflow: bool, options: Any) -> None:
+    scaler = scaler_on_cpu()
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter], lr=0.5, **options)
+    before = set(vars(optimizer))
+    scaler.scale(parameter.sum() * (float("inf") if overflow else 1.0)).backward()
+    unscale(scaler, optimizer)
+    unscale(scaler, optimizer)
+    assert scaler_step(scaler, optimizer) is not overflow
+    scaler.update()
+    assert (value(optimizer) == 1.0) is overflow
+    assert set(vars(optimizer)) == before
+
+
+def test_unscale_passes_other_errors_on() -> None:
+    class Scaler:
+        def unscale_(self, optimizer: Any) -> None:
+            raise RuntimeError("unscale_() is being called after step().")
+
+    with pytest.raises(RuntimeError, match="after step"):
+        unscale(Scaler(), sgd())
+
+
+def test_unscale_after_the_host_did() -> None:
+    class Scaler:
+        calls = 0
+
+        def unscale_(self, optimizer: Any) -> None:
+            self.calls += 1
+            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+
+    scaler = Scaler()
+    unscale(scaler, sgd())
+    assert scaler.calls == 1

@@ -1,0 +1,78 @@
+"""Rounds made by hand, and what must be the same after them."""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from clda_core.layers import group_layers
+from clda_core.outputs import as_outputs, call_model
+from clda_core.relation import ByRelativeDepth, ModelView
+from clda_core.update import RoundContext
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    return as_outputs(call_model(model, inputs), None, "model")
+
+
+def round_context(
+    teacher: nn.Module, student: nn.Module, selected: Optional[Sequence[str]] = None, **options: Any
+) -> RoundContext:
+    """Return the context of a round that selects the named layers, or all."""
+    of_teacher, of_student = group_layers(teacher), group_layers(student)
+    defaults = {
+        "related": ByRelativeDepth()(ModelView(teacher, of_teacher), ModelView(student, of_student)).pairs,
+        "inputs": None,
+        "mask": None,
+        "forward": forward,
+    }
+    layers = tuple(layer for layer in of_teacher if selected is None or layer.name in selected)
+    return RoundContext(teacher=teacher, student=student, layers=layers, **{**defaults, **options})
+
+
+def images(seed: int = 0, count: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and floating-point buffer a value of its own, and put some modules into eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    for module in list(model.modules())[1::3]:
+        module.training = False
+    return model
+
+
+def values(model: nn.Module) -> Dict[str, Tensor]:
+    """Return copies of all parameters and buffers, also of those that no checkpoint holds."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def changed(model: nn.Module, before: Dict[str, Tensor]) -> List[str]:
+    """Return the names of the tensors whose bits differ."""
+    now = values(model)
+    assert list(now) == list(before)
+    return [name for name in now if not same_bits(now[name], before[name])]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def traces(*models: nn.Module) -> Tuple[Any, ...]:
+    """Return everything beside the values that a round must leave as it was."""
+    found: List[Any] = [torch.get_rng_state().tolist(), torch.is_grad_enabled()]
+    for model in models:
+        found.append([(name, module.training, sorted(vars(module))) for name, module in model.named_modules()])
+        found.append([len(module._forward_hooks) + len(module._backward_hooks) for module in model.modules()])
+        for name, parameter in model.named_parameters():
+            gradient = None if parameter.grad is None else (parameter.grad.data_ptr(), parameter.grad.tolist())
+            found.append((name, id(parameter), parameter.data_ptr(), parameter.requires_grad, gradient))
+        found.append([(name, id(buffer), buffer.data_ptr()) for name, buffer in model.named_buffers()])
+    return tuple(found)

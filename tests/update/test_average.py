@@ -1,0 +1,159 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clda_core.errors import CldaError
+from clda_core.update import Average
+from tests.models import ResNet, ViT, Wrapped, mlp
+from tests.reference_update import average
+from tests.update.rounds import changed, randomise, round_context, same_bits, traces, values
+
+
+def close(tensor: torch.Tensor, oracle: Any) -> bool:
+    return torch.allclose(tensor.double(), torch.from_numpy(oracle), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.999])
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("buffers", ["keep", "average"])
+def test_equals_the_formula_on_the_related_layer_and_touches_nothing_else(
+    decay: float, strength: float, buffers: Any
+) -> None:
+    teacher, student = randomise(ResNet((3, 1)), 1), randomise(ResNet((2, 1)), 2)
+    teacher.layer1[2].bn1.num_batches_tracked += 7
+    teacher.layer1[2].register_buffer("scratch", torch.ones(2), persistent=False)
+    student.layer1[1].register_buffer("scratch", torch.zeros(2), persistent=False)
+    for parameter in teacher.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    of_teacher, of_student, traced = values(teacher), values(student), traces(teacher, student)
+    context = round_context(teacher, student, ["layer1.2", "fc"], strength=strength)
+    result = Average(decay=decay, buffers=buffers).apply(context)
+    assert result.updated == ("layer1.2", "fc")
+    assert not result.skipped
+    related = {"layer1.2.": "layer1.1.", "fc.": "fc."}
+    moved = [name for name in of_teacher if name.startswith(tuple(related)) and "scratch" not in name]
+    moved = [name for name in moved if "num_batches" not in name and (buffers == "average" or "running" not in name)]
+    assert sorted(changed(teacher, of_teacher)) == sorted(moved)
+    now = values(teacher)
+    for name in moved:
+        twin = name.replace("layer1.2.", "layer1.1.")
+        assert close(now[name], average(of_teacher[name], of_student[twin], decay, strength)), name
+    assert not changed(student, of_student)
+    assert traces(teacher, student) == traced
+
+
+def test_decay_0_copies_and_decay_1_or_strength_0_changes_nothing() -> None:
+    teacher, student = randomise(ViT(), 1), randomise(ViT(), 2)
+    before = values(teacher)
+    Average(decay=1.0).apply(round_context(teacher, student))
+    Average(decay=0.0).apply(round_context(teacher, student, strength=0.0))
+    assert not changed(teacher, before)
+    Average(decay=0.0).apply(round_context(teacher, student))
+    assert not changed(teacher, values(student))
+
+
+def test_what_has_no_counterpart_is_skipped_by_name_with_its_reason() -> None:
+    teacher, student = randomise(mlp(hidden=6), 1), randomise(mlp(hidden=4), 2)
+    before = values(teacher)
+    context = round_context(
+        teacher, student, ["0", "5"], related={"5": round_context(student, student, ["5"]).layers[0]}
+    )
+    result = Average(decay=0.5).apply(context)
+    assert result.updated == ("5",)
+    assert result.skipped == {
+        "0": "no related student layer",
+        "5: weight": "shapes differ: (3, 6) in the teacher, (3, 4) in the student",
+    }
+    assert changed(teacher, before) == ["5.bias"]
+
+
+def test_a_layer_of_which_nothing_fits_is_not_updated() -> None:
+    teacher, student = mlp(hidden=6), mlp(hidden=4)
+    result = Average().apply(round_context(teacher, student, ["0"]))
+    assert result.updated == ()
+    assert set(result.skipped) == {"0: weight", "0: bias"}
+
+
+def test_parameter_granularity_moves_only_non_salient_elements() -> None:
+    teacher, student = randomise(ResNet((1, 1)), 1), randomise(ResNet((1, 1)), 2)
+    generator = torch.Generator().manual_seed(3)
+    non_salient = {
+        name: torch.rand(parameter.shape, generator=generator) < 0.5 for name, parameter in teacher.named_parameters()
+    }
+    non_salient["fc.bias"].zero_()
+    of_teacher, of_student = values(teacher), values(student)
+    context = round_context(teacher, student, ["layer1.0", "fc"], non_salient=non_salient)
+    Average(decay=0.4, granularity="parameter", buffers="average").apply(context)
+    now = values(teacher)
+    for layer in context.layers:
+        for name in layer.parameters:
+            kept = ~non_salient[name]
+            assert same_bits(now[name][kept], of_teacher[name][kept])
+            assert not (now[name] == of_teacher[name])[non_salient[name]].any()
+            assert close(now[name], average(of_teacher[name], of_student[name], 0.4, 1.0, non_salient[name]))
+        for name in layer.buffers:
+            assert close(now[name], average(of_teacher[name], of_student[name], 0.4))
+    assert "fc.bias" not in changed(teacher, of_teacher)
+
+
+def test_parameter_granularity_without_an_observation_moves_nothing() -> None:
+    teacher, student = randomise(mlp(), 1), randomise(mlp(), 2)
+    before = values(teacher)
+    with pytest.raises(CldaError, match="cannot tell which elements are non-salient.*Fix: let the schedule observe"):
+        Average(granularity="parameter").apply(round_context(teacher, student))
+    assert not changed(teacher, before)
+
+
+def test_layer_granularity_moves_salient_elements_too() -> None:
+    teacher, student = randomise(mlp(), 1), randomise(mlp(), 2)
+    nothing = {name: torch.zeros_like(parameter).bool() for name, parameter in teacher.named_parameters()}
+    Average(decay=0.0).apply(round_context(teacher, student, non_salient=nothing))
+    assert not changed(teacher, values(student))
+
+
+def test_tied_weights_are_written_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+    teacher, student = randomise(Tied(), 1), randomise(Tied(), 2)
+    before = values(teacher)
+    Average(decay=0.5).apply(round_context(teacher, student))
+    assert teacher.second.weight is teacher.first.weight
+    assert close(teacher.first.weight, average(before["first.weight"], student.first.weight, 0.5))
+
+
+def test_a_wrapped_student_in_half_precision() -> None:
+    teacher, student = randomise(mlp(), 1), randomise(mlp(), 2).half()
+    before = values(teacher)
+    result = Average(decay=0.5).apply(round_context(teacher, Wrapped(student)))
+    assert result.updated == ("0", "2", "5")
+    for (name, now), (_, twin) in zip(teacher.named_parameters(), student.named_parameters()):
+        assert now.dtype == torch.float32
+        assert close(now, average(before[name], twin, 0.5))
+
+
+def test_it_has_no_state() -> None:
+    update = Average()
+    assert update.state_dict() == {}
+    update.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": -0.1}, "decay is out of range.*>= 0 and <= 1.*received -0.1"),
+        ({"decay": 1.1}, "decay is out of range"),
+        ({"decay": float("nan")}, "decay is not a finite number"),
+        ({"decay": "0.9"}, "decay is not a finite number"),
+        ({"buffers": "copy"}, "buffers is unknown: expected 'keep' or 'average', received 'copy'"),
+        ({"granularity": "filter"}, "granularity is unknown"),
+    ],
+)
+def test_bad_options(options: Any, message: str) -> None:
+    with pytest.raises(CldaError, match=message):
+        Average(**options)

@@ -1,0 +1,269 @@
+import functools
+import math
+from typing import Any, Dict, List, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clda_core.errors import CldaError
+from clda_core.update import (
+    Average,
+    Guard,
+    MaskedDistillation,
+    RoundContext,
+    UpdateResult,
+    agreement,
+    mutual_information,
+)
+from tests import reference_update as reference
+from tests.models import ResNet, mlp
+from tests.update.rounds import changed, images, randomise, round_context, traces, values
+
+
+def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+
+
+class Writes:
+    """An update that fills the selected layers' tensors with what a function gives."""
+
+    granularity: Any = "layer"
+    needs_relation = False
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+        self.rounds = torch.zeros(())
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        tensors = {**dict(context.teacher.named_parameters()), **dict(context.teacher.named_buffers())}
+        with torch.no_grad():
+            for layer in context.layers:
+                for name in (*layer.parameters, *layer.buffers):
+                    tensors[name].copy_(self.make(tensors[name]))
+        self.rounds += 1
+        return UpdateResult(tuple(layer.name for layer in context.layers), {"x": "reason"})
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rounds = state["rounds"]
+
+
+def bias_towards_0(teacher: Tensor, student: Tensor) -> Tensor:
+    return teacher[:, 0].mean()
+
+
+def pair() -> Any:
+    return randomise(ResNet((2, 1)), 1), randomise(ResNet((1, 1), width=2), 2)
+
+
+def test_accepts_an_improvement() -> None:
+    teacher, student = pair()
+    before, traced = values(teacher), traces(teacher, student)
+    guard = Guard(
+        Writes(lambda tensor: tensor + 1), criterion=lambda t, s: -(t[:, 1] - t[:, 0] - 5).abs().mean() * 0 + 1
+    )
+    result = guard.apply(round_context(teacher, student, ["fc"], inputs=images()))
+    assert result == UpdateResult(("fc",), {"x": "reason"}, True, 1.0, 1.0)
+    assert changed(teacher, before) == ["fc.weight", "fc.bias"]
+    assert guard.update.rounds == 1
+    assert traces(teacher, student) == traced
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tensor: torch.full_like(tensor, float("nan")),
+        lambda tensor: torch.full_like(tensor, float("inf")),
+        lambda tensor: torch.zeros_like(tensor),
+        lambda tensor: -tensor.abs() - 1,
+    ],
+    ids=["nan", "inf", "zeros", "negative"],
+)
+@pytest.mark.parametrize("criterion", [mutual_information, agreement])
+def test_rolls_back_what_wrecks_the_teacher_bit_for_bit(make: Any, criterion: Any) -> None:
+    teacher, student = pair()
+    if criterion is agreement:
+        student = randomise(ResNet((2, 1)), 1)  # the teacher's twin: nothing agrees better
+    teacher.layer1[0].bn1.bias.data[0] = -0.0
+    before, traced = values(teacher), traces(teacher, student)
+    guard = Guard(Writes(make), criterion=criterion)
+    result = guard.apply(round_context(teacher, student, inputs=images()))
+    assert result.accepted is False
+    assert result.updated == ()
+    assert result.skipped == {"x": "reason"}
+    assert not changed(teacher, before)
+    assert traces(teacher, student) == traced
+    assert guard.update.rounds == 0
+
+
+@pytest.mark.parametrize(("scores", "accepted"), [
+    ((1.0, 1.0), True),
+    ((1.0, 0.91), True),
+    ((1.0, 0.89), False),
+    ((-3.0, -3.2), False),
+    ((float("nan"), 1.0), False),
+    ((1.0, float("nan")), False),
+    ((-math.inf, 1.0), True),
+])  # fmt: skip
+def test_tolerance_and_nan(scores: Any, accepted: bool) -> None:
+    teacher, student = pair()
+    given = iter(scores)
+    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, s: torch.tensor(next(given)), tolerance=0.1)
+    before = values(teacher)
+    result = guard.apply(round_context(teacher, student, ["fc"], inputs=images()))
+    assert result.accepted is accepted
+    assert str((result.score_before, result.score_after)) == str(tuple(torch.tensor(scores).double().tolist()))
+    assert bool(changed(teacher, before)) is accepted
+
+
+def test_the_criterion_sees_the_teacher_before_and_after_and_the_student_in_eval_mode() -> None:
+    teacher, student = pair()
+    seen: List[Any] = []
+
+    def criterion(of_teacher: Tensor, of_student: Tensor) -> Tensor:
+        seen.append((of_teacher, of_student))
+        return of_teacher.sum() * 0
+
+    Guard(Writes(lambda tensor: tensor + 1), criterion=criterion).apply(
+        round_context(teacher, student, ["fc"], inputs=images())
+    )
+    (before, of_student), (after, again) = seen
+    assert again is of_student
+    assert not of_student.requires_grad
+    assert torch.equal(of_student, student.eval()(images()))
+    assert torch.equal(after, teacher.eval()(images()))
+    assert not torch.equal(after, before)
+
+
+def test_after_rejections_the_optimizer_is_as_if_they_had_not_been() -> None:
+    """Otherwise the momentum of a rejected step would be part of the next one."""
+
+    def rounds(verdicts: List[bool]) -> nn.Module:
+        teacher, student = pair()
+        scores = iter([score for accepted in verdicts for score in (0.0, 1.0 if accepted else -1.0)])
+        guard = Guard(MaskedDistillation(learning_rate=0.01), criterion=lambda t, s: torch.tensor(next(scores)))
+        for accepted in verdicts:
+            seed = 0 if accepted else 1
+            result = guard.apply(round_context(teacher, student, ["layer1.1", "fc"], inputs=images(seed)))
+            assert result.accepted is accepted
+        return teacher
+
+    expected = rounds([True, True])
+    for verdicts in ([False, True, True], [True, False, False, True], [True, True, False]):
+        assert not changed(rounds(verdicts), values(expected))
+    assert changed(rounds([True]), values(expected))
+
+
+def test_an_accepted_state_is_kept_and_saved() -> None:
+    teacher, student = pair()
+    guard = Guard(MaskedDistillation(), tolerance=100.0)
+    assert guard.state_dict() == {}
+    assert guard.apply(round_context(teacher, student, ["fc"], inputs=images())).accepted
+    assert len(guard.state_dict()["optimizer"]["state"]) == 2
+    other = Guard(MaskedDistillation())
+    other.load_state_dict(guard.state_dict())
+    assert str(other.state_dict()) == str(guard.state_dict())
+
+
+def test_it_passes_on_what_the_update_is() -> None:
+    assert Guard(Average(granularity="parameter")).granularity == "parameter"
+    assert Guard(Average()).needs_relation
+    assert not Guard(MaskedDistillation()).needs_relation
+
+
+def test_a_numpy_tolerance_gives_a_plain_decision() -> None:
+    numpy = pytest.importorskip("numpy")
+    guard = Guard(Writes(lambda tensor: tensor), tolerance=numpy.float64(0.5))
+    assert type(guard.apply(round_context(*pair(), ["fc"], inputs=images())).accepted) is bool
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(0.5, "received float"), (torch.zeros(2), r"received shape \(2,\)"), (None, "received NoneType")],
+)
+def test_a_criterion_that_returns_no_score_changes_nothing(returned: Any, message: str) -> None:
+    teacher, student = pair()
+    before, traced = values(teacher), traces(teacher, student)
+    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, s: returned)
+    with pytest.raises(CldaError, match=f"criterion returned something else than a score.*{message}"):
+        guard.apply(round_context(teacher, student, inputs=images()))
+    assert not changed(teacher, before)
+    assert traces(teacher, student) == traced
+
+
+def test_bad_options_and_no_inputs() -> None:
+    with pytest.raises(CldaError, match="tolerance is out of range.*>= 0, received -0.1"):
+        Guard(Average(), tolerance=-0.1)
+    with pytest.raises(CldaError, match="needs this step's target batch"):
+        Guard(Average()).apply(round_context(mlp(), mlp()))
+
+
+SHAPES = [(5, 3), (1, 4), (2, 3, 4, 5), (3, 2, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_criteria_equal_their_oracles(shape: Any, dtype: torch.dtype) -> None:
+    teacher, student = logits(*shape, seed=1, dtype=dtype), logits(*shape, seed=2, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for found, expected in (
+        (mutual_information(teacher, student), reference.mutual_information(teacher)),
+        (agreement(teacher, student), reference.agreement(teacher, student)),
+    ):
+        assert found.dtype == wide
+        assert found.dim() == 0
+        assert found.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("criterion", [mutual_information, agreement])
+def test_criteria_ignore_shifts_and_the_order_of_classes_samples_and_positions(criterion: Any, shape: Any) -> None:
+    teacher, student = logits(*shape, seed=1), logits(*shape, seed=2)
+    expected = pytest.approx(criterion(teacher, student).item(), rel=1e-9, abs=1e-12)
+    assert criterion(teacher + 7.0, student - 3.0).item() == expected
+    for dim in range(len(shape)):
+        assert criterion(teacher.flip(dim), student.flip(dim)).item() == expected
+    assert criterion(torch.cat([teacher, teacher]), torch.cat([student, student])).item() == expected
+
+
+def test_mutual_information_between_its_bounds() -> None:
+    student = torch.zeros(1)
+    blurred, collapsed = torch.zeros(6, 3), torch.eye(3)[[0] * 6] * 1000
+    confident = torch.eye(3).repeat(2, 1) * 1000
+    assert mutual_information(blurred, student).item() == pytest.approx(0, abs=1e-6)
+    assert mutual_information(collapsed, student).item() == pytest.approx(0, abs=1e-6)
+    assert mutual_information(confident, student).item() == pytest.approx(math.log(3))
+
+
+def test_agreement_is_highest_with_itself_and_resizes_grids() -> None:
+    student = logits(2, 3, 4, 4)
+    assert agreement(student, student).item() == 0.0
+    assert agreement(logits(2, 3, 4, 4, seed=1), student).item() < 0
+    assert agreement(student.repeat_interleave(2, 2).repeat_interleave(2, 3), student).item() == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("criterion", [mutual_information, agreement])
+def test_criteria_of_non_finite_logits_are_nan(criterion: Any) -> None:
+    broken = logits(4, 3)
+    broken[1, 2] = float("nan")
+    assert math.isnan(criterion(broken, logits(4, 3)))
+
+
+def test_agreement_of_logits_that_do_not_fit() -> None:
+    with pytest.raises(CldaError, match="class counts differ"):
+        agreement(logits(2, 3), logits(2, 4))
+
+
+def test_a_criterion_may_bind_arguments() -> None:
+    criterion = functools.partial(lambda t, s, factor: factor * bias_towards_0(t, s), factor=2.0)
+    teacher, student = pair()
+    result = Guard(Average(decay=1.0), criterion=criterion).apply(
+        round_context(teacher, student, ["fc"], inputs=images())
+    )
+    assert result.score_before == pytest.approx(2 * bias_towards_0(teacher.eval()(images()), images()).item())

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from clda_core.layers import group_layers
+from clda_core.update.writing import Snapshot, blend, pair_tensors, undone_on_error
+from tests.models import CNN, ResNet
+from tests.reference_update import average
+from tests.update.rounds import changed, randomise, same_bits, traces, values
+
+
+def scramble(model: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(3) if not tensor.is_floating_point() else tensor.fill_(float("nan"))
+
+
+def test_snapshot_restores_its_layers_bit_for_bit_and_nothing_else() -> None:
+    model = randomise(ResNet((2, 1)))
+    model.layer1[0].conv1.weight.data[0, 0, 0] = torch.tensor([float("nan"), -0.0, float("inf")])
+    before, traced = values(model), traces(model)
+    layers = [layer for layer in group_layers(model) if layer.name in ("layer1.0", "fc")]
+    snapshot = Snapshot(model, layers)
+    scramble(model)
+    snapshot.restore()
+    kept = {name for layer in layers for name in (*layer.parameters, *layer.buffers)}
+    assert {"layer1.0.bn1.running_var", "fc.bias"} < kept
+    assert set(changed(model, before)) == set(before) - kept
+    assert traces(model) == traced
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_undone_on_error(error: type) -> None:
+    model = randomise(CNN())
+    before = values(model)
+
+    def half_way() -> None:
+        with undone_on_error(model, group_layers(model)):
+            model.classifier.bias.data.zero_()
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        half_way()
+    assert not changed(model, before)
+
+
+def test_undone_on_error_keeps_what_succeeded() -> None:
+    model = randomise(CNN())
+    with undone_on_error(model, group_layers(model)):
+        model.classifier.bias.data.zero_()
+    assert model.classifier.bias.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight", [0.0, 0.013, 0.7, 1.0])
+def test_blend(weight: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = {name: torch.randn(5, generator=generator, dtype=dtype) for name in "ab"}
+    # Another order and another dtype than the targets'.
+    sources = {name: torch.randn(5, generator=generator, dtype=torch.float64) for name in "ba"}
+    non_salient = {"b": torch.tensor([True, False, True, False, False])}
+    expected = {n: average(targets[n], sources[n].to(dtype), 1 - weight, 1.0, non_salient.get(n)) for n in "ab"}
+    before = {name: target.clone() for name, target in targets.items()}
+    where = {name: target.data_ptr() for name, target in targets.items()}
+    blend(targets, sources, weight, non_salient)
+    for name, target in targets.items():
+        assert target.dtype == dtype
+        assert target.data_ptr() == where[name]
+        assert torch.allclose(target.double(), torch.from_numpy(expected[name]), rtol=1e-6, atol=1e-7)
+    assert same_bits(targets["b"][~non_salient["b"]], before["b"][~non_salient["b"]])
+    if weight == 0:
+        assert all(same_bits(targets[name], before[name]) for name in "ab")
+    if weight == 1:
+        assert same_bits(targets["a"], sources["a"].to(dtype))
+
+
+def test_blend_writes_parameters_that_require_grad() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    blend({"p": parameter}, {"p": torch.ones(2)}, 0.5, {})
+    assert parameter.tolist() == [0.5, 0.5]
+    assert parameter.requires_grad
+    assert parameter.is_leaf
+
+
+def test_blend_of_nothing() -> None:
+    blend({}, {}, 0.5, {})
+
+
+def test_pairs_are_made_by_local_name_and_reasons_name_the_rest() -> None:
+    teacher, student = ResNet((2, 1)), ResNet((1, 1))
+    student.layer1[0].conv2 = nn.Conv2d(4, 4, 1, bias=False)
+    student.layer1[0].bn1 = nn.Identity()
+    layer = {layer.name: layer for layer in group_layers(teacher)}["layer1.1"]
+    related = {layer.name: layer for layer in group_layers(student)}["layer1.0"]
+    pairs, unpaired = pair_tensors(teacher, layer, student, related, True)
+    assert list(pairs) == [
+        "layer1.1.conv1.weight",
+        "layer1.1.bn2.weight",
+        "layer1.1.bn2.bias",
+        "layer1.1.bn2.running_mean",
+        "layer1.1.bn2.running_var",
+    ]
+    assert pairs["layer1.1.conv1.weight"][0].data_ptr() == teacher.layer1[1].conv1.weight.data_ptr()
+    assert pairs["layer1.1.conv1.weight"][1].data_ptr() == student.layer1[0].conv1.weight.data_ptr()
+    assert unpaired["layer1.1: conv2.weight"] == (
+        "shapes differ: (4, 4, 3, 3) in the teacher, (4, 4, 1, 1) in the student"
+    )
+    assert unpaired["layer1.1: bn1.running_var"] == "student layer 'layer1.0' has no 'bn1.running_var'"
+    without = pair_tensors(teacher, layer, student, related, False)
+    assert list(without[0]) == [name for name in pairs if "running" not in name]
+    assert not any("running" in name for name in without[1])
+
+
+def test_a_norm_beside_its_convolution_is_paired_by_its_distance() -> None:
+    teacher, student = CNN(), CNN()
+    layers = {layer.name: layer for layer in group_layers(teacher)}
+    pairs, unpaired = pair_tensors(teacher, layers["features.0"], student, layers["features.0"], True)
+    assert list(pairs) == [*layers["features.0"].parameters, *layers["features.0"].buffers]
+    assert not unpaired
