@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -21,6 +21,7 @@ import torch
 if __package__ in (None, ""):  # run as a file: the imports below start at the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from clda_core import CldaError, CollaborativeLearner, Never
 from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
@@ -81,12 +82,10 @@ UDA_ALONE, FROZEN_KD, CLDA = "UDA alone", "UDA + KD from the frozen teacher", "U
 
 
 def learners() -> Dict[str, MakeLearner]:
-    """Return the three ways, which differ in one argument: no learner, KD without updates, and all defaults."""
-    from clda_core import CollaborativeLearner
-
+    """Return the three ways, which differ in one argument: no learner, KD without rounds, and all defaults."""
     return {
         UDA_ALONE: lambda teacher, student: CollaborativeLearner(teacher, student, enabled=False),
-        FROZEN_KD: lambda teacher, student: CollaborativeLearner(teacher, student, update=None),
+        FROZEN_KD: lambda teacher, student: CollaborativeLearner(teacher, student, schedule=Never()),
         CLDA: lambda teacher, student: CollaborativeLearner(teacher, student),
     }
 
@@ -112,10 +111,45 @@ def run(
     Raises:
         CheckpointError: If a checkpoint to go on from is broken or belongs to another run.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _run(config, learners() if make_learners is None else make_learners, folder, resume, teacher_file)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None) -> int:
+    """Run the job from the command line, which overrides ``config``; return the exit status."""
+    options = _parser().parse_args(arguments)
+    given = {name: getattr(options, name) for name in ("seed", "steps", "device", "threads")}
+    config = replace(config or Config(), **given)
+    output = options.output
+    try:
+        results = run(config, folder=output / "checkpoints", resume=options.resume).to_dict()
+    except (CheckpointError, CldaError) as error:
+        print(f"digits: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndigits: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    save_json(results, output / "results.json")
+    save_figure(results, output / "figure.png")
+    print(_summary(results))
+    print(f"\nwritten: {output / 'results.json'}, {output / 'figure.png'}")
+    return 0
+
+
+def _run(
+    config: Config,
+    chosen: Mapping[str, MakeLearner],
+    folder: Optional[Path],
+    resume: bool,
+    teacher_file: Optional[Path],
+) -> Results:
     task = _task(config)
     seeds = _seeds(config.seed)
-    chosen = learners() if make_learners is None else make_learners
     identity = {key: value for key, value in asdict(config).items() if key not in ("device", "threads", "progress")}
     files = {title: None if folder is None else folder / f"{_slug(title)}.pt" for title in ("teacher", *chosen)}
     if not resume:
@@ -151,26 +185,6 @@ def run(
             checkpoint=checkpoint(title),
         )
     return Results(config, of_teacher, students)
-
-
-def main(arguments: Optional[List[str]] = None) -> int:
-    """Run the job from the command line; return the exit status."""
-    options = _parser().parse_args(arguments)
-    config = Config(seed=options.seed, steps=options.steps, device=options.device, threads=options.threads)
-    output = options.output
-    try:
-        results = run(config, folder=output / "checkpoints", resume=options.resume).to_dict()
-    except CheckpointError as error:
-        print(f"digits: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ndigits: interrupted; the same command with --resume goes on from here", file=sys.stderr)
-        return 130
-    save_json(results, output / "results.json")
-    save_figure(results, output / "figure.png")
-    print(_summary(results))
-    print(f"\nwritten: {output / 'results.json'}, {output / 'figure.png'}")
-    return 0
 
 
 def _task(config: Config) -> Task:

@@ -68,6 +68,9 @@ class HostAlone:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
+    def metrics(self) -> Dict[str, float]:
+        return {}
+
     def state_dict(self) -> Dict[str, Any]:
         return {}
 
@@ -129,7 +132,7 @@ def train(
         host_ema.update(model)
 
         if (step + 1) % task.evaluate_every == 0 or step + 1 == task.steps:
-            log.add(step + 1, float(loss.detach()), time.perf_counter() - began)
+            log.add(step + 1, float(loss.detach()), learner.metrics(), time.perf_counter() - began)
             if checkpoint is not None:
                 checkpoint.save(
                     {
@@ -154,12 +157,15 @@ class _Log:
         self.evaluation, self.model, self.teacher = evaluation, model, teacher
         self.curve: List[Dict[str, Any]] = []
         self.seconds = {"training": 0.0, "evaluation": 0.0}
+        # Kept here because a learner's gauges of the last step are no part of its state.
+        self.metrics: Dict[str, float] = {}
         self._add(0, None)
 
-    def add(self, step: int, loss: float, seconds: float) -> None:
+    def add(self, step: int, loss: float, metrics: Dict[str, float], seconds: float) -> None:
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise FloatingPointError(f"the loss became {loss} by step {step}; lower the host's learning rate")
         self.seconds["training"] += seconds
+        self.metrics = dict(metrics)
         self._add(step, loss)
 
     def _add(self, step: int, loss: Optional[float]) -> None:
@@ -175,14 +181,14 @@ class _Log:
         if learner is not None:
             report = learner.report()
             stage.uses_teacher = bool(getattr(learner, "enabled", True))
-            stage.metrics, stage.report, stage.table = learner.metrics(), report.to_dict(), str(report)
+            stage.metrics, stage.report, stage.table = self.metrics, report.to_dict(), str(report)
         return stage
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"curve": self.curve, "seconds": self.seconds}
+        return {"curve": self.curve, "seconds": self.seconds, "metrics": self.metrics}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.curve, self.seconds = state["curve"], state["seconds"]
+        self.curve, self.seconds, self.metrics = state["curve"], state["seconds"], state["metrics"]
 
 
 def _progress(name: str, start: int, task: Task) -> Any:

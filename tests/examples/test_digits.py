@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from clda_core import CollaborativeLearner, Schedule
+from clda_core import CollaborativeLearner, Never, Schedule
 from examples.classification import digits, digits_training
 from examples.classification.checkpoint import Checkpoint, CheckpointError, write_atomically
 from examples.classification.digits_data import FONTS, glyphs, source_digits, strong_view, target_digits
@@ -61,10 +61,11 @@ def test_source_and_target_have_one_format() -> None:
     assert abs(source.mean() - target.images.mean()) < 0.05
 
 
-def test_data_uses_its_own_random_numbers() -> None:
+def test_run_leaves_the_global_random_state() -> None:
     before = torch.get_rng_state()
     source_digits(0, 20)
     residual_network(SMALL, seed=0)
+    digits.run(quick(steps=1), make_learners={"kd": digits.learners()[digits.FROZEN_KD]})
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -157,7 +158,8 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "new" / "out"
-    assert digits.main(["--steps", "3", "--seed", "100", "--threads", "1", "--output", str(output)]) == 0
+    arguments = ["--steps", "3", "--seed", "100", "--threads", "1", "--output", str(output)]
+    assert digits.main(arguments, quick(evaluations=12)) == 0
     results = json.loads((output / "results.json").read_text())
     assert results["config"]["steps"] == 3
     assert {"python", "torch", "numpy", "scikit-learn", "clda_core"} <= set(results["versions"])
@@ -168,6 +170,7 @@ def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.Capture
         assert 0.0 <= stage["accuracy"] <= 100.0
         assert stage["seconds"]["training"] > 0.0
     frozen = results["students"][digits.FROZEN_KD]
+    assert frozen["report"]["rounds"] == []
     assert frozen["teacher_before"] == frozen["teacher_after"] == results["teacher"]["accuracy"]
     assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -177,17 +180,17 @@ def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.Capture
 
 def test_students_start_alike_and_uda_alone_ignores_the_teacher() -> None:
     by_default = digits.learners()
-    twice = digits.run(quick(), make_learners={"a": by_default[digits.UDA_ALONE], "b": by_default[digits.UDA_ALONE]})
-    with_kd = digits.run(quick(), make_learners={"kd": by_default[digits.FROZEN_KD]})
-    assert twice.students["a"].curve == twice.students["b"].curve
-    assert twice.students["a"].curve[0]["accuracy"] == with_kd.students["kd"].curve[0]["accuracy"]
-    assert twice.students["a"].curve[-1]["loss"] != with_kd.students["kd"].curve[-1]["loss"]
+    both = {"a": by_default[digits.UDA_ALONE], "kd": by_default[digits.FROZEN_KD], "b": by_default[digits.UDA_ALONE]}
+    students = digits.run(quick(evaluations=1), make_learners=both).students
+    assert students["a"].curve == students["b"].curve
+    assert students["a"].curve[0]["accuracy"] == students["kd"].curve[0]["accuracy"]
+    assert students["a"].curve[-1]["loss"] != students["kd"].curve[-1]["loss"]
 
 
 def resumable() -> dict:
     early = Schedule(warmup=1, interval=2)
     return {
-        "kd": lambda teacher, student: CollaborativeLearner(teacher, student, update=None, schedule=early),
+        "kd": lambda teacher, student: CollaborativeLearner(teacher, student, schedule=Never()),
         "clda": lambda teacher, student: CollaborativeLearner(teacher, student, schedule=early),
     }
 
@@ -220,19 +223,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 def test_new_run_does_not_go_on_from_old_checkpoints(tmp_path: Path) -> None:
     only = {"uda": digits.learners()[digits.UDA_ALONE]}
-    first = digits.run(quick(seed=1), make_learners=only, folder=tmp_path)
+    first = digits.run(quick(seed=1, steps=1), make_learners=only, folder=tmp_path)
     with pytest.raises(CheckpointError, match="seed=1; now seed=2"):
-        digits.run(quick(seed=2), make_learners=only, folder=tmp_path, resume=True)
-    second = digits.run(quick(seed=2), make_learners=only, folder=tmp_path)
+        digits.run(quick(seed=2, steps=1), make_learners=only, folder=tmp_path, resume=True)
+    second = digits.run(quick(seed=2, steps=1), make_learners=only, folder=tmp_path)
     assert second.teacher.curve != first.teacher.curve
 
 
 def test_runs_can_share_a_trained_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = tmp_path / "teacher.pt"
     only = {"uda": digits.learners()[digits.UDA_ALONE]}
-    first = digits.run(quick(), make_learners=only, teacher_file=shared)
+    first = digits.run(quick(steps=1), make_learners=only, teacher_file=shared)
     seconds = first.teacher.seconds["training"]
-    second = digits.run(quick(student_blocks=(1, 2, 1)), make_learners=only, teacher_file=shared)
+    second = digits.run(quick(steps=1, student_blocks=(1, 2, 1)), make_learners=only, teacher_file=shared)
     assert second.teacher.seconds["training"] == seconds
     assert second.teacher.curve == first.teacher.curve
 
