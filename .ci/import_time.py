@@ -9,25 +9,38 @@ import time
 
 BUDGET_MS = 50.0
 RUNS = 10
-IN_PROCESS = "import time, torch; t = time.perf_counter(); import clda_core; print(time.perf_counter() - t)"
+ALONE = """
+import time, torch
+wall, cpu = time.perf_counter(), time.thread_time()
+import clda_core
+print(time.perf_counter() - wall, time.thread_time() - cpu)
+"""
 
 
 def main() -> None:
-    """Time whole processes, interleaved, and the import alone inside the second kind; judge the latter's median."""
+    """Time whole processes and, inside a third, the import alone, all interleaved.
+
+    The import alone is judged, in processor time: the difference of two whole processes drowns in what else the
+    machine does, and so does wall-clock time on a busy one.
+    """
     whole = {"import torch": [], "import clda_core": []}
-    alone = []
+    wall, cpu = [], []
     subprocess.run([sys.executable, "-c", "import clda_core"], check=True)
     for _ in range(RUNS):
         for statement, times in whole.items():
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", statement], check=True)
             times.append(1e3 * (time.perf_counter() - start))
-        shown = subprocess.run([sys.executable, "-c", IN_PROCESS], check=True, stdout=subprocess.PIPE).stdout
-        alone.append(1e3 * float(shown))
+        shown = subprocess.run([sys.executable, "-c", ALONE], check=True, stdout=subprocess.PIPE).stdout.split()
+        wall.append(1e3 * float(shown[0]))
+        cpu.append(1e3 * float(shown[1]))
     for statement, times in whole.items():
         print(f'python -c "{statement}": median of {RUNS}: {statistics.median(times):.0f} ms')
-    cost = statistics.median(alone)
-    print(f"import clda_core after import torch: median of {RUNS}: {cost:.1f} ms (budget {BUDGET_MS:.0f} ms)")
+    cost = statistics.median(cpu)
+    print(
+        f"import clda_core after import torch: median of {RUNS}: {statistics.median(wall):.1f} ms, of which the import"
+    )
+    print(f"itself took {cost:.1f} ms of processor time (budget {BUDGET_MS:.0f} ms)")
     if cost > BUDGET_MS:
         sys.exit("the import is over its budget")
 
