@@ -23,7 +23,7 @@ from ._checks import (
     check_strength,
 )
 from ._config import describe
-from ._distributed import mean_where_seen
+from ._distributed import mean_across_ranks, mean_where_seen
 from ._models import evaluating, requiring_grad
 from ._stepping import make_step, unscale
 from .distillation import Distillation, KLDistillation, check_values, distillation_loss
@@ -294,9 +294,9 @@ class CollaborativeLearner:
             self._step_projectors()
             with self._keeping_rng():
                 # Source data first: the threshold on target data may refer to it.
-                for domain, histogram in sorted(self._pending, key=lambda pending: pending[0]):
-                    self._commit(domain, histogram)
-                if self.schedule.due(self._steps):
+                pending = sorted(self._pending, key=lambda entry: entry[0])
+                finite = [self._commit(domain, histogram) for domain, histogram in pending]
+                if all(finite) and self.schedule.due(self._steps):
                     self._round()
         finally:
             self._forget_step()
@@ -515,11 +515,12 @@ class CollaborativeLearner:
         check_differentiable(loss, "what the probe returned", "return a differentiable scalar from probe=")
         return loss
 
-    def _commit(self, domain: str, histogram: Histogram) -> None:
-        if bool(histogram.finite):
+    def _commit(self, domain: str, histogram: Histogram) -> bool:
+        """Add an observation, or discard it if it is not finite on every rank; return whether it was added."""
+        if bool(mean_across_ranks([histogram.finite.double()])[0] == 1):
             self._observations.add(domain, histogram, self.selection.threshold)
             self._discarded_in_a_row = 0
-            return
+            return True
         self._discarded += 1
         self._discarded_in_a_row += 1
         if self._discarded_in_a_row >= _DISCARDED_IN_A_ROW:
@@ -529,6 +530,7 @@ class CollaborativeLearner:
                 received="NaN or infinite ones each time",
                 fix="check the teacher's weights and the loss that is observed; under AMP unscale before observe()",
             )
+        return False
 
     def _round(self) -> None:
         """Select, relate, update, and record; nothing where no target data was observed."""

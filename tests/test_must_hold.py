@@ -1,0 +1,959 @@
+"""What must hold, whatever the strategies: one group of tests for each promise, numbered as the promises are.
+
+1 off means off, 2 no traces, 3 no deep copies and O(layers) state, 4 in place, 5 step() is sugar, 6 unknown is not
+non-salient, 7 non-finite, 8 buffers, 9 names, 10 distributed, 11 resume, 12 atomic, 13 KD losses, 14 old and new,
+15 errors.
+"""
+
+import ast
+import functools
+import gc
+import pathlib
+import sys
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import clda_core
+from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule
+from clda_core.distillation import FeatureDistillation, KLDistillation
+from clda_core.relation import ByName, BySimilarity
+from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
+from clda_core.update import Average, Guard, MaskedDistillation
+from tests import distributed_worker
+from tests.helpers import (
+    Net,
+    Segmenter,
+    batch,
+    bits,
+    every_step,
+    host_loss,
+    images,
+    labels,
+    loaded,
+    make_learner,
+    make_sam,
+    networks,
+    no_traces,
+    random_states,
+    saved,
+    scalers,
+    scheduled_noise,
+    seeded,
+    sgd,
+    train,
+    train_step,
+    values,
+)
+from tests.strategies import cases
+from tests.test_contracts import options_for
+
+PACKAGE = pathlib.Path(clda_core.__file__).parent
+
+UPDATES: Dict[str, Callable[[], Any]] = {name: make for name, role, make in cases("update")}
+SALIENCIES: Dict[str, Callable[[], Any]] = {name: make for name, role, make in cases("saliency")}
+
+
+class NoisyNet(Net):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(scheduled_noise(x))
+
+
+# ------------------------------------------------------------------------------------------------- 1 off means off
+
+
+def host_loop(make: Any, steps: int = 4, **options: Any) -> Tuple[Any, ...]:
+    """Run a host with dropout and BatchNorm, with or without a learner, and return all that came of it."""
+    torch.manual_seed(7)
+    teacher, student = networks()
+    optimizer = sgd(student)
+    learner = make(teacher, student)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = host_loss(student, step)
+        if learner is not None:
+            target = batch(step)
+            output = student(target) if options.get("view") else loss.new_zeros(8, 3, requires_grad=True)
+            loss = loss + learner.distill(output, target)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step() if learner is None else learner.step(optimizer)
+    return bits(losses), values(student), values(teacher), bits(optimizer.state_dict()), random_states()
+
+
+def test_01_off_means_off_bit_for_bit() -> None:
+    without = host_loop(lambda teacher, student: None)
+    disabled = host_loop(lambda teacher, student: make_learner(teacher, student, enabled=False))
+    assert disabled == without
+
+
+def test_01_off_needs_no_observe_and_passes_exceptions_and_results_on() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, enabled=False)
+    learner.observe()
+    learner.after_step()
+    assert learner.distill({"any": "output"}).item() == 0
+    assert learner.step(step_fn=lambda: "result") == "result"
+
+    def fail() -> None:
+        raise ZeroDivisionError("the host's own")
+
+    with pytest.raises(ZeroDivisionError, match="the host's own"):
+        learner.step(step_fn=fail)
+
+
+def test_01_a_zero_weight_leaves_the_student_on_the_hosts_trajectory() -> None:
+    without = host_loop(lambda teacher, student: None)
+
+    def make(teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
+        return make_learner(teacher, student, distillation=KLDistillation(weight=0.0), update=Average(decay=0.9))
+
+    with_learner = host_loop(make)
+    assert with_learner[:2] == without[:2]
+    assert with_learner[2] != without[2], "rounds were made"
+    assert with_learner[3:] == without[3:]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("saliency", ["Taylor", "Hessian"])
+def test_01_the_hosts_random_numbers_are_its_own(update: str, saliency: str) -> None:
+    teacher, student = seeded(NoisyNet, 0).eval(), seeded(NoisyNet, 1)
+    optimizer = sgd(student)
+    output = student(batch())
+    before = random_states()
+    learner = make_learner(
+        teacher,
+        student,
+        update=UPDATES[update](),
+        saliency=SALIENCIES[saliency](),
+        relation=BySimilarity(minimum=0.0),
+        selection=AllLayers(),
+    )
+    learner.distill(output, batch()).backward()
+    learner.step(optimizer)
+    assert len(learner.report().rounds) == 1
+    assert random_states() == before
+
+
+# --------------------------------------------------------------------------------------------------- 2 no traces
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_02_no_traces_after_any_call(update: str) -> None:
+    teacher, student = networks()
+    teacher.blocks[0].train()
+    teacher.stem.weight.requires_grad_(False)
+    teacher.head.weight.grad = torch.ones_like(teacher.head.weight)
+    optimizer = sgd(student)
+    student_output = student(batch())
+    with no_traces(teacher, student, values_too=True):
+        learner = make_learner(
+            teacher, student, update=UPDATES[update](), relation=BySimilarity(minimum=0.0), selection=AllLayers()
+        )
+        loss = learner.distill(student_output, batch())
+    loss.backward()
+    with no_traces(teacher, student, values_too=True):
+        learner.observe()
+        learner.observe(lambda model: F.cross_entropy(model(batch(1)), labels(1)), domain="source")
+    optimizer.step()
+    with no_traces(teacher, student):
+        learner.after_step()
+    assert len(learner.report().rounds) == 1
+    with no_traces(teacher, student, values_too=True):
+        learner.load_state_dict(loaded(saved(learner.state_dict())))
+        str(learner.report())
+        learner.metrics()
+
+
+def test_02_no_traces_after_exceptions() -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("theirs")
+
+    class Failing(Average):
+        def apply(self, context: Any) -> Any:
+            context.teacher.stem.weight.data.add_(1)
+            raise ZeroDivisionError("theirs")
+
+    for options in ({"probe": fail}, {"extract": fail}, {"update": Failing()}, {"distillation": fail}):
+        teacher, student = networks()
+        teacher.blocks[0].train()
+        output = student(batch())
+        learner = make_learner(teacher, student, **{"selection": AllLayers(), **options})
+        with no_traces(teacher, student, values_too=True), pytest.raises(Exception, match="theirs"):
+            distil_and_step(learner, output)
+
+
+def distil_and_step(learner: CollaborativeLearner, output: Any) -> None:
+    learner.distill(output, batch())
+    learner.step(step_fn=lambda: None)
+
+
+def test_02_projectors_are_the_learners_own() -> None:
+    teacher, student = networks()
+    distillation = FeatureDistillation()
+    learner = make_learner(teacher, student, distillation=distillation, extract=lambda x: Outputs(x[0], tuple(x[1])))
+    output = student.head(torch.zeros(8, 6)), student.features(batch())[:1]
+    wanted = torch.zeros(8, 3), teacher.features(batch())[:1]
+    before = [len(list(model.parameters())) for model in (teacher, student)]
+    with no_traces(teacher, student, values_too=True):
+        learner.distill(output, teacher_output=wanted)
+    assert [len(list(model.parameters())) for model in (teacher, student)] == before
+    assert list(distillation.parameters())
+
+
+# ---------------------------------------------------------------------------- 3 never deep-copied, O(layers) state
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_03_models_are_never_copied_whole(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a model was copied")
+
+    monkeypatch.setattr(nn.Module, "__deepcopy__", refuse, raising=False)
+    monkeypatch.setattr(nn.Module, "__reduce_ex__", refuse, raising=False)
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=UPDATES[update](), relation=BySimilarity(minimum=0.0))
+    train(learner, sgd(student), 2)
+    learner.load_state_dict(learner.state_dict())
+
+
+def elements(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, dict):
+        return sum(elements(item) for item in value.values())
+    return sum(elements(item) for item in value) if isinstance(value, (list, tuple)) else 0
+
+
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_03_state_does_not_grow_with_the_width(saliency: str) -> None:
+    sizes = []
+    for width in (6, 24):
+        teacher, student = seeded(lambda width=width: Net(3, width), 0).eval(), seeded(Net, 1)
+        learner = make_learner(
+            teacher,
+            student,
+            saliency=SALIENCIES[saliency](),
+            schedule=Schedule(warmup=0, interval=5, observations=5),
+            selection=LowestFraction(threshold=ReferenceThreshold()),
+        )
+        learner.distill(student(batch()), batch())
+        learner.observe(lambda model: F.cross_entropy(model(batch()), labels()), domain="source")
+        learner.step(step_fn=lambda: None)
+        sizes.append(elements(learner.state_dict()))
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_03_no_teacher_sized_tensor_is_held_between_steps() -> None:
+    teacher, student = networks()
+    optimizer = sgd(student)
+    learner = make_learner(teacher, student, update=Average(decay=0.9))
+    train(learner, optimizer, 1)
+    gc.collect()
+    held = [thing for thing in vars(learner).values() if isinstance(thing, (dict, list, Tensor))]
+    assert elements(held) <= 2 * len(learner.report().layers)
+
+
+# ---------------------------------------------------------------------------------------------------- 4 in place
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_04_updates_are_in_place_and_outside_autograd(update: str) -> None:
+    teacher, student = networks()
+    before, addresses = values(teacher), {name: (id(p), p.data_ptr()) for name, p in teacher.named_parameters()}
+    learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers())
+    train(learner, sgd(student), 3)
+    if any(record.updated for record in learner.report().rounds):
+        assert values(teacher) != before
+    else:
+        assert all(record.accepted is False for record in learner.report().rounds)
+    assert {name: (id(p), p.data_ptr()) for name, p in teacher.named_parameters()} == addresses
+    assert all(parameter.is_leaf and parameter.grad_fn is None for parameter in teacher.parameters())
+
+
+# ----------------------------------------------------------------------------------------------- 5 step() is sugar
+
+
+def run_of(advance: Callable[[CollaborativeLearner, Any], Any], steps: int = 4, **options: Any) -> Any:
+    torch.manual_seed(3)
+    teacher, student = networks()
+    optimizer = sgd(student)
+    learner = make_learner(teacher, student, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        (host_loss(student, step) + learner.distill(student(batch(step)), batch(step))).backward()
+        advance(learner, optimizer)
+    return values(teacher), values(student), bits(learner.state_dict()), bits(optimizer.state_dict())
+
+
+def by_hand(learner: CollaborativeLearner, optimizer: Any) -> None:
+    learner.observe()
+    optimizer.step()
+    learner.after_step()
+
+
+def test_05_step_equals_observe_step_after_step() -> None:
+    sugar = run_of(lambda learner, optimizer: learner.step(optimizer))
+    assert run_of(by_hand) == sugar
+    assert run_of(lambda learner, optimizer: learner.step(step_fn=optimizer.step)) == sugar
+
+
+def test_05_anything_with_a_step_will_do_and_its_result_comes_back() -> None:
+    class Wrapper:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def step(self) -> str:
+            self.inner.step()
+            return "stepped"
+
+    results = []
+    wrapped = run_of(lambda learner, optimizer: results.append(learner.step(Wrapper(optimizer))))
+    assert wrapped == run_of(by_hand)
+    assert results == ["stepped"] * 4
+
+
+def test_05_several_optimizers_are_one_step() -> None:
+    teacher, student = networks()
+    heads = torch.optim.SGD(student.head.parameters(), lr=0.1)
+    rest = torch.optim.Adam([*student.stem.parameters(), *student.blocks.parameters()], lr=0.01)
+    learner = make_learner(teacher, student)
+    before = values(student)
+    learner.distill(student(batch()), batch()).backward()
+    learner.step(step_fn=lambda: [heads.step(), rest.step()])
+    assert learner.report().steps == 1
+    assert values(student)["head.weight"] != before["head.weight"]
+    assert values(student)["stem.weight"] != before["stem.weight"]
+
+
+def test_05_sam_in_two_steps() -> None:
+    """After ``second_step(zero_grad=True)`` gradients are gone: they are observed before."""
+    teacher, student = networks()
+    optimizer = make_sam()(list(student.stem.parameters()) + list(student.head.parameters()), torch.optim.SGD, lr=0.1)
+    learner = make_learner(teacher, student, update=MaskedDistillation())
+
+    def half_step(step: int, move: Callable[..., None]) -> None:
+        (host_loss(student, step) + learner.distill(student(batch(step)), batch(step))).backward()
+        move(zero_grad=True)
+
+    for step in range(3):
+        half_step(step, optimizer.first_step)
+        half_step(step, lambda zero_grad: (learner.observe(), optimizer.second_step(zero_grad)))
+        learner.after_step()
+    assert learner.report().steps == 3
+    assert [record.step for record in learner.report().rounds] == [1, 2, 3]
+
+
+def test_05_sam_through_step_fn_and_closure() -> None:
+    teacher, student = networks()
+    optimizer = make_sam()(list(student.head.parameters()), torch.optim.SGD, lr=0.1)
+    learner = make_learner(teacher, student)
+    before = values(student)
+
+    def closure() -> Tensor:
+        loss = learner.distill(student(batch()), batch())
+        loss.backward()
+        return loss
+
+    closure()
+    learner.step(step_fn=lambda: optimizer.step(closure))
+    assert learner.report().steps == 1
+    assert values(student)["head.weight"] != before["head.weight"]
+
+
+def test_05_lbfgs_through_step_fn() -> None:
+    teacher, student = networks()
+    optimizer = torch.optim.LBFGS(student.head.parameters(), lr=0.1, max_iter=3)
+    learner = make_learner(teacher, student)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = learner.distill(student(batch()), batch())
+        loss.backward()
+        return loss
+
+    before = values(student)
+    learner.distill(student(batch()), batch())
+    assert learner.step(step_fn=lambda: optimizer.step(closure)).item() > 0
+    assert learner.report().steps == len(learner.report().rounds) == 1
+    assert values(student)["head.weight"] != before["head.weight"]
+
+
+@pytest.mark.parametrize("make_scaler", scalers())
+@pytest.mark.parametrize("unscaled_by_host", [False, True])
+def test_05_a_step_that_the_scaler_skips_is_none(make_scaler: Any, unscaled_by_host: bool) -> None:
+    teacher, student = networks()
+    optimizer, scaler = sgd(student), make_scaler()
+    learner = make_learner(teacher, student)
+    skipped = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = host_loss(student, step) + learner.distill(student(batch(step)), batch(step))
+        scaler.scale(loss).backward()
+        if step == 1:
+            student.head.weight.grad.fill_(float("inf"))
+        if unscaled_by_host:
+            scaler.unscale_(optimizer)
+        before = values(teacher), values(student), bits(learner.state_dict())
+        learner.step(optimizer, scaler=scaler)
+        skipped.append((values(teacher), values(student), bits(learner.state_dict())) == before)
+        assert "step" not in vars(optimizer), "nothing is left on the optimizer"
+        scaler.update()
+    assert skipped == [False, True, False]
+    assert learner.report().steps == 2
+
+
+@pytest.mark.parametrize("make_scaler", scalers())
+def test_05_gradients_of_a_co_trained_teacher_are_unscaled_before_they_are_read(make_scaler: Any) -> None:
+    reports = []
+    for scaled in (False, True):
+        teacher, student = networks()
+        optimizer = torch.optim.SGD([*student.head.parameters(), *teacher.head.parameters()], lr=0.1)
+        scaler = make_scaler() if scaled else None
+        learner = make_learner(
+            teacher, student, update=Average(decay=1.0), selection=LowestFraction(threshold=fixed(1e-3))
+        )
+        loss = F.cross_entropy(teacher(batch()), labels()) + learner.distill(student.eval()(batch()), batch())
+        (scaler.scale(loss) if scaler else loss).backward()
+        for name, parameter in teacher.named_parameters():
+            if not name.startswith("head"):
+                parameter.grad = None
+        learner.step(optimizer, scaler=scaler)
+        reports.append(learner.report().rounds[0].rates)
+    assert list(reports[0]) == ["head"]
+    assert reports[0] == reports[1]
+
+
+def fixed(value: float) -> Any:
+    from clda_core.selection import FixedThreshold
+
+    return FixedThreshold(value)
+
+
+def test_05_optimizer_steps_are_counted_not_micro_batches() -> None:
+    teacher, student = networks()
+    optimizer = sgd(student)
+    learner = make_learner(teacher, student, schedule=Schedule(warmup=1, interval=2))
+    for step in range(5):
+        optimizer.zero_grad()
+        for part in range(3):
+            learner.distill(student(batch(3 * step + part)), batch(3 * step + part)).backward()
+        learner.step(optimizer)
+    assert learner.report().steps == 5
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+
+
+# ------------------------------------------------------------------------------------ 6 unknown is not non-salient
+
+
+@pytest.mark.parametrize("saliency", ["Taylor", "Fisher", "Hessian"])
+def test_06_a_layer_the_loss_does_not_use_is_never_selected(saliency: str) -> None:
+    teacher, student = networks()
+    learner = make_learner(
+        teacher, student, saliency=SALIENCIES[saliency](), selection=AllLayers(), update=Average(decay=0.5)
+    )
+    before = values(teacher)
+    train(learner, sgd(student), 2)
+    for record in learner.report().rounds:
+        assert "unused" not in record.rates
+        assert "unused" not in record.selected
+    assert values(teacher)["unused.weight"] == before["unused.weight"]
+    assert "unknown" in str(learner.report())
+
+
+def test_06_gradients_that_zero_grad_filled_with_zeros_were_not_seen() -> None:
+    """The default of ``zero_grad()`` before torch 2."""
+    teacher, student = networks()
+    learner = make_learner(teacher, student, selection=AllLayers(), update=Average(decay=1.0))
+    for parameter in teacher.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    F.cross_entropy(teacher(batch()), labels()).backward()
+    learner.distill(student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    assert set(learner.report().rounds[0].rates) == {"stem", "blocks.0", "blocks.1", "blocks.2", "head"}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.first(x))))
+
+
+def test_06_tied_weights_are_written_once() -> None:
+    teacher, student = seeded(Tied, 0), seeded(Tied, 1)
+    was = teacher.first.weight.detach().clone()
+    learner = make_learner(teacher, student, update=Average(decay=0.5), selection=AllLayers(), relation=ByName())
+    learner.distill(student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    assert teacher.first.weight is teacher.second.weight
+    assert torch.allclose(teacher.first.weight, 0.5 * (was + student.first.weight))
+
+
+# ---------------------------------------------------------------------------------------------------- 7 non-finite
+
+
+def non_finite(kind: str) -> Callable[[nn.Module], Tensor]:
+    return lambda model: model(batch()).sum() * float(kind)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("update", ["Average", "Average1", "MaskedDistillation", "Guard"])
+def test_07_a_non_finite_gradient_skips_the_round_and_is_counted(kind: str, update: str) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers())
+    before = values(teacher)
+    learner.distill(student(batch()), batch())
+    learner.observe(non_finite(kind))
+    learner.after_step()
+    assert values(teacher) == before
+    assert not learner.report().rounds
+    assert learner.report().discarded == learner.metrics()["clda/discarded"] == 1
+    assert learner.report().steps == 1
+    learner.distill(student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    assert len(learner.report().rounds) == 1, "the next round is made"
+
+
+def test_07_a_non_finite_gradient_skips_the_round_though_earlier_ones_were_finite() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, schedule=every_step(interval=2, observations=2))
+    for loss in (None, non_finite("nan")):
+        learner.distill(student(batch()), batch())
+        learner.observe(loss)
+        learner.after_step()
+    assert not learner.report().rounds
+
+
+def test_07_ten_discarded_in_a_row_raise() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    for count in range(1, 10):
+        learner.observe(non_finite("nan"))
+        learner.after_step()
+        assert learner.report().discarded == count
+    learner.observe(non_finite("nan"))
+    with pytest.raises(CldaError, match="last 10 observations were all discarded.*expected finite.*Fix:"):
+        learner.after_step()
+
+
+def test_07_a_finite_one_starts_the_count_again() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    for index in range(25):
+        learner.distill(student(batch()), batch())
+        learner.observe(None if index % 9 == 8 else non_finite("nan"))
+        learner.after_step()
+    assert learner.report().discarded == 23
+
+
+def test_07_a_nan_loss_term_alone_is_legal() -> None:
+    """As DAFormer's feature distance on an empty mask: NaN in the sum that is logged, no gradient from it."""
+    teacher, student = networks()
+    optimizer = torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=0.1)
+    learner = make_learner(teacher, student)
+    loss = F.cross_entropy(teacher(batch()), labels()) + learner.distill(student(batch()), batch())
+    (loss + torch.tensor(float("nan"))).backward()
+    learner.step(optimizer)
+    assert learner.report().discarded == 0
+    assert len(learner.report().rounds) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- 8 buffers
+
+
+def test_08_buffers_are_an_explicit_choice() -> None:
+    for choice in ("keep", "average"):
+        teacher, student = networks()
+        with torch.no_grad():
+            student.blocks[0].norm.running_mean.fill_(5.0)
+            student.calls.fill_(3)
+            student.scale.fill_(7.0)
+            student.blocks[0].norm.num_batches_tracked.fill_(9)
+        before = dict(values(teacher))
+        learner = make_learner(teacher, student, update=Average(decay=0.5, buffers=choice), selection=AllLayers())
+        student.eval()
+        learner.distill(student(batch()), batch())
+        learner.step(step_fn=lambda: None)
+        moved = {name for name, value in values(teacher).items() if before[name] != value}
+        buffers = {name for name, _ in teacher.named_buffers()}
+        statistics = {name for name in buffers if name.rpartition(".")[2] in ("running_mean", "running_var")}
+        assert moved & buffers == (statistics & moved if choice == "average" else set())
+        assert ("blocks.0.norm.running_mean" in moved) == (choice == "average")
+
+
+@pytest.mark.parametrize("update", ["MaskedDistillation", "Guard"])
+def test_08_rounds_and_distillation_leave_batch_statistics_alone(update: str) -> None:
+    teacher, student = networks()
+    teacher.train()
+    learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers())
+    buffers = {name: bits(buffer) for name, buffer in teacher.named_buffers()}
+    train(learner, sgd(student), 2)
+    assert {name: bits(buffer) for name, buffer in teacher.named_buffers()} == buffers
+
+
+# --------------------------------------------------------------------------------------------------------- 9 names
+
+
+class Compiled(nn.Module):
+    """What ``torch.compile`` returns, seen from its names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._orig_mod(x)
+
+
+class Wrapped(nn.Module):
+    """What DataParallel and its kin are, seen from their names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+WRAPPERS: Dict[str, Callable[[nn.Module], nn.Module]] = {
+    "data parallel": nn.DataParallel,
+    "compiled": Compiled,
+    "both": lambda model: Compiled(Wrapped(model)),
+    "the other way round, twice": lambda model: Wrapped(Compiled(Wrapped(Compiled(model)))),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_09_wrappers_change_nothing(wrapper: str) -> None:
+    def run(wrap_teacher: bool, wrap_student: bool) -> Any:
+        torch.manual_seed(0)
+        teacher, student = networks()
+        optimizer = sgd(student)
+        wrap = WRAPPERS[wrapper]
+        learner = make_learner(
+            wrap(teacher) if wrap_teacher else teacher,
+            wrap(student) if wrap_student else student,
+            update=Guard(Average(decay=0.9), tolerance=1.0),
+        )
+        train(learner, optimizer, 3)
+        return learner.report().to_dict(), values(teacher), bits(learner.state_dict())
+
+    plain = run(False, False)
+    assert plain[0]["rounds"][0]["updated"]
+    assert run(True, False) == run(False, True) == run(True, True) == plain
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile came with torch 2.0")
+def test_09_names_of_a_compiled_model_are_the_models_own() -> None:
+    teacher, student = networks()
+    compiled = torch.compile(teacher, backend="eager")  # compiles at its first call, which is not made here
+    assert make_learner(compiled, student).report().layers == make_learner(teacher, student).report().layers
+
+
+# --------------------------------------------------------------------------------------------------- 10 distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> List[Dict[str, Any]]:
+    """Run every scenario on two processes with different data, and return what each rank got."""
+    return distributed_worker.run(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("scenario", distributed_worker.SCENARIOS)
+def test_10_every_rank_decides_alike(ranks: List[Dict[str, Any]], scenario: str) -> None:
+    first, second = (rank[scenario] for rank in ranks)
+    assert first["data"] != second["data"], "the ranks see different data"
+    assert first["rounds"], "rounds were made"
+    assert any(record["selected"] for record in first["rounds"])
+    assert first["rounds"] == second["rounds"], "same rates, selection, guard decision and scores"
+    assert first["discarded"] == second["discarded"] == (1 if scenario == "non-finite on one rank" else 0)
+    assert first["teacher"] == second["teacher"], "the teacher stays equal"
+    assert first["projectors"] == second["projectors"]
+
+
+def test_10_a_layer_seen_on_one_rank_only_is_known_on_all(ranks: List[Dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "unused" in rank["a head used on one rank"]["rounds"][0]["rates"]
+        assert "unused" not in rank["masked distillation"]["rounds"][0]["rates"]
+
+
+# -------------------------------------------------------------------------------------------------------- 11 resume
+
+STEPS = 5
+
+
+def resumable(options: Callable[[], Dict[str, Any]]) -> Tuple[CollaborativeLearner, Any]:
+    teacher, student = networks()
+    schedule = Schedule(warmup=1, interval=2, observations=2, decay="linear", total=20)
+    learner = CollaborativeLearner(teacher, student, **{"schedule": schedule, **options()})
+    return learner, sgd(student)
+
+
+def checkpoint(learner: CollaborativeLearner, optimizer: Any) -> bytes:
+    return saved(
+        {
+            "teacher": learner.teacher.state_dict(),
+            "student": learner.student.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "learner": learner.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+    )
+
+
+def outcome(learner: CollaborativeLearner, optimizer: Any) -> Tuple[Any, ...]:
+    states = bits(learner.state_dict()), bits(optimizer.state_dict())
+    return (*states, values(learner.teacher), values(learner.student), bits(torch.get_rng_state()))
+
+
+def observing_source(learner: CollaborativeLearner, step: int) -> None:
+    learner.observe(lambda model: F.cross_entropy(model(batch(50 + step)), labels(step)), domain="source")
+
+
+def check_resume(options: Callable[[], Dict[str, Any]], source: bool = False) -> CollaborativeLearner:
+    torch.manual_seed(5)
+    learner, optimizer = resumable(options)
+
+    def advance(some_learner: CollaborativeLearner, some_optimizer: Any, step: int) -> None:
+        before_step = (lambda: observing_source(some_learner, step)) if source else None
+        train_step(some_learner, some_optimizer, step, before_step)
+
+    checkpoints = []
+    for step in range(STEPS):
+        checkpoints.append(checkpoint(learner, optimizer))
+        advance(learner, optimizer, step)
+    expected = outcome(learner, optimizer)
+    for start, data in enumerate(checkpoints):
+        resumed, its_optimizer = resumable(options)
+        state = loaded(data)
+        resumed.teacher.load_state_dict(state["teacher"])
+        resumed.student.load_state_dict(state["student"])
+        its_optimizer.load_state_dict(state["optimizer"])
+        resumed.load_state_dict(state["learner"])
+        assert bits(resumed.state_dict()) == bits(state["learner"]), "loading and saving again changes nothing"
+        torch.set_rng_state(state["rng"])
+        for step in range(start, STEPS):
+            advance(resumed, its_optimizer, step)
+        assert outcome(resumed, its_optimizer) == expected, f"interrupted after step {start}"
+    return learner
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_11_interrupted_and_resumed_is_uninterrupted(update: str, saliency: str) -> None:
+    learner = check_resume(lambda: {"update": UPDATES[update](), "saliency": SALIENCIES[saliency]()})
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+
+
+def test_11_source_observations_and_a_relation_by_similarity_are_resumed() -> None:
+    selection = lambda: DomainShift(threshold=ReferenceThreshold())  # noqa: E731
+    learner = check_resume(
+        lambda: {"selection": selection(), "relation": BySimilarity(minimum=0.0), "update": Average(decay=0.9)},
+        source=True,
+    )
+    assert learner.report().rounds[0].source_rates
+
+
+def test_11_projectors_and_their_optimizer_are_resumed() -> None:
+    learner = check_resume(lambda: options_for("distillation", FeatureDistillation()))
+    assert learner.state_dict()["projector_optimizer"]["state"]
+
+
+def test_11_a_checkpoint_in_memory_does_not_change_with_the_run() -> None:
+    learner, optimizer = resumable(lambda: {"update": Average(decay=0.9)})
+    train(learner, optimizer, 2)
+    state = learner.state_dict()
+    before = bits(state)
+    train(learner, optimizer, 2, start=2)
+    assert bits(state) == before
+
+
+# -------------------------------------------------------------------------------------------------------- 12 atomic
+
+
+class HalfWay(Average):
+    """Writes everything it may write, and then fails."""
+
+    def apply(self, context: Any) -> Any:
+        super().apply(context)
+        with torch.no_grad():
+            for module in context.teacher.modules():
+                for _, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_floating_point() and buffer.numel() > 1:
+                        buffer.add_(1)
+        raise KeyError("half-way")
+
+
+@pytest.mark.parametrize("wrap", [lambda update: update, Guard])
+def test_12_an_update_that_fails_half_way_leaves_the_teacher_as_it_was(wrap: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=wrap(HalfWay(decay=0.5)), selection=AllLayers())
+    before = values(teacher)
+    learner.distill(student(batch()), batch())
+    with pytest.raises(CldaError, match="HalfWay|Guard") as caught:
+        learner.step(step_fn=lambda: None)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert values(teacher) == before
+    assert not learner.report().rounds
+    assert learner.report().steps == 1, "the optimizer's step was made and counts"
+
+
+def test_12_an_interrupt_in_an_update_leaves_the_teacher_as_it_was() -> None:
+    class Interrupted(Average):
+        def apply(self, context: Any) -> Any:
+            super().apply(context)
+            raise KeyboardInterrupt
+
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=Interrupted(decay=0.5), selection=AllLayers())
+    before = values(teacher)
+    learner.distill(student(batch()), batch())
+    with pytest.raises(KeyboardInterrupt):
+        learner.step(step_fn=lambda: None)
+    assert values(teacher) == before
+
+
+def test_12_a_rejected_round_leaves_the_teacher_as_it_was() -> None:
+    scores = iter([1.0, 0.0])
+    teacher, student = networks()
+    guard = Guard(Average(decay=0.5, buffers="average"), criterion=lambda *_: torch.tensor(next(scores)))
+    learner = make_learner(teacher, student, update=guard, selection=AllLayers())
+    before = values(teacher)
+    learner.distill(student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    assert learner.report().rounds[0].accepted is False
+    assert values(teacher) == before
+
+
+# ------------------------------------------------------------------------------------ 13 KD losses (through distill)
+
+
+def test_13_distill_masks_resizes_and_computes_in_full_precision() -> None:
+    """The losses' own tests are in distillation/; this one goes through the learner."""
+    teacher, student = seeded(lambda: Segmenter(stride=2), 0).eval(), seeded(lambda: Segmenter(stride=4), 1)
+    learner = make_learner(teacher, student, distillation=KLDistillation(temperature=2.0))
+    x = images()
+    labelled = torch.zeros(2, 8, 8, dtype=torch.int64)
+    labelled[:, :4] = 255
+    student_logits, teacher_logits = student(x), teacher(x).detach()
+    assert student_logits.shape[2:] != teacher_logits.shape[2:]
+    loss = learner.distill(student_logits, x, mask=labelled)
+    small = F.interpolate(teacher_logits.double(), size=student_logits.shape[2:], mode="bilinear", align_corners=False)
+    p, q = (F.log_softmax(z[:, :, 1:].double() / 2.0, dim=1) for z in (small, student_logits))
+    expected = 4 * (p.exp() * (p - q)).sum(1).mean()
+    assert torch.allclose(loss.double(), expected, rtol=1e-5)
+    if hasattr(torch, "autocast"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = learner.distill(student_logits, teacher_output=teacher_logits, mask=labelled)
+        assert under.dtype == torch.float32
+        assert torch.equal(under, learner.distill(student_logits, teacher_output=teacher_logits, mask=labelled))
+
+
+# --------------------------------------------------------------------------------------------------- 14 old and new
+
+
+@functools.lru_cache(maxsize=1)
+def sources() -> List[Tuple[pathlib.Path, ast.Module]]:
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+ALLOWED = {"torch", "numpy", "typing_extensions", "matplotlib", "clda_core"}
+STANDARD = getattr(sys, "stdlib_module_names", None)
+
+
+@pytest.mark.skipif(STANDARD is None, reason="Python 3.10 and newer know the names of the standard library")
+def test_14_only_torch_numpy_typing_extensions_and_the_standard_library_are_imported() -> None:
+    for path, tree in sources():
+        at_import = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                root = name.partition(".")[0]
+                assert root in ALLOWED or root in STANDARD, f"{path} imports {name}"
+                assert root != "matplotlib" or node not in at_import, f"{path} imports matplotlib when imported"
+
+
+NEWER_THAN_1_7 = {
+    *("amp", "compile", "func", "inference_mode", "vmap", "argwhere", "asarray", "concat", "frombuffer"),
+    *("nan_to_num_", "mT", "parametrize", "register_step_post_hook", "_foreach_lerp_", "_foreach_copy_"),
+    *("untyped_storage", "swapaxes", "tile", "diff", "quantile_", "autocast"),
+}
+
+
+def test_14_newer_torch_is_used_in_the_compatibility_module_only() -> None:
+    """A scan of ``torch.<name>`` and ``torch.<module>.<name>``; the suite runs on torch 1.7.1 for everything else."""
+    for path, tree in sources():
+        if path.name == "_compat.py":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert node.attr not in NEWER_THAN_1_7, f"{path}:{node.lineno} uses torch.{node.attr}"
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_foreach"):
+                raise AssertionError(f"{path}:{node.lineno} uses {node.attr}")
+
+
+def test_14_annotations_are_not_evaluated() -> None:
+    """``list[int]`` and ``X | Y`` in annotations are errors on Python 3.8 otherwise."""
+    for path, tree in sources():
+        annotated = any(isinstance(node, (ast.AnnAssign, ast.FunctionDef)) for node in ast.walk(tree))
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+        assert not annotated or imports, f"{path} lacks from __future__ import annotations"
+
+
+# --------------------------------------------------------------------------------------------------------- 15 errors
+
+
+def texts(node: ast.AST) -> str:
+    return "".join(str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant))
+
+
+def test_15_every_error_says_what_was_expected_what_was_received_and_the_fix() -> None:
+    raised = 0
+    for path, tree in sources():
+        makers = {"problem"} | {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+            and any(isinstance(part, ast.Return) and called(part.value) == "problem" for part in ast.walk(node))
+        }
+        for node in ast.walk(tree):
+            place = f"{path}:{getattr(node, 'lineno', 0)}"
+            assert not isinstance(node, ast.Assert), f"{place}: an assert does not check user input"
+            if called(node) == "problem":
+                assert {word.arg for word in node.keywords} == {"expected", "received", "fix"}, place
+            if not isinstance(node, ast.Raise) or node.exc is None:
+                continue
+            raised += 1
+            name = called(node.exc)
+            if name == "CldaError":
+                assert "Fix: " in texts(node.exc), place
+            else:
+                assert name in makers, f"{place}: raise problem(...) instead of {name}"
+    assert raised > 20
+
+
+def called(node: Any) -> str:
+    if not isinstance(node, ast.Call):
+        return ""
+    return node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+
+
+def test_15_a_message_has_all_four_parts() -> None:
+    teacher, student = networks()
+    with pytest.raises(CldaError, match=r"^.+: expected .+, received .+\. Fix: .+$"):
+        make_learner(teacher, student).distill(student(batch()))
