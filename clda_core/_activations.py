@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
@@ -53,9 +54,15 @@ def capturing(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
 
 @contextmanager
 def watching(*models: nn.Module) -> Iterator[None]:
-    """Let models be run in eval mode without gradients, and give the random state back even if they draw."""
+    """Let models be run in eval mode without gradients, and give the random state back even if they draw.
+
+    Compiled models run uncompiled meanwhile, so that hooks are called and nothing is compiled anew for them.
+    """
+    set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)
+    # Asking for a stance imports the compiler, which takes seconds; where nothing is compiled it is not there yet.
+    eager = nullcontext() if set_stance is None or "torch._dynamo" not in sys.modules else set_stance("force_eager")
     devices = sorted({p.device.index or 0 for m in models for p in m.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(*models):
+    with eager, torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(*models):
         yield
 
 

@@ -75,7 +75,7 @@ def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
 
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020. <https://arxiv.org/abs/1910.05653>
-        Ainsworth et al., Git Re-Basin, ICLR 2023, §3.1 (activation matching). <https://arxiv.org/abs/2209.04836>
+        Ainsworth et al., Git Re-Basin, ICLR 2023 (activation matching). <https://arxiv.org/abs/2209.04836>
     """
     check_number("minimum", minimum, at_least=0, below=1)
     values = correlation.detach().to("cpu", torch.float64)

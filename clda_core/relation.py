@@ -244,7 +244,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
         1.0
 
     References:
-        Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, Eq. (5).
+        Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, Table 1 ("Linear CKA").
         <https://arxiv.org/abs/1905.00414>
     """
     fine = x.dim() == y.dim() == 2 and x.shape[0] == y.shape[0] >= 2

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Kornblith 2019, Eq. (3) with linear kernels: through Gram matrices and HSIC, not through features."""
+    """Kornblith 2019 with linear kernels: through Gram matrices and HSIC, not through features."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     n = len(x)
     centring = np.eye(n) - np.full((n, n), 1 / n)

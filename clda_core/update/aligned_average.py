@@ -69,7 +69,7 @@ class AlignedAverage(Strategy):
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020. <https://arxiv.org/abs/1910.05653>
         Ainsworth et al., Git Re-Basin, ICLR 2023. <https://arxiv.org/abs/2209.04836>
-        Chen et al., Net2Net, ICLR 2016, §2.2, for the division by the multiplicity.
+        Chen et al., Net2Net, ICLR 2016, for the division by the multiplicity.
         <https://arxiv.org/abs/1511.05641>
     """
 

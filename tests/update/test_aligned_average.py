@@ -310,3 +310,42 @@ def test_mlp() -> None:
     teacher, student = randomise(mlp(hidden=8), 0), randomise(mlp(hidden=4), 1)
     result = AlignedAverage().apply(round_context(teacher, student, inputs=torch.randn(32, 5)))
     assert result.updated == ("0", "2", "5")
+
+
+def test_ranks_with_other_images_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(inputs: Tensor, others: Optional[List[Any]]) -> "tuple[nn.Module, List[Any]]":
+        teacher, seen = alive(0), []
+
+        def reduced(tensors: Any) -> List[Tensor]:
+            seen.append([tensor.clone() for tensor in tensors])
+            return list(tensors) if others is None else [a + b for a, b in zip(tensors, others[len(seen) - 1])]
+
+        monkeypatch.setattr("clda_core.update.aligned_average.sum_across_ranks", reduced)
+        AlignedAverage(decay=0.0).apply(round_context(teacher, alive(1), inputs=inputs))
+        return teacher, seen
+
+    halves = [images(seed=0), images(seed=1)]
+    alone = [run(half, None) for half in halves]
+    assert changed(alone[0][0], values(alone[1][0]))
+    together = [run(halves[rank], alone[1 - rank][1])[0] for rank in (0, 1)]
+    assert not changed(together[0], values(together[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="needs torch.compile")
+def test_a_compiled_model_is_not_compiled_anew() -> None:
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    teacher, student = randomise(mlp(hidden=8), 0), randomise(mlp(hidden=4), 1)
+    compiled = torch.compile(teacher, backend=backend)
+    inputs = torch.randn(32, 5)
+    compiled(inputs)
+    count = len(graphs)
+    result = AlignedAverage().apply(round_context(compiled, student, inputs=inputs))
+    assert result.updated == ("0", "2", "5")
+    assert count > 0
+    assert len(graphs) == count
