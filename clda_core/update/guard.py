@@ -109,12 +109,15 @@ class Guard(Strategy):
         snapshot = Snapshot(context.teacher, context.layers)
         state = copy.deepcopy(self.update.state_dict())
         before = self._score(context)
-        result = self.update.apply(context)
-        after = self._score(context)
-        accepted = bool(after >= before - self.tolerance)
-        if not accepted:
-            snapshot.restore()
-            self.update.load_state_dict(state)
+        accepted = False
+        try:
+            result = self.update.apply(context)
+            after = self._score(context)
+            accepted = bool(after >= before - self.tolerance)
+        finally:
+            if not accepted:  # rejected, or an error on the way
+                snapshot.restore()
+                self.update.load_state_dict(state)
         updated = result.updated if accepted else ()
         return UpdateResult(updated, result.skipped, accepted, before, after)
 

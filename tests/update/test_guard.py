@@ -138,6 +138,18 @@ def test_the_criterion_sees_the_teacher_before_and_after_and_the_student_in_eval
     assert not torch.equal(after, before)
 
 
+def test_an_error_after_the_update_undoes_it() -> None:
+    teacher, student = pair()
+    before, traced = values(teacher), traces(teacher, student)
+    scores = iter([torch.zeros(()), "high"])
+    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, s: next(scores))
+    with pytest.raises(CldaError, match="criterion returned something else than a score.*received str"):
+        guard.apply(round_context(teacher, student, inputs=images()))
+    assert not changed(teacher, before)
+    assert guard.update.rounds == 0
+    assert traces(teacher, student) == traced
+
+
 def test_after_rejections_the_optimizer_is_as_if_they_had_not_been() -> None:
     """Otherwise the momentum of a rejected step would be part of the next one."""
 
