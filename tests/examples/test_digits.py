@@ -102,7 +102,7 @@ def test_strong_view_keeps_shape_and_masks() -> None:
     assert view.shape == images.shape
     assert 0.4 < view.eq(0).float().mean() < 0.65
     assert torch.equal(view, strong_view(images, torch.Generator().manual_seed(0), masked=0.5))
-    assert not strong_view(images, torch.Generator().manual_seed(0), masked=1.0).any()
+    assert not strong_view(images, torch.Generator().manual_seed(0), masked=1.0).ne(0).any()
 
 
 def test_networks_differ_in_depth_only() -> None:
