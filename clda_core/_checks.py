@@ -108,11 +108,12 @@ def check_loss(loss: Any) -> None:
 
 def check_differentiable(value: Any, what: str, fix: str) -> None:
     if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
-        received = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
         raise problem(
             f"{what} is not a loss that can be differentiated",
             expected="a scalar tensor with a graph to the teacher's parameters",
-            received=received if isinstance(value, Tensor) else type(value).__name__,
+            received=f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            if isinstance(value, Tensor)
+            else type(value).__name__,
             fix=fix,
         )
 
