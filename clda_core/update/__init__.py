@@ -1,12 +1,14 @@
 """Updates: what the student does to the selected teacher layers."""
 
+from .aligned_average import AlignedAverage
 from .average import Average
 from .base import Granularity, RoundContext, Update, UpdateResult
-from .guard import Criterion, Guard, agreement, mutual_information
+from .guard import Criterion, Guard, agreement, consensus, mutual_information
 from .initialise import init_student
 from .masked_distillation import MaskedDistillation
 
 __all__ = [
+    "AlignedAverage",
     "Average",
     "Criterion",
     "Granularity",
@@ -16,6 +18,7 @@ __all__ = [
     "Update",
     "UpdateResult",
     "agreement",
+    "consensus",
     "init_student",
     "mutual_information",
 ]

@@ -11,30 +11,67 @@ from torch import Tensor
 from .._config import Strategy
 from .._distributed import mean_across_ranks
 from ..distillation import kl_distillation
+from ..distillation.base import align_logits
 from ..errors import check_number, problem
 from .base import Granularity, RoundContext, Update, UpdateResult
 from .writing import Snapshot
 
-__all__ = ["Criterion", "Guard", "agreement", "mutual_information"]
+__all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""``criterion(teacher_logits, student_logits) -> scalar`` on one target batch; higher is better."""
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``criterion(teacher_logits, original_logits, student_logits) -> scalar`` on one target batch; higher is better.
+
+``original_logits`` are the teacher's before the update; before it they are the same as ``teacher_logits``.
+"""
 
 
-def mutual_information(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
+    r"""Share of the updated teacher's predictions that the original teacher or the student makes too.
+
+    :math:`\frac{1}{n} \sum_i [\, \hat y_i \in \{ \hat y_i^{\,0}, \hat y_i^{\,S} \} \,]` with the most probable classes
+    :math:`\hat y` over all samples and positions. An update may move the teacher towards the student at any pace, and
+    change its confidence at will, but not invent predictions that neither of the two made. It is 1 before the update,
+    and it does not ask which of the two is right.
+
+    Args:
+        teacher_logits: Shape ``(N, C, ...)``, of the updated teacher.
+        original_logits: The same of the teacher before the update.
+        student_logits: The same classes; another grid is resized to the smaller of the two.
+
+    Returns:
+        Scalar float32 in [0, 1]; NaN if a logit of the updated teacher is not finite.
+
+    Raises:
+        CldaError: If the logits do not fit each other.
+
+    Example:
+        >>> one, other = torch.tensor([[0.0, 4.0], [0.0, 4.0]]), torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+        >>> consensus(one, other, one).item(), consensus(other, one, one).item()
+        (1.0, 0.5)
+    """
+    updated, student, _ = align_logits(teacher_logits, student_logits, None)
+    original = align_logits(original_logits, student_logits, None).student
+    labels = updated.argmax(dim=1)
+    share = ((labels == original.argmax(dim=1)) | (labels == student.argmax(dim=1))).float().mean()
+    return torch.where(torch.isfinite(updated).all(), share, torch.full_like(share, float("nan")))
+
+
+def mutual_information(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
     r"""Mutual information between input and predicted class, :math:`H(\bar p) - \overline{H(p)}`, in nats.
 
     It falls when predictions collapse to one class and when they blur.
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``.
+        original_logits: Not used.
         student_logits: Not used.
 
     Returns:
         Scalar float32 or float64 in ``[0, log C]``.
 
     Example:
-        >>> round(mutual_information(torch.eye(2) * 100, torch.zeros(2, 2)).item(), 4)
+        >>> certain, unsure = torch.eye(2) * 100, torch.zeros(2, 2)
+        >>> round(mutual_information(certain, unsure, unsure).item(), 4)
         0.6931
 
     References:
@@ -48,11 +85,12 @@ def mutual_information(teacher_logits: Tensor, student_logits: Tensor) -> Tensor
     return torch.sum(p * log_p, dim=1).mean() - torch.sum(mean * torch.log(mean.clamp(min=1e-30)))
 
 
-def agreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+def agreement(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
     r"""Negative mean Kullback-Leibler divergence :math:`-\mathrm{KL}(p_S \| p_T)` between the models, in nats.
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``.
+        original_logits: Not used.
         student_logits: The same classes; another grid is resized to the smaller of the two.
 
     Returns:
@@ -62,7 +100,7 @@ def agreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         CldaError: If the logits do not fit each other.
 
     Example:
-        >>> agreement(torch.zeros(2, 3), torch.zeros(2, 3)).item()
+        >>> agreement(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3)).item()
         0.0
     """
     return 0.0 - kl_distillation(teacher_logits, student_logits, temperature=1.0)
@@ -77,7 +115,8 @@ class Guard(Strategy):
 
     Args:
         update: The update to guard.
-        criterion: Unsupervised, higher is better: :func:`mutual_information`, :func:`agreement` or your own.
+        criterion: Unsupervised, higher is better: :func:`consensus`, :func:`mutual_information`, :func:`agreement` or
+            your own.
         tolerance: In the criterion's units, >= 0.
 
     Raises:
@@ -88,7 +127,7 @@ class Guard(Strategy):
         update's state a round. On several ranks the scores are averaged, so that all decide alike.
     """
 
-    def __init__(self, update: Update, *, criterion: Criterion = mutual_information, tolerance: float = 0.0) -> None:
+    def __init__(self, update: Update, *, criterion: Criterion = consensus, tolerance: float = 0.05) -> None:
         check_number("tolerance", tolerance, at_least=0)
         self.update = update
         self.criterion = criterion
@@ -108,11 +147,12 @@ class Guard(Strategy):
         """Apply the guarded update and accept it or roll it back."""
         snapshot = Snapshot(context.teacher, context.layers)
         state = copy.deepcopy(self.update.state_dict())
-        before = self._score(context)
+        original = context.predict(context.teacher).logits
+        before = self._score(context, original, original)
         accepted = False
         try:
             result = self.update.apply(context)
-            after = self._score(context)
+            after = self._score(context, context.predict(context.teacher).logits, original)
             accepted = bool(after >= before - self.tolerance)
         finally:
             if not accepted:  # rejected, or an error on the way
@@ -129,10 +169,9 @@ class Guard(Strategy):
         """Restore the guarded update's state."""
         self.update.load_state_dict(state)
 
-    def _score(self, context: RoundContext) -> float:
-        teacher, student = context.predict(context.teacher).logits, context.student_outputs().logits
+    def _score(self, context: RoundContext, teacher: Tensor, original: Tensor) -> float:
         with torch.no_grad():
-            score: Optional[Tensor] = self.criterion(teacher, student)
+            score: Optional[Tensor] = self.criterion(teacher, original, context.student_outputs().logits)
         if not isinstance(score, Tensor) or score.numel() != 1:
             raise problem(
                 "the guard's criterion returned something else than a score",

@@ -14,6 +14,7 @@ from clda_core.update import (
     RoundContext,
     UpdateResult,
     agreement,
+    consensus,
     mutual_information,
 )
 from tests import reference_update as reference
@@ -51,7 +52,7 @@ class Writes:
         self.rounds = state["rounds"]
 
 
-def bias_towards_0(teacher: Tensor, student: Tensor) -> Tensor:
+def bias_towards_0(teacher: Tensor, original: Tensor, student: Tensor) -> Tensor:
     return teacher[:, 0].mean()
 
 
@@ -63,7 +64,7 @@ def test_accepts_an_improvement() -> None:
     teacher, student = pair()
     before, traced = values(teacher), traces(teacher, student)
     guard = Guard(
-        Writes(lambda tensor: tensor + 1), criterion=lambda t, s: -(t[:, 1] - t[:, 0] - 5).abs().mean() * 0 + 1
+        Writes(lambda tensor: tensor + 1), criterion=lambda t, o, s: -(t[:, 1] - t[:, 0] - 5).abs().mean() * 0 + 1
     )
     result = guard.apply(round_context(teacher, student, ["fc"], inputs=images()))
     assert result == UpdateResult(("fc",), {"x": "reason"}, True, 1.0, 1.0)
@@ -82,11 +83,14 @@ def test_accepts_an_improvement() -> None:
     ],
     ids=["nan", "inf", "zeros", "negative"],
 )
-@pytest.mark.parametrize("criterion", [mutual_information, agreement])
+@pytest.mark.parametrize("criterion", [consensus, mutual_information, agreement])
 def test_rolls_back_what_wrecks_the_teacher_bit_for_bit(make: Any, criterion: Any) -> None:
     teacher, student = pair()
     if criterion is agreement:
         student = randomise(ResNet((2, 1)), 1)  # the teacher's twin: nothing agrees better
+    for model in (teacher, student):  # so that predictions differ from image to image
+        model.fc.weight.data.mul_(100)
+        model.fc.bias.data.sub_(model.eval()(images()).mean(dim=0).detach())
     teacher.layer1[0].bn1.bias.data[0] = -0.0
     before, traced = values(teacher), traces(teacher, student)
     guard = Guard(Writes(make), criterion=criterion)
@@ -111,7 +115,7 @@ def test_rolls_back_what_wrecks_the_teacher_bit_for_bit(make: Any, criterion: An
 def test_tolerance_and_nan(scores: Any, accepted: bool) -> None:
     teacher, student = pair()
     given = iter(scores)
-    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, s: torch.tensor(next(given)), tolerance=0.1)
+    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, o, s: torch.tensor(next(given)), tolerance=0.1)
     before = values(teacher)
     result = guard.apply(round_context(teacher, student, ["fc"], inputs=images()))
     assert result.accepted is accepted
@@ -123,14 +127,16 @@ def test_the_criterion_sees_the_teacher_before_and_after_and_the_student_in_eval
     teacher, student = pair()
     seen: List[Any] = []
 
-    def criterion(of_teacher: Tensor, of_student: Tensor) -> Tensor:
-        seen.append((of_teacher, of_student))
+    def criterion(of_teacher: Tensor, original: Tensor, of_student: Tensor) -> Tensor:
+        seen.append((of_teacher, original, of_student))
         return of_teacher.sum() * 0
 
     Guard(Writes(lambda tensor: tensor + 1), criterion=criterion).apply(
         round_context(teacher, student, ["fc"], inputs=images())
     )
-    (before, of_student), (after, again) = seen
+    (before, original, of_student), (after, still, again) = seen
+    assert original is still
+    assert torch.equal(original, before)
     assert again is of_student
     assert not of_student.requires_grad
     assert torch.equal(of_student, student.eval()(images()))
@@ -142,7 +148,7 @@ def test_an_error_after_the_update_undoes_it() -> None:
     teacher, student = pair()
     before, traced = values(teacher), traces(teacher, student)
     scores = iter([torch.zeros(()), "high"])
-    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, s: next(scores))
+    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, o, s: next(scores))
     with pytest.raises(CldaError, match="criterion returned something else than a score.*received str"):
         guard.apply(round_context(teacher, student, inputs=images()))
     assert not changed(teacher, before)
@@ -156,7 +162,7 @@ def test_after_rejections_the_optimizer_is_as_if_they_had_not_been() -> None:
     def rounds(verdicts: List[bool]) -> nn.Module:
         teacher, student = pair()
         scores = iter([score for accepted in verdicts for score in (0.0, 1.0 if accepted else -1.0)])
-        guard = Guard(MaskedDistillation(learning_rate=0.01), criterion=lambda t, s: torch.tensor(next(scores)))
+        guard = Guard(MaskedDistillation(learning_rate=0.01), criterion=lambda t, o, s: torch.tensor(next(scores)))
         for accepted in verdicts:
             seed = 0 if accepted else 1
             result = guard.apply(round_context(teacher, student, ["layer1.1", "fc"], inputs=images(seed)))
@@ -199,7 +205,7 @@ def test_a_numpy_tolerance_gives_a_plain_decision() -> None:
 def test_a_criterion_that_returns_no_score_changes_nothing(returned: Any, message: str) -> None:
     teacher, student = pair()
     before, traced = values(teacher), traces(teacher, student)
-    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, s: returned)
+    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, o, s: returned)
     with pytest.raises(CldaError, match=f"criterion returned something else than a score.*{message}"):
         guard.apply(round_context(teacher, student, inputs=images()))
     assert not changed(teacher, before)
@@ -219,12 +225,12 @@ SHAPES = [(5, 3), (1, 4), (2, 3, 4, 5), (3, 2, 7)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_criteria_equal_their_oracles(shape: Any, dtype: torch.dtype) -> None:
-    teacher, student = logits(*shape, seed=1, dtype=dtype), logits(*shape, seed=2, dtype=dtype)
+    teacher, original, student = (logits(*shape, seed=seed, dtype=dtype) for seed in (1, 3, 2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for found, expected in (
-        (mutual_information(teacher, student), reference.mutual_information(teacher)),
-        (agreement(teacher, student), reference.agreement(teacher, student)),
+        (mutual_information(teacher, original, student), reference.mutual_information(teacher)),
+        (agreement(teacher, original, student), reference.agreement(teacher, student)),
     ):
         assert found.dtype == wide
         assert found.dim() == 0
@@ -232,50 +238,65 @@ def test_criteria_equal_their_oracles(shape: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("criterion", [mutual_information, agreement])
+@pytest.mark.parametrize("criterion", [consensus, mutual_information, agreement])
 def test_criteria_ignore_shifts_and_the_order_of_classes_samples_and_positions(criterion: Any, shape: Any) -> None:
-    teacher, student = logits(*shape, seed=1), logits(*shape, seed=2)
-    expected = pytest.approx(criterion(teacher, student).item(), rel=1e-9, abs=1e-12)
-    assert criterion(teacher + 7.0, student - 3.0).item() == expected
+    given = [logits(*shape, seed=seed) for seed in (1, 3, 2)]
+    expected = pytest.approx(criterion(*given).item(), rel=1e-9, abs=1e-12)
+    assert criterion(*(one + shift for one, shift in zip(given, (7.0, 1.0, -3.0)))).item() == expected
     for dim in range(len(shape)):
-        assert criterion(teacher.flip(dim), student.flip(dim)).item() == expected
-    assert criterion(torch.cat([teacher, teacher]), torch.cat([student, student])).item() == expected
+        assert criterion(*(one.flip(dim) for one in given)).item() == expected
+    assert criterion(*(torch.cat([one, one]) for one in given)).item() == expected
 
 
 def test_mutual_information_between_its_bounds() -> None:
     student = torch.zeros(1)
     blurred, collapsed = torch.zeros(6, 3), torch.eye(3)[[0] * 6] * 1000
     confident = torch.eye(3).repeat(2, 1) * 1000
-    assert mutual_information(blurred, student).item() == pytest.approx(0, abs=1e-6)
-    assert mutual_information(collapsed, student).item() == pytest.approx(0, abs=1e-6)
-    assert mutual_information(confident, student).item() == pytest.approx(math.log(3))
+    assert mutual_information(blurred, student, student).item() == pytest.approx(0, abs=1e-6)
+    assert mutual_information(collapsed, student, student).item() == pytest.approx(0, abs=1e-6)
+    assert mutual_information(confident, student, student).item() == pytest.approx(math.log(3))
 
 
 def test_agreement_is_highest_with_itself_and_resizes_grids() -> None:
     student = logits(2, 3, 4, 4)
-    assert agreement(student, student).item() == 0.0
-    assert agreement(logits(2, 3, 4, 4, seed=1), student).item() < 0
-    assert agreement(student.repeat_interleave(2, 2).repeat_interleave(2, 3), student).item() == pytest.approx(
-        0, abs=1e-9
-    )
+    assert agreement(student, student, student).item() == 0.0
+    assert agreement(logits(2, 3, 4, 4, seed=1), student, student).item() < 0
+    finer = student.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert agreement(finer, finer, student).item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("criterion", [mutual_information, agreement])
+def test_consensus_counts_only_predictions_that_neither_made() -> None:
+    one, other, third = (torch.eye(3)[[index] * 4] for index in range(3))
+    assert consensus(one, one, other).item() == 1.0
+    assert consensus(other, one, other).item() == 1.0
+    assert consensus(third, one, other).item() == 0.0
+    assert consensus(torch.cat([one[:1], other[:1], third[:2]]), one, other).item() == 0.5
+    assert consensus(1e-3 * one, one, other).item() == 1.0, "confidence does not matter"
+
+
+def test_consensus_on_different_grids() -> None:
+    coarse = logits(2, 3, 4, 4)
+    finer = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert consensus(finer, finer, coarse).item() == 1.0
+    assert consensus(-finer, finer, coarse).item() == 0.0
+
+
+@pytest.mark.parametrize("criterion", [consensus, mutual_information, agreement])
 def test_criteria_of_non_finite_logits_are_nan(criterion: Any) -> None:
     broken = logits(4, 3)
     broken[1, 2] = float("nan")
-    assert math.isnan(criterion(broken, logits(4, 3)))
+    assert math.isnan(criterion(broken, logits(4, 3, seed=1), logits(4, 3)))
 
 
 def test_agreement_of_logits_that_do_not_fit() -> None:
     with pytest.raises(CldaError, match="class counts differ"):
-        agreement(logits(2, 3), logits(2, 4))
+        agreement(logits(2, 3), logits(2, 3), logits(2, 4))
 
 
 def test_a_criterion_may_bind_arguments() -> None:
-    criterion = functools.partial(lambda t, s, factor: factor * bias_towards_0(t, s), factor=2.0)
+    criterion = functools.partial(lambda t, o, s, factor: factor * bias_towards_0(t, o, s), factor=2.0)
     teacher, student = pair()
     result = Guard(Average(decay=1.0), criterion=criterion).apply(
         round_context(teacher, student, ["fc"], inputs=images())
     )
-    assert result.score_before == pytest.approx(2 * bias_towards_0(teacher.eval()(images()), images()).item())
+    assert result.score_before == pytest.approx(2 * bias_towards_0(teacher.eval()(images()), images(), images()).item())
