@@ -89,6 +89,8 @@ def _draw_accuracies(axes: Any, results: Mapping[str, Any]) -> None:
         if stage["uses_teacher"]:
             teacher = [point["teacher"] for point in stage["curve"]]
             axes.plot(steps, teacher, color=f"C{index}", linestyle="--", label=f"teacher, {title}")
+    trained = [point["accuracy"] for stage in results["students"].values() for point in stage["curve"][1:]]
+    axes.set_ylim(bottom=min(trained) - 1.0)  # the untrained start would flatten what differs
     axes.set_xlabel("optimizer step of the student")
     axes.set_ylabel("accuracy on the target (%)")
     axes.grid(alpha=0.3)
