@@ -4,7 +4,6 @@ import importlib
 import inspect
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
-import clda_core
 from clda_core import Never, Schedule
 from clda_core.distillation import (
     AttentionTransfer,
@@ -35,7 +34,15 @@ from clda_core.selection import (
     RandomFraction,
     ReferenceThreshold,
 )
-from clda_core.update import Average, Guard, MaskedDistillation, agreement, mutual_information
+from clda_core.update import (
+    AlignedAverage,
+    Average,
+    Guard,
+    MaskedDistillation,
+    agreement,
+    consensus,
+    mutual_information,
+)
 
 MODULES = [
     "clda_core",
@@ -77,6 +84,10 @@ CASES: Dict[str, List[Case]] = {
         ("update", lambda: Average(decay=0.9)),
         ("update", lambda: Average(decay=0.9, granularity="parameter", buffers="average")),
     ],
+    "AlignedAverage": [
+        ("update", lambda: AlignedAverage(decay=0.9)),
+        ("update", lambda: Guard(AlignedAverage(decay=0.9, granularity="parameter"))),
+    ],
     "MaskedDistillation": [
         ("update", lambda: MaskedDistillation(learning_rate=1e-2)),
         ("update", lambda: MaskedDistillation(steps=2, learning_rate=1e-2, granularity="parameter")),
@@ -85,6 +96,7 @@ CASES: Dict[str, List[Case]] = {
         ("update", lambda: Guard(MaskedDistillation(learning_rate=1e-2))),
         ("update", lambda: Guard(Average(decay=0.5), criterion=agreement)),
     ],
+    "consensus": [("criterion", lambda: consensus)],
     "mutual_information": [("criterion", lambda: mutual_information)],
     "agreement": [("criterion", lambda: agreement)],
     "KLDistillation": [("distillation", lambda: KLDistillation(temperature=2.0, class_map=[0, 1, 2]))],
@@ -107,14 +119,6 @@ CASES: Dict[str, List[Case]] = {
     ],
     "Never": [("schedule", Never)],
 }
-
-if hasattr(clda_core.update, "AlignedAverage"):
-    from clda_core.update import AlignedAverage
-
-    CASES["AlignedAverage"] = [
-        ("update", lambda: AlignedAverage(decay=0.9)),
-        ("update", lambda: Guard(AlignedAverage(decay=0.9, granularity="parameter"))),
-    ]
 
 NOT_STRATEGIES = {
     "CldaError": "the error",
