@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Set
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,9 @@ from typing_extensions import Literal
 
 from ._checks import (
     check_callable,
-    check_differentiable,
     check_loss,
     check_mask,
     check_models,
-    check_reached,
     check_related,
     check_selected,
     check_state,
@@ -23,26 +21,17 @@ from ._checks import (
     check_strength,
 )
 from ._config import describe
-from ._distributed import mean_across_ranks, mean_where_seen
-from ._models import evaluating, requiring_grad
+from ._models import evaluating
+from ._projectors import Projectors
 from ._stepping import make_step, unscale
 from .distillation import Distillation, KLDistillation, check_values, distillation_loss
 from .errors import CldaError, check_choice, problem
-from .layers import LayerGrouping, canonical_parameters, group_layers
-from .observation import (
-    Observations,
-    hosts_gradients,
-    leftover_gradients,
-    non_salient_elements,
-    score_layers,
-    still_leftover,
-)
+from .layers import LayerGrouping, group_layers
+from .observation import LossOrFunction, Observer
 from .outputs import Extract, Outputs, as_outputs, call_model
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
-from .saliency.base import derivatives
-from .saliency.histogram import Histogram
 from .schedule import RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
@@ -51,11 +40,7 @@ from .update.writing import undone_on_error
 __all__ = ["CollaborativeLearner"]
 
 STATE_VERSION = 1
-_PROJECTOR_LEARNING_RATE = 1e-3
-_DISCARDED_IN_A_ROW = 10
 _ROLES = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
-
-LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
 
 
 class CollaborativeLearner:
@@ -135,22 +120,15 @@ class CollaborativeLearner:
         self._related: Optional[RelatedLayers] = None
         if not self.relation.needs_inputs:
             self._relate(None)
-        self._leftover = leftover_gradients(teacher)
+        self._observer = Observer(self._teacher_view, self.saliency, self.selection.threshold, self.probe, self._logits)
+        self._projectors = Projectors(self.distillation)
         self._steps = 0
-        self._observations = Observations(len(self._teacher_view.layers))
-        self._generator = torch.Generator().manual_seed(0)
         self._history: List[RoundRecord] = []
-        self._discarded = 0
-        self._discarded_in_a_row = 0
-        self._projector_optimizer: Optional[torch.optim.Optimizer] = None
-        self._restored_projector_optimizer: Optional[Mapping[str, Any]] = None
         self._kd_loss: Optional[Tensor] = None
         # What belongs to the optimizer step in the making.
         self._observed: Set[str] = set()
         self._inputs: Any = None
         self._mask: Optional[Tensor] = None
-        self._pending: List[Tuple[str, Histogram]] = []
-        self._non_salient: Dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------ every step
 
@@ -229,7 +207,7 @@ class CollaborativeLearner:
         if not self.enabled:
             return make_step(optimizer, scaler, step_fn)[0]
         if "target" not in self._observed:
-            if scaler is not None and self.observing and hosts_gradients(self.teacher, self._leftover):
+            if scaler is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaler, optimizer)
             self.observe()
         try:
@@ -270,7 +248,8 @@ class CollaborativeLearner:
         check_loss(loss)
         if self.observing:
             with self._keeping_rng():
-                self._observe(loss, domain)
+                elements = self.update.granularity == "parameter"
+                self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
         self._observed.add(domain)
 
     def after_step(self) -> None:
@@ -291,12 +270,9 @@ class CollaborativeLearner:
             )
         self._steps += 1
         try:
-            self._step_projectors()
+            self._projectors.step()
             with self._keeping_rng():
-                # Source data first: the threshold on target data may refer to it.
-                pending = sorted(self._pending, key=lambda entry: entry[0])
-                finite = [self._commit(domain, histogram) for domain, histogram in pending]
-                if all(finite) and self.schedule.due(self._steps):
+                if self._observer.commit() and self.schedule.due(self._steps):
                     self._round()
         finally:
             self._forget_step()
@@ -309,24 +285,15 @@ class CollaborativeLearner:
         It holds counters, observations, history, the relation, the configuration, and the state of the update's and the
         projectors' optimizers. The models are not in it: save the teacher beside the student, since it changes.
         """
-        projectors = self._projectors()
         return {
             "version": STATE_VERSION,
             "config": self._config(),
             "steps": self._steps,
-            "observations": self._observations.state_dict(),
-            "generator": self._generator.get_state(),
+            "observer": self._observer.state_dict(),
             "history": self.report().to_dict()["rounds"],
-            "discarded": self._discarded,
-            "discarded_in_a_row": self._discarded_in_a_row,
             "relation": None if self._related is None else _relation_as_dict(self._related),
             "update": self.update.state_dict(),
-            "projectors": {}
-            if projectors is None
-            else {name: tensor.detach().clone() for name, tensor in projectors.state_dict().items()},
-            "projector_optimizer": self._restored_projector_optimizer
-            if self._projector_optimizer is None
-            else self._projector_optimizer.state_dict(),
+            "projectors": self._projectors.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -338,17 +305,12 @@ class CollaborativeLearner:
         own = self.state_dict()
         # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
         check_state(state, {**own, "relation": None} if self.relation.needs_inputs else own)
-        projectors = self._projectors()
-        children = [] if projectors is None else [(module, dict(module._modules)) for module in projectors.modules()]
         try:
             self._load(state)
         except Exception as error:
-            for module, before in children:
-                module._modules.clear()
-                module._modules.update(before)
-            if projectors is not None:
-                projectors.load_state_dict(own["projectors"])
+            self._projectors.load_state_dict(own["projectors"])
             self.update.load_state_dict(own["update"])
+            self._observer.load_state_dict(own["observer"])
             raise CldaError(
                 f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
                 "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"
@@ -361,7 +323,7 @@ class CollaborativeLearner:
             rounds=tuple(self._history),
             unrelated={} if self._related is None else dict(self._related.unrelated),
             steps=self._steps,
-            discarded=self._discarded,
+            discarded=self._observer.discarded,
         )
 
     def metrics(self) -> Dict[str, float]:
@@ -369,7 +331,7 @@ class CollaborativeLearner:
         figures: Dict[str, float] = {
             "clda/steps": float(self._steps),
             "clda/rounds": float(len(self._history)),
-            "clda/discarded": float(self._discarded),
+            "clda/discarded": float(self._observer.discarded),
         }
         if self._kd_loss is not None:
             figures["clda/kd_loss"] = float(self._kd_loss)
@@ -394,40 +356,30 @@ class CollaborativeLearner:
         self._observed = set()
         self._inputs = None
         self._mask = None
-        self._pending = []
-        self._non_salient = {}
-        self._leftover = still_leftover(self.teacher, self._leftover)
-        for parameter in self._projector_parameters():
-            parameter.grad = None
+        self._observer.forget_step()
+        self._projectors.forget_gradients()
 
     def _keeping_rng(self) -> ContextManager[None]:
         """Give the host's random state back, should a model or a strategy draw from it."""
-        models = (self.teacher, self.student)
-        devices = {parameter.device for model in models for parameter in model.parameters()}
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return torch.random.fork_rng(devices=[])
+        devices = {parameter.device for model in (self.teacher, self.student) for parameter in model.parameters()}
         return torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices if d.type == "cuda"))
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Restore a state, whatever raises first leaving the learner's own attributes alone."""
-        observations = Observations(len(self._teacher_view.layers))
-        observations.load_state_dict(state["observations"])
-        generator = torch.Generator()
-        generator.set_state(state["generator"])
+        steps = int(state["steps"])
         history = [
             RoundRecord(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
             for record in state["history"]
         ]
-        counters = [int(state[name]) for name in ("steps", "discarded", "discarded_in_a_row")]
         related = self._related
         if self.relation.needs_inputs:
             related = None if state["relation"] is None else self._relation_from(state["relation"])
-        projectors = self._projectors()
-        if projectors is not None:
-            projectors.load_state_dict(state["projectors"])
+        self._observer.load_state_dict(state["observer"])
+        self._projectors.load_state_dict(state["projectors"])
         self.update.load_state_dict(state["update"])
-        self._observations, self._generator, self._history, self._related = observations, generator, history, related
-        self._steps, self._discarded, self._discarded_in_a_row = counters
-        self._projector_optimizer = None
-        self._restored_projector_optimizer = state["projector_optimizer"]
+        self._steps, self._history, self._related = steps, history, related
         self._forget_step()
 
     def _relation_from(self, saved: Mapping[str, Mapping[str, str]]) -> RelatedLayers:
@@ -445,6 +397,9 @@ class CollaborativeLearner:
     def _forward(self, model: nn.Module, inputs: Any) -> Outputs:
         return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
 
+    def _logits(self, inputs: Any) -> Tensor:
+        return self._forward(self.teacher, inputs).logits
+
     def _relate(self, inputs: Any) -> RelatedLayers:
         if self._related is None:
             related = self.relation(self._teacher_view, self._student_view, inputs)
@@ -452,91 +407,10 @@ class CollaborativeLearner:
             self._related = related
         return self._related
 
-    def _observe(self, loss: Optional[LossOrFunction], domain: str) -> None:
-        layers, parameters = self._teacher_view.layers, canonical_parameters(self.teacher)
-        names = [name for layer in layers for name in layer.parameters]
-        found = self._derivatives(loss, domain, parameters, names)
-        histogram = score_layers(self.saliency, layers, parameters, found)
-        if domain == "target" and self.update.granularity == "parameter":
-            source = [other for kind, other in self._pending if kind == "source"]
-            threshold = self._observations.threshold(self.selection.threshold, histogram, source)
-            self._non_salient = non_salient_elements(self.saliency, parameters, found, threshold)
-        self._pending.append((domain, histogram))
-
-    def _derivatives(
-        self, loss: Optional[LossOrFunction], domain: str, parameters: Mapping[str, nn.Parameter], names: Sequence[str]
-    ) -> Dict[str, Optional[Tensor]]:
-        """Return the derivatives the saliency needs, by parameter name, averaged over ranks."""
-        order = self.saliency.order
-        if order == 0:
-            return dict.fromkeys(names)
-        wanted = [parameters[name] for name in names]
-        samples = int(getattr(self.saliency, "samples", 1))
-        live = hosts_gradients(self.teacher, self._leftover) if loss is None and order == 1 else {}
-        if live:
-            found = [live.get(name) for name in names]
-        elif isinstance(loss, Tensor):
-            found = self._derivatives_of(loss, wanted, samples)
-        else:
-            with evaluating(self.teacher), requiring_grad(wanted, of=parameters.values()):
-                value = self._probe_loss(domain) if loss is None else loss(self.teacher)
-                check_differentiable(value, "what the function given to observe() returned", "return a scalar from it")
-                found = derivatives(order, value, wanted, self._generator, samples=samples)
-        by_name = dict(zip(names, mean_where_seen(found, wanted)))
-        check_reached(by_name)
-        return by_name
-
-    def _derivatives_of(self, loss: Tensor, wanted: Sequence[nn.Parameter], samples: int) -> List[Optional[Tensor]]:
-        order = self.saliency.order
-        fix = "for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))"
-        check_differentiable(loss, "the loss given to observe()", fix)
-        try:
-            return derivatives(order, loss, wanted, self._generator, samples=samples, retain_graph=True)
-        except RuntimeError as error:
-            if "retain_graph" not in str(error):
-                raise
-            raise problem(
-                "the graph of the loss given to observe() is gone",
-                expected="a loss whose graph backward() has not freed",
-                received="a freed graph",
-                fix="call observe(loss) before loss.backward(), or pass a function of the teacher",
-            ) from error
-
-    def _probe_loss(self, domain: str) -> Tensor:
-        if self._inputs is None or domain == "source":
-            raise problem(
-                f"there is nothing to observe on {domain} data",
-                expected="this step's inputs passed to distill(), gradients of a co-trained teacher, or a loss",
-                received="none of these",
-                fix="call learner.distill(student_output, inputs), or observe(lambda teacher: ..., domain=...)",
-            )
-        logits = self._forward(self.teacher, self._inputs).logits
-        loss = self.probe(logits, self._mask)
-        check_differentiable(loss, "what the probe returned", "return a differentiable scalar from probe=")
-        return loss
-
-    def _commit(self, domain: str, histogram: Histogram) -> bool:
-        """Add an observation, or discard it if it is not finite on every rank; return whether it was added."""
-        if bool(mean_across_ranks([histogram.finite.double()])[0] == 1):
-            self._observations.add(domain, histogram, self.selection.threshold)
-            self._discarded_in_a_row = 0
-            return True
-        self._discarded += 1
-        self._discarded_in_a_row += 1
-        if self._discarded_in_a_row >= _DISCARDED_IN_A_ROW:
-            raise problem(
-                f"the last {_DISCARDED_IN_A_ROW} observations were all discarded",
-                expected="finite teacher gradients",
-                received="NaN or infinite ones each time",
-                fix="check the teacher's weights and the loss that is observed; under AMP unscale before observe()",
-            )
-        return False
-
     def _round(self) -> None:
         """Select, relate, update, and record; nothing where no target data was observed."""
         layers = {layer.name: layer for layer in self._teacher_view.layers}
-        device = next(self.teacher.parameters()).device
-        rates, source_rates = self._observations.rates(list(layers), device)
+        rates, source_rates = self._observer.rates()
         if not rates:
             return
         strength = self.schedule.strength(self._steps)
@@ -553,10 +427,10 @@ class CollaborativeLearner:
             mask=self._mask,
             forward=self._forward,
             strength=strength,
-            non_salient=self._non_salient,
+            non_salient=self._observer.non_salient,
         )
         result = self._apply(context) if context.layers else UpdateResult(())
-        self._observations.start_next_round()
+        self._observer.start_next_round()
         self._history.append(
             RoundRecord(
                 step=self._steps,
@@ -583,31 +457,6 @@ class CollaborativeLearner:
                 f"the update {type(self.update).__name__} raised {type(error).__name__}: {error}. The teacher is as it "
                 "was before the round. Fix: see the exception that caused this one"
             ) from error
-
-    def _projectors(self) -> Optional[nn.Module]:
-        return self.distillation if isinstance(self.distillation, nn.Module) else None
-
-    def _step_projectors(self) -> None:
-        """Step the optimizer of the KD loss's own parameters, which the host's optimizer never sees."""
-        parameters = self._projector_parameters()
-        if not parameters:
-            return
-        if self._projector_optimizer is None:
-            self._projector_optimizer = torch.optim.Adam(parameters, lr=_PROJECTOR_LEARNING_RATE)
-            if self._restored_projector_optimizer is not None:
-                self._projector_optimizer.load_state_dict(dict(self._restored_projector_optimizer))
-                self._restored_projector_optimizer = None
-        gradients = mean_where_seen([parameter.grad for parameter in parameters], parameters)
-        for parameter, gradient in zip(parameters, gradients):
-            # One non-finite gradient would stay in Adam's moments for good.
-            if gradient is not None:
-                gradient = torch.where(torch.isfinite(gradient), gradient, torch.zeros_like(gradient))
-            parameter.grad = gradient
-        self._projector_optimizer.step()
-
-    def _projector_parameters(self) -> List[nn.Parameter]:
-        projectors = self._projectors()
-        return [] if projectors is None else [p for p in projectors.parameters() if p.requires_grad]
 
 
 def _check_result(result: Any, context: RoundContext) -> None:

@@ -1,78 +1,31 @@
-"""From the teacher's gradients to LSRs averaged over observations, in O(layers) state."""
+"""Observing the teacher: from a loss, or the host's gradients, to the saliency of every layer."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from ._distributed import sum_across_ranks
+from ._checks import check_differentiable, check_reached
+from ._distributed import mean_across_ranks, mean_where_seen
+from ._gradients import hosts_gradients, leftover_gradients, still_leftover
+from ._models import evaluating, requiring_grad
+from ._observations import Observations
 from .errors import problem
 from .layers import Layer, canonical_parameters
-from .saliency import SaliencyEstimator
+from .relation import ModelView
+from .saliency import Probe, SaliencyEstimator
+from .saliency.base import derivatives
 from .saliency.histogram import Histogram
-from .selection import Threshold, layer_saliency_rates
+from .selection import Threshold
 
-__all__ = [
-    "Observations",
-    "hosts_gradients",
-    "leftover_gradients",
-    "non_salient_elements",
-    "score_layers",
-    "still_leftover",
-]
+__all__ = ["LossOrFunction", "Observer", "non_salient_elements", "score_layers"]
 
-Leftover = Mapping[str, Tuple[Tensor, int]]
-"""Gradients by parameter name, each with its version, which any write to it raises."""
+LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
+"""What may be observed: a loss with a graph to the teacher, or a function of the teacher that returns one."""
 
-
-def leftover_gradients(model: nn.Module) -> Dict[str, Tuple[Tensor, int]]:
-    """Return the gradients that the parameters hold now.
-
-    The tensors are held, since an address or an ``id`` may come back with the next gradient; drop them with
-    :func:`still_leftover` as soon as the host has dropped them.
-    """
-    return {
-        name: (parameter.grad, int(parameter.grad._version))
-        for name, parameter in canonical_parameters(model).items()
-        if parameter.grad is not None
-    }
-
-
-def still_leftover(model: nn.Module, leftover: Leftover) -> Dict[str, Tuple[Tensor, int]]:
-    """Return those of the gradients that are still there and were not written to."""
-    if not leftover:
-        return {}
-    now = leftover_gradients(model)
-    return {
-        name: (gradient, version)
-        for name, (gradient, version) in leftover.items()
-        if name in now and now[name][0] is gradient and now[name][1] == version
-    }
-
-
-def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
-    """Return the gradients that the host computed, by parameter name.
-
-    Those that are zero in every element are left out: ``zero_grad()`` without ``set_to_none`` leaves them on parameters
-    that the loss does not use, whose saliency is unknown. Synchronises once with the device.
-
-    Args:
-        model: The teacher.
-        leftover: Gradients to ignore: those from before the learner was built.
-    """
-    stale = still_leftover(model, leftover)
-    found = {
-        name: parameter.grad
-        for name, parameter in canonical_parameters(model).items()
-        if parameter.requires_grad and parameter.grad is not None and name not in stale
-    }
-    if not found:
-        return {}
-    device = next(iter(found.values())).device
-    used: List[bool] = torch.stack([gradient.ne(0).any().to(device) for gradient in found.values()]).tolist()
-    return {name: gradient for (name, gradient), flag in zip(found.items(), used) if flag}
+_DISCARDED_IN_A_ROW = 10
 
 
 def score_layers(
@@ -124,131 +77,190 @@ def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivati
     return scores
 
 
-class Observations:
-    """LSRs averaged over the observations since the last round, for target and source data.
+class Observer:
+    """Observes one teacher: what is seen at a step is pending until the step is made, and averaged until the round.
 
     Args:
-        layers: Number of layers :math:`L`.
+        view: The teacher and its layers.
+        saliency: Scores parameters.
+        threshold: Of the LSR.
+        probe: Loss on the teacher's logits where neither host nor caller gives gradients.
+        logits: Runs the teacher on inputs.
 
-    Note:
-        Holds two vectors of length :math:`L` a domain, and a histogram of the source's saliency as the reference of
-        :class:`~clda_core.selection.ReferenceThreshold`, which is frozen at the first round.
+    Attributes:
+        discarded: Observations discarded because they were not finite.
+        non_salient: By parameter name, the non-salient elements at the last target observation of this step; filled
+            only on request.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
-        self._sums: Dict[str, Tensor] = {}
-        self._counts: Dict[str, Tensor] = {}
-        self._reference: Optional[Histogram] = None
-        self._reference_frozen = False
+    def __init__(
+        self,
+        view: ModelView,
+        saliency: SaliencyEstimator,
+        threshold: Threshold,
+        probe: Probe,
+        logits: Callable[[Any], Tensor],
+    ) -> None:
+        self.discarded = 0
+        self.non_salient: Dict[str, Tensor] = {}
+        self._view = view
+        self._saliency = saliency
+        self._threshold = threshold
+        self._probe = probe
+        self._logits = logits
+        self._observations = Observations(len(view.layers))
+        self._generator = torch.Generator().manual_seed(0)
+        self._discarded_in_a_row = 0
+        self._leftover = leftover_gradients(view.model)
+        self._pending: List[Tuple[str, Histogram]] = []
 
-    def add(self, domain: str, histogram: Histogram, threshold: Threshold) -> None:
-        """Add one observation.
+    def host_trains_teacher(self) -> bool:
+        """Return whether the host left gradients of its own on the teacher."""
+        return bool(hosts_gradients(self._view.model, self._leftover))
 
-        Raises:
-            CldaError: If the estimator gave negative scores, or the threshold needs source data not yet observed.
-        """
-        if bool(histogram.negative):
-            raise problem(
-                "the saliency estimator returned negative scores",
-                expected="non-negative scores",
-                received="at least one below 0",
-                fix="return an absolute value or a square",
-            )
-        if domain == "source" and not self._reference_frozen:
-            self._reference = _merged(self._reference, histogram)
-        rates = layer_saliency_rates(histogram, self.threshold(threshold, histogram)).double().cpu()
-        known = ~torch.isnan(rates)
-        if domain not in self._sums:
-            self._sums[domain] = torch.zeros(self._layers, dtype=torch.float64)
-            self._counts[domain] = torch.zeros(self._layers, dtype=torch.int64)
-        self._sums[domain] += torch.where(known, rates, torch.zeros_like(rates))
-        self._counts[domain] += known.long()
-
-    def threshold(self, threshold: Threshold, histogram: Histogram, pending: Sequence[Histogram] = ()) -> Tensor:
-        """Return the threshold for one observation, a 0-dim tensor.
+    def observe(
+        self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor], *, elements: bool
+    ) -> None:
+        """Score the teacher's parameters on one batch.
 
         Args:
-            threshold: The strategy.
-            histogram: The observation.
-            pending: Observations of source data that are not added yet.
+            loss: A loss or a function of the teacher; ``None`` for the host's gradients or else the probe.
+            domain: ``"target"`` or ``"source"``.
+            inputs: The batch for the probe.
+            mask: Its mask.
+            elements: Whether single non-salient elements are wanted.
         """
-        reference = self._reference
-        for other in () if self._reference_frozen else pending:
-            reference = _merged(reference, other)
-        value = threshold(histogram, None if reference is None else _moved(reference, histogram.counts.device))
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            raise problem(
-                f"the threshold {type(threshold).__name__} returned something else",
-                expected="a 0-dimensional tensor",
-                received=f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__,
-                fix="return torch.tensor(value) from the threshold",
-            )
-        return value
+        parameters = canonical_parameters(self._view.model)
+        found = self._derivatives(loss, domain, inputs, mask, parameters)
+        histogram = score_layers(self._saliency, self._view.layers, parameters, found)
+        if domain == "target" and elements:
+            source = [other for kind, other in self._pending if kind == "source"]
+            threshold = self._observations.threshold(self._threshold, histogram, source)
+            self.non_salient = non_salient_elements(self._saliency, parameters, found, threshold)
+        self._pending.append((domain, histogram))
 
-    def rates(self, names: Sequence[str], device: torch.device) -> Tuple[Dict[str, float], Dict[str, float]]:
-        """Return the mean LSR by layer name on target and on source data; a layer that was never seen is absent.
+    def commit(self) -> bool:
+        """Add what is pending to the averages, and return whether all of it was finite on every rank.
 
-        The mean is over the observations of all ranks, so every rank gets the same figures; ``device`` is where the
-        ranks' reduction runs.
+        Raises:
+            CldaError: If the last ten observations were discarded.
         """
-        nothing = torch.zeros(self._layers, dtype=torch.float64)
-        rows = [self._sums.get(domain, nothing) for domain in ("target", "source")]
-        rows += [self._counts.get(domain, nothing).double() for domain in ("target", "source")]
-        table = sum_across_ranks([torch.stack(rows).to(device)])[0].tolist()
+        # Source data first: the threshold on target data may refer to it.
+        pending = sorted(self._pending, key=lambda entry: entry[0])
+        finite = [self._add(domain, histogram) for domain, histogram in pending]
+        return all(finite)
 
-        def means(sums: List[float], counts: List[float]) -> Dict[str, float]:
-            return {name: total / count for name, total, count in zip(names, sums, counts) if count}
-
-        return means(table[0], table[2]), means(table[1], table[3])
+    def rates(self) -> Tuple[Dict[str, float], Dict[str, float]]:
+        """Return the mean LSR by layer on target and on source data; a layer that was never seen is absent."""
+        device = next(self._view.model.parameters()).device
+        return self._observations.rates([layer.name for layer in self._view.layers], device)
 
     def start_next_round(self) -> None:
-        """Forget the observations of the finished round; the reference stays."""
-        self._reference_frozen = self._reference is not None
-        self._sums.clear()
-        self._counts.clear()
+        """Forget the averages of the finished round."""
+        self._observations.start_next_round()
+
+    def forget_step(self) -> None:
+        """Drop what belongs to one optimizer step."""
+        self._pending = []
+        self.non_salient = {}
+        self._leftover = still_leftover(self._view.model, self._leftover)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the state as tensors and plain Python types."""
-        reference = self._reference
         return {
-            "sums": {domain: sums.clone() for domain, sums in self._sums.items()},
-            "counts": {domain: counts.clone() for domain, counts in self._counts.items()},
-            "reference": None
-            if reference is None
-            else {"counts": reference.counts.clone(), "sums": reference.sums.clone()},
-            "reference_frozen": self._reference_frozen,
+            "observations": self._observations.state_dict(),
+            "generator": self._generator.get_state(),
+            "discarded": self.discarded,
+            "discarded_in_a_row": self._discarded_in_a_row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned; on an error everything is as before."""
+        observations = Observations(len(self._view.layers))
+        observations.load_state_dict(state["observations"])
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        counters = int(state["discarded"]), int(state["discarded_in_a_row"])
+        self._observations, self._generator = observations, generator
+        self.discarded, self._discarded_in_a_row = counters
 
-        Raises:
-            CldaError: If the vectors are not of this many layers.
-        """
-        found = state["reference"]
-        reference = None if found is None else Histogram(found["counts"].clone(), found["sums"].clone())
-        sums = {domain: value.cpu().clone() for domain, value in state["sums"].items()}
-        counts = {domain: value.cpu().clone() for domain, value in state["counts"].items()}
-        vectors = [*sums.values(), *counts.values(), *([] if reference is None else [reference.sums, reference.sizes])]
-        if sums.keys() != counts.keys() or any(tuple(vector.shape) != (self._layers,) for vector in vectors):
+    def _derivatives(
+        self,
+        loss: Optional[LossOrFunction],
+        domain: str,
+        inputs: Any,
+        mask: Optional[Tensor],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> Dict[str, Optional[Tensor]]:
+        """Return the derivatives the saliency needs, by parameter name, averaged over ranks."""
+        order = self._saliency.order
+        names = [name for layer in self._view.layers for name in layer.parameters]
+        if order == 0:
+            return dict.fromkeys(names)
+        wanted = [parameters[name] for name in names]
+        live = hosts_gradients(self._view.model, self._leftover) if loss is None and order == 1 else {}
+        if live:
+            found = [live.get(name) for name in names]
+        elif isinstance(loss, Tensor):
+            found = self._derivatives_of(loss, wanted)
+        else:
+            with evaluating(self._view.model), requiring_grad(wanted, of=parameters.values()):
+                if loss is None:
+                    value = self._probe_loss(domain, inputs, mask)
+                else:
+                    value = loss(self._view.model)
+                    what = "what the function given to observe() returned"
+                    check_differentiable(value, what, "return a scalar from it")
+                found = self._differentiate(value, wanted, retain_graph=False)
+        by_name = dict(zip(names, mean_where_seen(found, wanted)))
+        check_reached(by_name)
+        return by_name
+
+    def _differentiate(self, loss: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool) -> List[Optional[Tensor]]:
+        samples = int(getattr(self._saliency, "samples", 1))
+        return derivatives(
+            self._saliency.order, loss, wanted, self._generator, samples=samples, retain_graph=retain_graph
+        )
+
+    def _derivatives_of(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
+        fix = "for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))"
+        check_differentiable(loss, "the loss given to observe()", fix)
+        try:
+            return self._differentiate(loss, wanted, retain_graph=True)
+        except RuntimeError as error:
+            if "retain_graph" not in str(error):
+                raise
             raise problem(
-                "the saved observations do not fit",
-                expected=f"vectors of {self._layers} layers",
-                received=str([tuple(vector.shape) for vector in vectors]),
-                fix="load the state of a learner of the same architecture",
+                "the graph of the loss given to observe() is gone",
+                expected="a loss whose graph backward() has not freed",
+                received="a freed graph",
+                fix="call observe(loss) before loss.backward(), or pass a function of the teacher",
+            ) from error
+
+    def _probe_loss(self, domain: str, inputs: Any, mask: Optional[Tensor]) -> Tensor:
+        if inputs is None or domain == "source":
+            raise problem(
+                f"there is nothing to observe on {domain} data",
+                expected="this step's inputs passed to distill(), gradients of a co-trained teacher, or a loss",
+                received="none of these",
+                fix="call learner.distill(student_output, inputs), or observe(lambda teacher: ..., domain=...)",
             )
-        self._sums, self._counts, self._reference = sums, counts, reference
-        self._reference_frozen = bool(state["reference_frozen"])
+        loss = self._probe(self._logits(inputs), mask)
+        check_differentiable(loss, "what the probe returned", "return a differentiable scalar from probe=")
+        return loss
 
-
-def _merged(base: Optional[Histogram], other: Histogram) -> Histogram:
-    """Return the sum of both where ``other`` is, as a new histogram."""
-    merged = Histogram(other.counts.clone(), other.sums.clone())
-    if base is not None:
-        merged.merge(_moved(base, other.counts.device))
-    return merged
-
-
-def _moved(histogram: Histogram, device: torch.device) -> Histogram:
-    return Histogram(histogram.counts.to(device), histogram.sums.to(device))
+    def _add(self, domain: str, histogram: Histogram) -> bool:
+        if bool(mean_across_ranks([histogram.finite.double()])[0] == 1):
+            self._observations.add(domain, histogram, self._threshold)
+            self._discarded_in_a_row = 0
+            return True
+        self.discarded += 1
+        self._discarded_in_a_row += 1
+        if self._discarded_in_a_row >= _DISCARDED_IN_A_ROW:
+            raise problem(
+                f"the last {_DISCARDED_IN_A_ROW} observations were all discarded",
+                expected="finite teacher gradients",
+                received="NaN or infinite ones each time",
+                fix="check the teacher's weights and the loss that is observed; under AMP unscale before observe()",
+            )
+        return False

@@ -602,13 +602,18 @@ def without(state: Dict[str, Any], key: str) -> Dict[str, Any]:
     return {name: value for name, value in state.items() if name != key}
 
 
+def with_observer(**changes: Any) -> Dict[str, Any]:
+    state = state_after()
+    return changed(state, "observer", {**state["observer"], **changes})
+
+
 WRONG_STATES: Dict[str, Any] = {
     "no state": (lambda: None, "cannot be read"),
     "a list": (lambda: [1], "cannot be read"),
     "empty": (dict, "cannot be read"),
     "of a model": (lambda: networks()[0].state_dict(), "cannot be read"),
     "another version": (lambda: changed(state_after(), "version", 99), "cannot be read.*version 99"),
-    "a key too few": (lambda: without(state_after(), "generator"), "cannot be read"),
+    "a key too few": (lambda: without(state_after(), "observer"), "cannot be read"),
     "a key too many": (lambda: changed(state_after(), "more", 1), "cannot be read"),
     "another architecture": (
         lambda: make_learner(*networks(teacher_depth=5)).state_dict(),
@@ -625,10 +630,8 @@ WRONG_STATES: Dict[str, Any] = {
     "steps of a wrong type": (lambda: changed(state_after(), "steps", "many"), "cannot be loaded.*ValueError"),
     "history of a wrong form": (lambda: changed(state_after(), "history", [{"step": 1}]), "cannot be loaded"),
     "observations of another size": (
-        lambda: changed(
-            state_after(),
-            "observations",
-            {
+        lambda: with_observer(
+            observations={
                 "sums": {"target": torch.zeros(3)},
                 "counts": {"target": torch.zeros(3)},
                 "reference": None,
@@ -637,8 +640,8 @@ WRONG_STATES: Dict[str, Any] = {
         ),
         "observations do not fit",
     ),
-    "observations cut": (lambda: changed(state_after(), "observations", {}), "cannot be loaded.*KeyError"),
-    "a generator cut": (lambda: changed(state_after(), "generator", torch.zeros(3, dtype=torch.uint8)), "cannot be"),
+    "observations cut": (lambda: with_observer(observations={}), "cannot be loaded.*KeyError"),
+    "a generator cut": (lambda: with_observer(generator=torch.zeros(3, dtype=torch.uint8)), "cannot be loaded"),
     "another relation": (lambda: changed(state_after(), "relation", {"pairs": {}, "unrelated": {}}), "relation"),
     "an update cut": (lambda: changed(state_after(), "update", 3), "cannot be loaded"),
 }
@@ -668,9 +671,10 @@ def test_projectors_of_a_wrong_form_change_nothing(fresh: bool) -> None:
     other = featured()
     if not fresh:
         train(other, sgd(other.student), 1)
-    name = next(name for name in state["projectors"] if name.endswith("weight"))
-    for projectors in ({name: state["projectors"][name]}, {**state["projectors"], name: torch.zeros(7, 2)}, {"x": 1}):
-        wrong = changed(state, "projectors", projectors)
+    module = state["projectors"]["module"]
+    name = next(name for name in module if name.endswith("weight"))
+    for wrong_module in ({name: module[name]}, {**module, name: torch.zeros(7, 2)}, {"x": 1}):
+        wrong = changed(state, "projectors", {**state["projectors"], "module": wrong_module})
         attempt(other, None, lambda wrong=wrong: other.load_state_dict(wrong), "cannot be loaded")
 
 
@@ -678,7 +682,7 @@ def test_a_good_state_loads_after_a_bad_one() -> None:
     state = state_after()
     learner, _, _ = usual()
     with pytest.raises(CldaError, match="cannot be loaded"):
-        learner.load_state_dict(changed(state, "observations", {}))
+        learner.load_state_dict(changed(state, "observer", {}))
     learner.load_state_dict(state)
     assert bits(learner.state_dict()) == bits(state)
 
@@ -689,7 +693,7 @@ def test_a_good_state_loads_after_a_bad_one() -> None:
 def test_a_guard_rejects_what_it_cannot_compare() -> None:
     scores = iter([0.0, NAN])
     teacher, student = networks()
-    guard = Guard(Average(decay=0.5), criterion=lambda *_: torch.tensor(next(scores)))
+    guard = Guard(Average(decay=0.5), criterion=lambda *_: torch.tensor(next(scores)), backtracks=0)
     learner = make_learner(teacher, student, update=guard, selection=AllLayers())
     before = values(teacher)
     distil_and_step(learner, student(batch()))

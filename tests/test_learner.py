@@ -269,12 +269,12 @@ def test_left_overs_are_not_kept_alive() -> None:
     teacher, student = networks()
     teacher(batch()).sum().backward()
     learner = make_learner(teacher, student)
-    assert learner._leftover
+    assert learner._observer._leftover
     teacher.zero_grad()
     for parameter in teacher.parameters():
         parameter.grad = None
     one_round(learner)
-    assert not learner._leftover
+    assert not learner._observer._leftover
 
 
 def test_a_function_is_observed_on_a_frozen_teacher() -> None:

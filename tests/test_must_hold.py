@@ -767,7 +767,7 @@ def test_11_source_observations_and_a_relation_by_similarity_are_resumed() -> No
 
 def test_11_projectors_and_their_optimizer_are_resumed() -> None:
     learner = check_resume(lambda: options_for("distillation", FeatureDistillation()))
-    assert learner.state_dict()["projector_optimizer"]["state"]
+    assert learner.state_dict()["projectors"]["optimizer"]["state"]
 
 
 def test_11_a_checkpoint_in_memory_does_not_change_with_the_run() -> None:
@@ -827,7 +827,7 @@ def test_12_an_interrupt_in_an_update_leaves_the_teacher_as_it_was() -> None:
 def test_12_a_rejected_round_leaves_the_teacher_as_it_was() -> None:
     scores = iter([1.0, 0.0])
     teacher, student = networks()
-    guard = Guard(Average(decay=0.5, buffers="average"), criterion=lambda *_: torch.tensor(next(scores)))
+    guard = Guard(Average(decay=0.5, buffers="average"), criterion=lambda *_: torch.tensor(next(scores)), backtracks=0)
     learner = make_learner(teacher, student, update=guard, selection=AllLayers())
     before = values(teacher)
     learner.distill(student(batch()), batch())

@@ -39,7 +39,7 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
         student_logits: The same classes; another grid is resized to the smaller of the two.
 
     Returns:
-        Scalar float32 in [0, 1]; NaN if a logit of the updated teacher is not finite.
+        Scalar float32 or float64 in [0, 1]; NaN if a logit of the updated teacher is not finite.
 
     Raises:
         CldaError: If the logits do not fit each other.
@@ -52,7 +52,8 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
     updated, student, _ = align_logits(teacher_logits, student_logits, None)
     original = align_logits(original_logits, student_logits, None).student
     labels = updated.argmax(dim=1)
-    share = ((labels == original.argmax(dim=1)) | (labels == student.argmax(dim=1))).float().mean()
+    backed = (labels == original.argmax(dim=1)) | (labels == student.argmax(dim=1))
+    share = backed.to(torch.promote_types(updated.dtype, torch.float32)).mean()
     return torch.where(torch.isfinite(updated).all(), share, torch.full_like(share, float("nan")))
 
 
@@ -110,7 +111,8 @@ class Guard(Strategy):
     r"""Run an update, and roll it back unless the teacher is as good on target data as before.
 
     With the criterion :math:`c` on this step's target batch the update is accepted if
-    :math:`c_\text{after} \ge c_\text{before} - \text{tolerance}`. A NaN is a rejection. The update's own state (the
+    :math:`c_\text{after} \ge c_\text{before} - \text{tolerance}`; if not, the teacher goes half the way back, and so on
+    (backtracking line search). A NaN is a rejection. The update's own state (the
     moments of its optimizer) is rolled back with the teacher: a rejected step would otherwise be part of the next one.
 
     Args:
@@ -118,20 +120,26 @@ class Guard(Strategy):
         criterion: Unsupervised, higher is better: :func:`consensus`, :func:`mutual_information`, :func:`agreement` or
             your own.
         tolerance: In the criterion's units, >= 0.
+        backtracks: How often an update that is not accepted is halved and judged again before it is rolled back, >= 0.
 
     Raises:
-        CldaError: If ``tolerance`` is negative, or the criterion returns no scalar.
+        CldaError: If ``tolerance`` or ``backtracks`` is negative, or the criterion returns no scalar.
 
     Note:
-        Costs two forward passes of the teacher, one of the student, and a copy of the selected layers and of the
-        update's state a round. On several ranks the scores are averaged, so that all decide alike.
+        Costs two forward passes of the teacher (one more for each backtrack), one of the student, and a copy of the
+        selected layers and of the update's state a round. On several ranks the scores are averaged, so that all decide
+        alike.
     """
 
-    def __init__(self, update: Update, *, criterion: Criterion = consensus, tolerance: float = 0.05) -> None:
+    def __init__(
+        self, update: Update, *, criterion: Criterion = consensus, tolerance: float = 0.02, backtracks: int = 2
+    ) -> None:
         check_number("tolerance", tolerance, at_least=0)
+        check_number("backtracks", backtracks, at_least=0, integer=True)
         self.update = update
         self.criterion = criterion
         self.tolerance = tolerance
+        self.backtracks = backtracks
 
     @property
     def granularity(self) -> Granularity:
@@ -152,8 +160,13 @@ class Guard(Strategy):
         accepted = False
         try:
             result = self.update.apply(context)
-            after = self._score(context, context.predict(context.teacher).logits, original)
-            accepted = bool(after >= before - self.tolerance)
+            for attempt in range(self.backtracks + 1):
+                if attempt:
+                    snapshot.go_halfway_back()
+                after = self._score(context, context.predict(context.teacher).logits, original)
+                accepted = bool(after >= before - self.tolerance)
+                if accepted:
+                    break
         finally:
             if not accepted:  # rejected, or an error on the way
                 snapshot.restore()

@@ -34,6 +34,10 @@ class Snapshot:
             for tensor, copy in self._copies:
                 tensor.copy_(copy)
 
+    def go_halfway_back(self) -> None:
+        """Write the mean of the copies and the present values, in place."""
+        lerp_([tensor.detach() for tensor, _ in self._copies], [copy for _, copy in self._copies], 0.5)
+
 
 @contextmanager
 def undone_on_error(model: nn.Module, layers: Iterable[Layer]) -> Iterator[Snapshot]:

@@ -115,12 +115,42 @@ def test_rolls_back_what_wrecks_the_teacher_bit_for_bit(make: Any, criterion: An
 def test_tolerance_and_nan(scores: Any, accepted: bool) -> None:
     teacher, student = pair()
     given = iter(scores)
-    guard = Guard(Writes(lambda tensor: tensor + 1), criterion=lambda t, o, s: torch.tensor(next(given)), tolerance=0.1)
+    guard = Guard(
+        Writes(lambda tensor: tensor + 1),
+        criterion=lambda t, o, s: torch.tensor(next(given)),
+        tolerance=0.1,
+        backtracks=0,
+    )
     before = values(teacher)
     result = guard.apply(round_context(teacher, student, ["fc"], inputs=images()))
     assert result.accepted is accepted
     assert str((result.score_before, result.score_after)) == str(tuple(torch.tensor(scores).double().tolist()))
     assert bool(changed(teacher, before)) is accepted
+
+
+@pytest.mark.parametrize("accepted_at", [1, 2, 3])
+def test_an_update_is_halved_until_it_is_accepted(accepted_at: int) -> None:
+    teacher, student = pair()
+    before = values(teacher)
+    scores = iter([0.0, *[-1.0] * (accepted_at - 1), 0.0])
+    update = Writes(lambda tensor: tensor + 1)
+    guard = Guard(update, criterion=lambda t, o, s: torch.tensor(next(scores)), backtracks=2)
+    result = guard.apply(round_context(teacher, student, ["fc"], inputs=images()))
+    assert result.accepted is True
+    assert next(scores, None) is None
+    assert torch.allclose(teacher.fc.bias - before["fc.bias"], torch.tensor(0.5 ** (accepted_at - 1)))
+    assert changed(teacher, before) == ["fc.weight", "fc.bias"]
+    assert update.rounds == 1
+
+
+def test_after_the_last_halving_it_is_rolled_back() -> None:
+    teacher, student = pair()
+    before = values(teacher)
+    scores = iter([0.0, -1.0, -1.0])
+    guard = Guard(Writes(lambda t: t + 1), criterion=lambda t, o, s: torch.tensor(next(scores)), backtracks=1)
+    assert guard.apply(round_context(teacher, student, ["fc"], inputs=images())).accepted is False
+    assert not changed(teacher, before)
+    assert guard.update.rounds == 0
 
 
 def test_the_criterion_sees_the_teacher_before_and_after_and_the_student_in_eval_mode() -> None:
@@ -162,7 +192,9 @@ def test_after_rejections_the_optimizer_is_as_if_they_had_not_been() -> None:
     def rounds(verdicts: List[bool]) -> nn.Module:
         teacher, student = pair()
         scores = iter([score for accepted in verdicts for score in (0.0, 1.0 if accepted else -1.0)])
-        guard = Guard(MaskedDistillation(learning_rate=0.01), criterion=lambda t, o, s: torch.tensor(next(scores)))
+        guard = Guard(
+            MaskedDistillation(learning_rate=0.01), criterion=lambda t, o, s: torch.tensor(next(scores)), backtracks=0
+        )
         for accepted in verdicts:
             seed = 0 if accepted else 1
             result = guard.apply(round_context(teacher, student, ["layer1.1", "fc"], inputs=images(seed)))
@@ -215,6 +247,8 @@ def test_a_criterion_that_returns_no_score_changes_nothing(returned: Any, messag
 def test_bad_options_and_no_inputs() -> None:
     with pytest.raises(CldaError, match="tolerance is out of range.*>= 0, received -0.1"):
         Guard(Average(), tolerance=-0.1)
+    with pytest.raises(CldaError, match="backtracks is out of range.*>= 0, received -1"):
+        Guard(Average(), backtracks=-1)
     with pytest.raises(CldaError, match="needs this step's target batch"):
         Guard(Average()).apply(round_context(mlp(), mlp()))
 

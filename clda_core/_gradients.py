@@ -1,0 +1,61 @@
+"""Telling the gradients that the host computes for a co-trained teacher from those that were lying about."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import canonical_parameters
+
+Leftover = Mapping[str, Tuple[Tensor, int]]
+"""Gradients by parameter name, each with its version, which any write to it raises."""
+
+
+def leftover_gradients(model: nn.Module) -> Dict[str, Tuple[Tensor, int]]:
+    """Return the gradients that the parameters hold now.
+
+    The tensors are held, since an address or an ``id`` may come back with the next gradient; drop them with
+    :func:`still_leftover` as soon as the host has dropped them.
+    """
+    return {
+        name: (parameter.grad, int(parameter.grad._version))
+        for name, parameter in canonical_parameters(model).items()
+        if parameter.grad is not None
+    }
+
+
+def still_leftover(model: nn.Module, leftover: Leftover) -> Dict[str, Tuple[Tensor, int]]:
+    """Return those of the gradients that are still there and were not written to."""
+    if not leftover:
+        return {}
+    now = leftover_gradients(model)
+    return {
+        name: (gradient, version)
+        for name, (gradient, version) in leftover.items()
+        if name in now and now[name][0] is gradient and now[name][1] == version
+    }
+
+
+def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
+    """Return the gradients that the host computed, by parameter name.
+
+    Those that are zero in every element are left out: ``zero_grad()`` without ``set_to_none`` leaves them on parameters
+    that the loss does not use, whose saliency is unknown. Synchronises once with the device.
+
+    Args:
+        model: The teacher.
+        leftover: Gradients to ignore: those from before the learner was built.
+    """
+    stale = still_leftover(model, leftover)
+    found = {
+        name: parameter.grad
+        for name, parameter in canonical_parameters(model).items()
+        if parameter.requires_grad and parameter.grad is not None and name not in stale
+    }
+    if not found:
+        return {}
+    device = next(iter(found.values())).device
+    used: List[bool] = torch.stack([gradient.ne(0).any().to(device) for gradient in found.values()]).tolist()
+    return {name: gradient for (name, gradient), flag in zip(found.items(), used) if flag}

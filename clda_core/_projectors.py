@@ -1,0 +1,74 @@
+"""The optimizer of a KD loss's own parameters, which the host's optimizer never sees."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ._distributed import mean_where_seen
+
+_LEARNING_RATE = 1e-3
+
+
+class Projectors:
+    """Trains and saves what a KD loss owns; does nothing for a loss without parameters.
+
+    Args:
+        distillation: The KD loss. If it is a module its parameters may appear as late as its first call.
+    """
+
+    def __init__(self, distillation: Callable[..., Tensor]) -> None:
+        self.module: Optional[nn.Module] = distillation if isinstance(distillation, nn.Module) else None
+        self._optimizer: Optional[torch.optim.Optimizer] = None
+        self._restored: Optional[Mapping[str, Any]] = None
+
+    def step(self) -> None:
+        """Step with the gradients that the host's ``backward()`` left, averaged over ranks."""
+        parameters = self._parameters()
+        if not parameters:
+            return
+        if self._optimizer is None:
+            self._optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
+            if self._restored is not None:
+                self._optimizer.load_state_dict(dict(self._restored))
+                self._restored = None
+        gradients = mean_where_seen([parameter.grad for parameter in parameters], parameters)
+        for parameter, gradient in zip(parameters, gradients):
+            # One non-finite gradient would stay in Adam's moments for good.
+            if gradient is not None:
+                gradient = torch.where(torch.isfinite(gradient), gradient, torch.zeros_like(gradient))
+            parameter.grad = gradient
+        self._optimizer.step()
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients of the step that is over."""
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return a copy of the parameters, and the optimizer's state."""
+        module = {} if self.module is None else self.module.state_dict()
+        return {
+            "module": {name: tensor.detach().clone() for name, tensor in module.items()},
+            "optimizer": self._restored if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; on an error everything is as before."""
+        if self.module is not None:
+            before = self.state_dict()["module"]
+            children = [(module, dict(module._modules)) for module in self.module.modules()]
+            try:
+                self.module.load_state_dict(state["module"])
+            except Exception:
+                for module, modules in children:
+                    module._modules.clear()
+                    module._modules.update(modules)
+                self.module.load_state_dict(before)
+                raise
+        self._optimizer, self._restored = None, state["optimizer"]
+
+    def _parameters(self) -> List[nn.Parameter]:
+        return [] if self.module is None else [p for p in self.module.parameters() if p.requires_grad]
