@@ -22,7 +22,7 @@ from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation, KLDistillation
 from clda_core.relation import ByName, BySimilarity
 from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
-from clda_core.update import Average, Guard, MaskedDistillation
+from clda_core.update import Average, Guard, MaskedDistillation, agreement
 from tests import distributed_worker
 from tests.helpers import (
     Net,
@@ -644,7 +644,7 @@ def test_09_wrappers_change_nothing(wrapper: str) -> None:
         learner = make_learner(
             wrap(teacher) if wrap_teacher else teacher,
             wrap(student) if wrap_student else student,
-            update=Guard(Average(decay=0.9), tolerance=1.0),
+            update=Guard(Average(decay=0.9), criterion=agreement, tolerance=1.0),
         )
         train(learner, optimizer, 3)
         return learner.report().to_dict(), values(teacher), bits(learner.state_dict())

@@ -26,12 +26,12 @@ Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
-    r"""Share of the updated teacher's predictions that the original teacher or the student makes too.
+    r"""Negative KL divergence of the teacher from the student where both were of one mind before, in nats.
 
-    :math:`\frac{1}{n} \sum_i [\, \hat y_i \in \{ \hat y_i^{\,0}, \hat y_i^{\,S} \} \,]` with the most probable classes
-    :math:`\hat y` over all samples and positions. An update may move the teacher towards the student at any pace, and
-    change its confidence at will, but not invent predictions that neither of the two made. It is 1 before the update,
-    and it does not ask which of the two is right.
+    :math:`-\mathrm{mean}_{i \in A}\, \mathrm{KL}(p_S \| p_T)_i` over the samples and positions :math:`A` at which the
+    original teacher and the student predict the same class. These predictions are the likeliest to be right, so an
+    update that keeps them may move all others at will. It falls when the teacher loses or blurs what it shared with the
+    student, and rises on the way towards the student. It does not ask whether the student is right.
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``, of the updated teacher.
@@ -39,22 +39,24 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
         student_logits: The same classes; another grid is resized to the smaller of the two.
 
     Returns:
-        Scalar float32 or float64 in [0, 1]; NaN if a logit of the updated teacher is not finite.
+        Scalar float32 or float64, <= 0; NaN if they are nowhere of one mind.
 
     Raises:
         CldaError: If the logits do not fit each other.
 
     Example:
-        >>> one, other = torch.tensor([[0.0, 4.0], [0.0, 4.0]]), torch.tensor([[4.0, 0.0], [0.0, 4.0]])
-        >>> consensus(one, other, one).item(), consensus(other, one, one).item()
-        (1.0, 0.5)
+        >>> student, original = torch.tensor([[0.0, 2.0], [2.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 4.0]])
+        >>> wrecked = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+        >>> bool(consensus(student, original, student) > consensus(original, original, student))
+        True
+        >>> bool(consensus(wrecked, original, student) > consensus(original, original, student))
+        False
     """
     updated, student, _ = align_logits(teacher_logits, student_logits, None)
     original = align_logits(original_logits, student_logits, None).student
-    labels = updated.argmax(dim=1)
-    backed = (labels == original.argmax(dim=1)) | (labels == student.argmax(dim=1))
-    share = backed.to(torch.promote_types(updated.dtype, torch.float32)).mean()
-    return torch.where(torch.isfinite(updated).all(), share, torch.full_like(share, float("nan")))
+    shared = original.argmax(dim=1) == student.argmax(dim=1)
+    score = 0.0 - kl_distillation(updated, student, shared, temperature=1.0)
+    return torch.where(shared.any(), score, torch.full_like(score, float("nan")))
 
 
 def mutual_information(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class Guard(Strategy):
     """
 
     def __init__(
-        self, update: Update, *, criterion: Criterion = consensus, tolerance: float = 0.02, backtracks: int = 2
+        self, update: Update, *, criterion: Criterion = consensus, tolerance: float = 0.0, backtracks: int = 2
     ) -> None:
         check_number("tolerance", tolerance, at_least=0)
         check_number("backtracks", backtracks, at_least=0, integer=True)

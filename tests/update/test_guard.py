@@ -209,7 +209,7 @@ def test_after_rejections_the_optimizer_is_as_if_they_had_not_been() -> None:
 
 def test_an_accepted_state_is_kept_and_saved() -> None:
     teacher, student = pair()
-    guard = Guard(MaskedDistillation(), tolerance=100.0)
+    guard = Guard(MaskedDistillation(), criterion=agreement, tolerance=100.0)
     assert guard.state_dict() == {}
     assert guard.apply(round_context(teacher, student, ["fc"], inputs=images())).accepted
     assert len(guard.state_dict()["optimizer"]["state"]) == 2
@@ -299,20 +299,25 @@ def test_agreement_is_highest_with_itself_and_resizes_grids() -> None:
     assert agreement(finer, finer, student).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_consensus_counts_only_predictions_that_neither_made() -> None:
-    one, other, third = (torch.eye(3)[[index] * 4] for index in range(3))
-    assert consensus(one, one, other).item() == 1.0
-    assert consensus(other, one, other).item() == 1.0
-    assert consensus(third, one, other).item() == 0.0
-    assert consensus(torch.cat([one[:1], other[:1], third[:2]]), one, other).item() == 0.5
-    assert consensus(1e-3 * one, one, other).item() == 1.0, "confidence does not matter"
+def test_consensus_is_the_agreement_where_both_were_of_one_mind() -> None:
+    original, student, updated = (logits(9, 3, seed=seed) for seed in (1, 2, 3))
+    shared = original.argmax(1) == student.argmax(1)
+    assert 0 < int(shared.sum()) < 9
+    expected = reference.agreement(updated[shared], student[shared])
+    assert consensus(updated, original, student).item() == pytest.approx(expected, rel=1e-9)
+    elsewhere = torch.where(shared[:, None], updated, -7 * updated)
+    assert consensus(elsewhere, original, student).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_consensus_without_any_is_unknown() -> None:
+    assert math.isnan(consensus(torch.zeros(2, 3), torch.eye(3)[:2], torch.eye(3)[1:]))
 
 
 def test_consensus_on_different_grids() -> None:
     coarse = logits(2, 3, 4, 4)
     finer = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert consensus(finer, finer, coarse).item() == 1.0
-    assert consensus(-finer, finer, coarse).item() == 0.0
+    assert consensus(finer, finer, coarse).item() == pytest.approx(0, abs=1e-9)
+    assert consensus(-finer, finer, coarse).item() < -1
 
 
 @pytest.mark.parametrize("criterion", [consensus, mutual_information, agreement])
