@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .._config import Strategy
+from ..distillation.base import align, weighted_mean
 from ..errors import problem
 
 __all__ = ["PseudoLabelCrossEntropy"]
-
-_IGNORED = 255
 
 
 class PseudoLabelCrossEntropy(Strategy):
@@ -30,6 +28,7 @@ class PseudoLabelCrossEntropy(Strategy):
         On a saturated teacher (every softmax near one-hot) the gradient vanishes, and with it what saliency can see.
 
     Example:
+        >>> import torch
         >>> probe = PseudoLabelCrossEntropy()
         >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
         >>> round(probe(logits, torch.tensor([True, False])).item(), 4)
@@ -53,50 +52,15 @@ class PseudoLabelCrossEntropy(Strategy):
             Scalar, float32 or float64.
 
         Raises:
-            CldaError: If the mask's shape does not fit, or no position is valid.
+            CldaError: If the batch is empty, the mask's shape does not fit, or no position is valid.
         """
-        scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if scores.numel() == 0:
-            raise _nothing_valid("an empty batch")
-        if mask is None:
-            return functional.cross_entropy(scores, scores.detach().argmax(dim=1))
-        weights = _weights(mask, scores)
-        total = weights.sum()
-        if not total > 0:
-            raise _nothing_valid("a mask that leaves every position out")
-        # An ignored position may hold NaN, which a weight of zero would leave in the gradient.
-        scores = scores.masked_fill((weights == 0).unsqueeze(1), 0.0)
-        losses = functional.cross_entropy(scores, scores.detach().argmax(dim=1), reduction="none")
-        return (losses * weights).sum() / total
-
-
-def _weights(mask: Tensor, scores: Tensor) -> Tensor:
-    shape, positions = tuple(mask.shape), (scores.shape[0], *scores.shape[2:])
-    if mask.dim() == scores.dim() and mask.shape[1] == 1:
-        mask = mask.squeeze(1)
-    elif mask.dim() == 1:
-        mask = mask.reshape(-1, *[1] * (len(positions) - 1))
-    if mask.dim() != len(positions) or mask.shape[0] != positions[0]:
-        raise problem(
-            "the mask does not fit the logits",
-            expected=f"({positions[0]},) or {positions}, the latter at any resolution",
-            received=f"shape {shape}",
-            fix="pass one weight or label a sample, or a position",
-        )
-    if mask.is_floating_point():
-        mask = mask.masked_fill(~(mask > 0), 0.0)
-    elif mask.dtype != torch.bool:
-        mask = mask != _IGNORED
-    weights = mask.detach().to(device=scores.device, dtype=scores.dtype)
-    if weights.shape == positions:
-        return weights
-    return functional.interpolate(weights.unsqueeze(1), size=positions[1:], mode="nearest").squeeze(1)
-
-
-def _nothing_valid(received: str) -> Exception:
-    return problem(
-        "the probe has nothing to average over",
-        expected="at least one valid position",
-        received=received,
-        fix="skip this batch, or correct the mask",
-    )
+        aligned = align(logits, logits, mask).full_precision()
+        losses = functional.cross_entropy(aligned.student, aligned.teacher.argmax(dim=1), reduction="none")
+        if aligned.weights is not None and not bool(aligned.weights.any()):
+            raise problem(
+                "the probe has nothing to average over",
+                expected="at least one valid position",
+                received="a mask that leaves every position out",
+                fix="skip this batch, or correct the mask",
+            )
+        return weighted_mean(losses, aligned.weights)

@@ -94,11 +94,15 @@ def test_nothing_is_drawn_or_changed() -> None:
 @pytest.mark.parametrize(
     ("scores", "mask", "match"),
     [
-        (torch.zeros(0, 3), None, "nothing to average over.*an empty batch"),
+        (torch.zeros(0, 3), None, "logits are empty"),
         (torch.zeros(2, 3), torch.zeros(2), "nothing to average over.*leaves every position out"),
         (torch.zeros(2, 3, 2, 2), torch.full((2, 2, 2), 255), "nothing to average over"),
-        (torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2), r"mask does not fit.*\(2, 2, 2\).*received.*\(2, 3, 2, 2\)"),
-        (torch.zeros(2, 3), torch.ones(3), "mask does not fit"),
+        (
+            torch.zeros(2, 3, 2, 2),
+            torch.ones(2, 3, 2, 2),
+            r"mask has a wrong shape.*\(2, 2, 2\).*received.*\(2, 3, 2, 2\)",
+        ),
+        (torch.zeros(2, 3), torch.ones(3), "mask has a wrong shape"),
     ],
 )
 def test_wrong_input(scores, mask, match) -> None:
