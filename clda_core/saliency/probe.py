@@ -56,7 +56,7 @@ class PseudoLabelCrossEntropy(Strategy):
         """
         aligned = align(logits, logits, mask).full_precision()
         losses = functional.cross_entropy(aligned.student, aligned.teacher.argmax(dim=1), reduction="none")
-        if aligned.weights is not None and not bool(aligned.weights.any()):
+        if aligned.weights is not None and not bool(aligned.weights.sum() > 0):
             raise problem(
                 "the probe has nothing to average over",
                 expected="at least one valid position",
