@@ -159,8 +159,9 @@ class CollaborativeLearner:
 
         Raises:
             CldaError: If neither ``inputs`` nor ``teacher_output`` is given, outputs do not fit each other, logits are
-                not finite or every position is masked out. The last two are checked where it costs no host-device
-                synchronisation: always on the CPU, on accelerators at observed steps.
+                not finite or every position is masked out. The last two are checked on the CPU only: elsewhere it would
+                cost a synchronisation with the device at every step, so NaN passes into the loss and nothing but
+                masked-out positions gives 0.
         """
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
