@@ -56,7 +56,7 @@ class Schedule(Strategy):
     def __init__(
         self,
         *,
-        warmup: int = 200,
+        warmup: int = 100,
         interval: int = 10,
         observations: int = 1,
         decay: Literal["constant", "linear", "cosine"] = "constant",

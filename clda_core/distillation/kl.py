@@ -23,7 +23,7 @@ def kl_distillation(
     teacher_logits: Tensor,
     mask: Optional[Tensor] = None,
     *,
-    temperature: float = 4.0,
+    temperature: float = 2.0,
     class_map: Optional[Sequence[int]] = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student's tempered class distribution from the teacher's.
@@ -74,9 +74,14 @@ class KLDistillation(LogitDistillation):
         CldaError: If an argument is out of range.
 
     Example:
-        >>> KLDistillation(temperature=2.0)(torch.zeros(2, 3), torch.zeros(2, 3)).item()
+        >>> KLDistillation()(torch.zeros(2, 3), torch.zeros(2, 3)).item()
         0.0
     """
+
+    def __init__(
+        self, *, temperature: float = 2.0, weight: float = 1.0, class_map: Optional[Sequence[int]] = None
+    ) -> None:
+        super().__init__(temperature=temperature, weight=weight, class_map=class_map)
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Return the weighted loss of logits ``(N, C, ...)``."""

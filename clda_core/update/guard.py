@@ -39,7 +39,8 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
         student_logits: The same classes; another grid is resized to the smaller of the two.
 
     Returns:
-        Scalar float32 or float64, <= 0; NaN if they are nowhere of one mind.
+        Scalar float32 or float64, <= 0; NaN, which the guard rejects, if they were of one mind at fewer than half of
+        the positions: then one of them is not fit to judge the other, as early in the student's training.
 
     Raises:
         CldaError: If the logits do not fit each other.
@@ -56,7 +57,8 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
     original = align_logits(original_logits, student_logits, None).student
     shared = original.argmax(dim=1) == student.argmax(dim=1)
     score = 0.0 - kl_distillation(updated, student, shared, temperature=1.0)
-    return torch.where(shared.any(), score, torch.full_like(score, float("nan")))
+    majority = 2 * shared.sum() >= shared.numel()
+    return torch.where(majority, score, torch.full_like(score, float("nan")))
 
 
 def mutual_information(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class MaskedDistillation(Strategy):
         self,
         *,
         steps: int = 1,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 1e-3,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
         granularity: Granularity = "layer",
