@@ -26,7 +26,7 @@ class RoundRecord:
         skipped: By layer, or ``layer: parameter``, why something selected was not changed.
         strength: The schedule's factor.
         accepted: The guard's decision; ``None`` without a guard.
-        score_before: The guard's criterion before the update.
+        score_before: The guard's criterion before the update; ``None`` without a guard, or where it is unknown (NaN).
         score_after: The same after it.
     """
 

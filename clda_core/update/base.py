@@ -106,7 +106,7 @@ class UpdateResult:
         updated: Names of the teacher layers that were written.
         skipped: By layer name (or ``layer: parameter``), why something selected was not written.
         accepted: A guard's decision; ``None`` without a guard.
-        score_before: The guard's criterion before the update; ``None`` without a guard.
+        score_before: The guard's criterion before the update; ``None`` without a guard, or where it is unknown (NaN).
         score_after: The same after it.
     """
 

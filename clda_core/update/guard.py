@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
@@ -176,7 +177,7 @@ class Guard(Strategy):
                 snapshot.restore()
                 self.update.load_state_dict(state)
         updated = result.updated if accepted else ()
-        return UpdateResult(updated, result.skipped, accepted, before, after)
+        return UpdateResult(updated, result.skipped, accepted, _known(before), _known(after))
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the guarded update's state."""
@@ -197,3 +198,8 @@ class Guard(Strategy):
                 fix="return a scalar tensor, higher for a better teacher, from criterion=",
             )
         return float(mean_across_ranks([score.detach().double()])[0])
+
+
+def _known(score: float) -> Optional[float]:
+    """Return ``None`` for NaN, which would be no JSON and unequal to itself in reports."""
+    return None if math.isnan(score) else score
