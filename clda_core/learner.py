@@ -370,10 +370,7 @@ class CollaborativeLearner:
     def _load(self, state: Mapping[str, Any]) -> None:
         """Restore a state, whatever raises first leaving the learner's own attributes alone."""
         steps = int(state["steps"])
-        history = [
-            RoundRecord(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
-            for record in state["history"]
-        ]
+        history = [RoundRecord.from_dict(record) for record in state["history"]]
         related = self._related
         if self.relation.needs_inputs:
             related = None if state["relation"] is None else self._relation_from(state["relation"])

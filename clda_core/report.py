@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, cast
 
 from .errors import CldaError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Report", "RoundRecord"]
@@ -41,6 +42,11 @@ class RoundRecord:
     score_before: Optional[float] = None
     score_after: Optional[float] = None
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> RoundRecord:
+        """Read one of the rounds of :meth:`Report.to_dict`."""
+        return cls(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
+
 
 @dataclass(frozen=True)
 class Report:
@@ -73,6 +79,12 @@ class Report:
             "discarded": self.discarded,
         }
 
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> Report:
+        """Read what :meth:`to_dict` returned, from JSON for example."""
+        rounds = tuple(RoundRecord.from_dict(record) for record in report["rounds"])
+        return cls(**{**report, "layers": tuple(report["layers"]), "rounds": rounds})
+
     def __str__(self) -> str:
         """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched."""
         accepted = [record.accepted for record in self.rounds if record.accepted is not None]
@@ -94,30 +106,27 @@ class Report:
             lines.append(f"{name:<{width}}  {first}  {last}  {selected:8d}  {updated:7d}  {note}".rstrip())
         return "\n".join(lines)
 
-    def plot(self) -> Figure:
+    def plot(self, axes: Optional[Axes] = None) -> Figure:
         """Draw LSR by layer over rounds, with a dot where a layer was updated.
 
+        Args:
+            axes: Matplotlib axes to draw into; a new figure by default.
+
         Returns:
-            A matplotlib figure; save it with ``figure.savefig(path)``.
+            The figure; save it with ``figure.savefig(path)``.
 
         Raises:
             CldaError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise CldaError(
-                "report().plot() needs matplotlib, which is not installed. Fix: pip install 'clda-core[plots]', "
-                "or read the figures from report().to_dict()"
-            ) from error
-        nan = float("nan")
-        grid = [[record.rates.get(name, nan) for record in self.rounds] for name in self.layers]
-        figure = Figure(figsize=(8.0, 1.6 + 0.24 * len(self.layers)))
-        axes = figure.add_subplot(1, 1, 1)
+        if axes is None:
+            axes = _new_axes(height=1.6 + 0.24 * len(self.layers))
+        figure = cast("Figure", axes.figure)
         if self.rounds:
+            nan = float("nan")
+            grid = [[record.rates.get(name, nan) for record in self.rounds] for name in self.layers]
             image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0)
             figure.colorbar(image, ax=axes, label="LSR")
-            dots: List[Tuple[int, int]] = [
+            dots = [
                 (column, row)
                 for row, name in enumerate(self.layers)
                 for column, record in enumerate(self.rounds)
@@ -130,6 +139,17 @@ class Report:
         axes.set_yticks(range(len(self.layers)))
         axes.set_yticklabels(self.layers, fontsize=7)
         axes.set_xlabel("optimizer step")
-        axes.set_title("Layer Saliency Rate of the teacher (dots: updated)", fontsize=10)
+        axes.set_title("LSR of the teacher (dots: updated)", fontsize=10)
         figure.tight_layout()
         return figure
+
+
+def _new_axes(height: float) -> Axes:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CldaError(
+            "report().plot() needs matplotlib, which is not installed. Fix: pip install 'clda-core[plots]', or read "
+            "the figures from report().to_dict()"
+        ) from error
+    return Figure(figsize=(8.0, height)).add_subplot(1, 1, 1)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 import clda_core
+from clda_core import Report
 
 from .checkpoint import write_atomically
 
@@ -60,26 +61,12 @@ def save_figure(results: Mapping[str, Any], path: Path) -> None:
     }
     figure = Figure(figsize=(6.5 * (len(histories) + 1), 4.8))
     for column, (title, report) in enumerate(histories.items(), start=1):
-        _draw_rates(figure, figure.add_subplot(1, len(histories) + 1, column), title, report)
+        axes = figure.add_subplot(1, len(histories) + 1, column)
+        Report.from_dict(report).plot(axes)
+        axes.set_title(f"{title}: {axes.get_title()}", fontsize=10)
     _draw_accuracies(figure.add_subplot(1, len(histories) + 1, len(histories) + 1), results)
     figure.tight_layout()
     write_atomically(path, lambda temporary: figure.savefig(str(temporary), dpi=120, format="png"))
-
-
-def _draw_rates(figure: Figure, axes: Any, title: str, report: Mapping[str, Any]) -> None:
-    layers, rounds = report["layers"], report["rounds"]
-    grid = [[record["rates"].get(layer, math.nan) for record in rounds] for layer in layers]
-    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0)
-    figure.colorbar(image, ax=axes, label="LSR")
-    dots = [(x, y) for y, layer in enumerate(layers) for x, record in enumerate(rounds) if layer in record["updated"]]
-    axes.scatter([x for x, _ in dots], [y for _, y in dots], s=6, color="white", linewidths=0)
-    ticks = sorted({round(i * (len(rounds) - 1) / 6) for i in range(7)})
-    axes.set_xticks(ticks)
-    axes.set_xticklabels([str(rounds[tick]["step"]) for tick in ticks])
-    axes.set_yticks(range(len(layers)))
-    axes.set_yticklabels(layers, fontsize=7)
-    axes.set_xlabel("optimizer step")
-    axes.set_title(f"{title}: LSR of the teacher (dots: updated)", fontsize=10)
 
 
 def _draw_accuracies(axes: Any, results: Mapping[str, Any]) -> None:
