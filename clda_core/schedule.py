@@ -56,8 +56,8 @@ class Schedule(Strategy):
     def __init__(
         self,
         *,
-        warmup: int = 100,
-        interval: int = 10,
+        warmup: int = 300,
+        interval: int = 5,
         observations: int = 1,
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total: Optional[int] = None,

@@ -81,9 +81,9 @@ def test_never(step: int) -> None:
         ({"observations": 0}, "observations is out of range"),
         ({"interval": 5, "observations": 6}, "observations is out of range.*<= 5"),
         ({"decay": "exponential"}, "decay is unknown: expected 'constant' or 'linear' or 'cosine'"),
-        ({"decay": "linear"}, "total is not an integer.*received None. Fix: pass total=an integer and > 100"),
+        ({"decay": "linear"}, "total is not an integer.*received None. Fix: pass total=an integer and > 300"),
         ({"decay": "cosine", "warmup": 30, "total": 30}, "total is out of range.*> 30"),
-        ({"total": 100}, "total is out of range.*> 100"),
+        ({"total": 100}, "total is out of range.*> 300"),
     ],
 )
 def test_bad_options(options: Any, message: str) -> None:
