@@ -182,7 +182,7 @@ class CollaborativeLearner:
         check_values(student.logits, teacher.logits, mask)
         loss = distillation_loss(self.distillation, student, teacher, mask)
         self._kd_loss = loss.detach()
-        if inputs is not None and self.observing:
+        if inputs is not None and (self.observing or self.schedule.due(self._steps + 1)):
             self._inputs, self._mask = inputs, mask
         return loss
 

@@ -607,6 +607,17 @@ def test_the_smallest_strategy_of_every_kind_works() -> None:
     learner.load_state_dict(again)
 
 
+def test_a_schedule_may_observe_before_the_round_alone() -> None:
+    class Before(MySchedule):
+        def observes(self, step: int) -> bool:
+            return step == 1
+
+    teacher, student = networks()
+    learner = CollaborativeLearner(teacher, student, schedule=Before(), update=MaskedDistillation())
+    train(learner, sgd(student), 2)
+    assert learner.report().rounds[0].updated
+
+
 def test_an_estimator_of_the_second_order_of_a_user() -> None:
     class Curvature(MySaliency):
         order = 2
