@@ -118,7 +118,7 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
             received=type(model).__name__,
             fix="pass the network itself, not a wrapper without parameters",
         )
-    modules = _canonical_modules(model)
+    modules = canonical_modules(model)
     name_of = _default_grouping(modules) if by is None else _user_grouping(by)
     members: Dict[str, List[str]] = {}
     owner_layer: Dict[str, str] = {}
@@ -198,7 +198,7 @@ def _insert(named: Dict[str, _T], name: str, tensor: _T) -> None:
     named[short] = tensor
 
 
-def _canonical_modules(model: nn.Module) -> Dict[str, nn.Module]:
+def canonical_modules(model: nn.Module) -> Dict[str, nn.Module]:
     """Return modules by canonical name; of a wrapper and what it wraps, the wrapped one."""
     named: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from ._activations import capturing, positions, rows, watching, wide
 from ._config import Strategy
 from ._distributed import mean_across_ranks
 from .errors import check_number, problem
-from .layers import Layer, _canonical_modules
+from .layers import Layer, canonical_modules
 from .outputs import call_model
 
 __all__ = [
@@ -324,7 +324,7 @@ def _check_known(whose: str, names: Any, layers: Sequence[Layer]) -> None:
 
 def _features(view: ModelView, inputs: Any, samples: int) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     """Run a model once and return its layers' output features by layer name, and why some layers have none."""
-    modules = _canonical_modules(view.model)
+    modules = canonical_modules(view.model)
     watched = {layer.name: modules[layer.name] for layer in view.layers if layer.name in modules}
     features: Dict[str, Optional[Tensor]] = {}
 

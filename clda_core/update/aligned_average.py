@@ -15,7 +15,7 @@ from .._config import Strategy
 from .._distributed import sum_across_ranks
 from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
-from ..layers import Layer, _canonical_modules, canonical_buffers, canonical_parameters, local_names
+from ..layers import Layer, canonical_modules, canonical_buffers, canonical_parameters, local_names
 from .base import Granularity, RoundContext, UpdateResult
 from .writing import blend
 
@@ -156,7 +156,7 @@ class _Pair:
 
 def _paired_modules(context: RoundContext, with_buffers: bool) -> Tuple[List[_Pair], Dict[str, str]]:
     """Pair the leaf modules of selected and related layers by local name; say what cannot be aligned."""
-    ours, theirs = _canonical_modules(context.teacher), _canonical_modules(context.student)
+    ours, theirs = canonical_modules(context.teacher), canonical_modules(context.student)
     pairs: List[_Pair] = []
     skipped: Dict[str, str] = {}
     for layer in context.layers:
