@@ -15,7 +15,7 @@ from .._config import Strategy
 from .._distributed import sum_across_ranks
 from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
-from ..layers import Layer, canonical_modules, canonical_buffers, canonical_parameters, local_names
+from ..layers import Layer, canonical_buffers, canonical_modules, canonical_parameters, local_names
 from .base import Granularity, RoundContext, UpdateResult
 from .writing import blend
 
