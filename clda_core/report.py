@@ -94,7 +94,7 @@ class Report:
             + (f", {self.discarded} observations discarded (non-finite)" if self.discarded else "")
         ]
         if not self.rounds:
-            return lines[0]
+            return "\n".join([*lines, *(f"{name}: unrelated: {reason}" for name, reason in self.unrelated.items())])
         width = max(len(name) for name in (*self.layers, "layer"))
         lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
         for name in self.layers:

@@ -59,6 +59,8 @@ def test_the_table_without_guard_or_rounds() -> None:
     plain = report(rounds=(RoundRecord(step=1, rates={"conv1": 1.0}),), unrelated={}, discarded=0)
     assert str(plain).splitlines()[0] == "CLDA after 225 optimizer steps: 1 rounds"
     assert str(report(**EMPTY)) == "CLDA after 7 optimizer steps: 0 rounds"
+    before = report(**{**EMPTY, "unrelated": {"conv1": "no such layer"}})
+    assert str(before).splitlines()[1:] == ["conv1: unrelated: no such layer"]
 
 
 @pytest.mark.parametrize("options", [{}, EMPTY])
