@@ -242,8 +242,7 @@ class CollaborativeLearner:
                 :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.selection.ReferenceThreshold`.
 
         Raises:
-            CldaError: If there is nothing to observe, or observations were non-finite ten times in a row. A single
-                non-finite observation is discarded and counted.
+            CldaError: If there is nothing to observe, or the loss cannot be differentiated by the teacher.
         """
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
@@ -257,8 +256,9 @@ class CollaborativeLearner:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
 
         Raises:
-            CldaError: If :meth:`observe` was not called for this step, or an update raised (its exception is the
-                cause); the teacher is then as before the round.
+            CldaError: If :meth:`observe` was not called for this step, an update raised (its exception is the cause), or
+                observations were non-finite ten times in a row; the teacher is then as before the round. A single
+                non-finite observation is discarded and counted, and its round skipped.
         """
         if not self.enabled:
             return
