@@ -256,8 +256,8 @@ class CollaborativeLearner:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
 
         Raises:
-            CldaError: If :meth:`observe` was not called for this step, an update raised (its exception is the cause), or
-                observations were non-finite ten times in a row; the teacher is then as before the round. A single
+            CldaError: If :meth:`observe` was not called for this step, an update raised (its exception is the cause),
+                or observations were non-finite ten times in a row; the teacher is then as before the round. A single
                 non-finite observation is discarded and counted, and its round skipped.
         """
         if not self.enabled:
