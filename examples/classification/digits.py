@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -43,7 +43,7 @@ class Config:
         student_blocks: The same of the student.
         source_images: Digits rendered.
         evaluations: Points on the accuracy curve, each also a checkpoint.
-        host: The self-training that every network goes through.
+        host: Settings of the UDA that every network goes through.
         progress: Whether to show progress bars.
     """
 
@@ -55,7 +55,7 @@ class Config:
     student_blocks: Tuple[int, ...] = SMALL
     source_images: int = SOURCE_IMAGES
     evaluations: int = 12
-    host: SelfTraining = field(default_factory=SelfTraining)
+    host: Any = field(default_factory=SelfTraining)
     progress: bool = True
 
 
@@ -94,6 +94,7 @@ def run(
     config: Config,
     *,
     make_learners: Optional[Mapping[str, MakeLearner]] = None,
+    train: Callable[..., Stage] = train,
     folder: Optional[Path] = None,
     resume: bool = False,
     teacher_file: Optional[Path] = None,
@@ -103,6 +104,7 @@ def run(
     Args:
         config: The run.
         make_learners: By title, a function from teacher and student to a learner; the three ways by default.
+        train: The host's training of one network, with the signature of ``digits_training.train``.
         folder: Where to keep checkpoints; ``None`` keeps none.
         resume: Whether to go on from the checkpoints in ``folder``, instead of starting anew.
         teacher_file: Checkpoint of the teacher's training, used if it is there and written if not, so that many runs
@@ -115,35 +117,77 @@ def run(
     torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _run(config, learners() if make_learners is None else make_learners, folder, resume, teacher_file)
+            chosen = learners() if make_learners is None else make_learners
+            return _run(config, chosen, train, folder, resume, teacher_file)
     finally:
         torch.set_num_threads(threads)
 
 
 def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None) -> int:
     """Run the job from the command line, which overrides ``config``; return the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = options_of("digits", "Fonts to handwritten digits: a teacher, and a student trained three ways.")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
+    options = parser.parse_args(arguments)
+    return run_command(
+        "digits",
+        options,
+        config or Config(),
+        if_interrupted="the same command with --resume goes on from here",
+        folder=options.output / "checkpoints",
+        resume=options.resume,
+    )
+
+
+def options_of(program: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that every example on this data has."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--seed", type=_integer(0, 2**31), default=0, help="seed of everything random (default: 0)")
+    parser.add_argument(
+        "--steps", type=_integer(1), default=Config.steps, help="optimizer steps a training (default: %(default)s)"
+    )
+    parser.add_argument("--device", type=_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)")
+    parser.add_argument(
+        "--threads", type=_integer(1), default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=_folder, default=Path("runs") / program, help="folder (default: %(default)s)")
+    return parser
+
+
+def run_command(
+    program: str, options: argparse.Namespace, config: Config, *, if_interrupted: str = "", **run_options: Any
+) -> int:
+    """Run ``config`` with the command line's options, leave the results in the output folder, and print them.
+
+    Args:
+        program: Named in messages.
+        options: Parsed by :func:`options_of`.
+        config: What the options do not say.
+        if_interrupted: Said to whoever stops the run.
+        run_options: Passed to :func:`run`.
+
+    Returns:
+        The exit status.
+    """
     given = {name: getattr(options, name) for name in ("seed", "steps", "device", "threads")}
-    config = replace(config or Config(), **given)
-    output = options.output
     try:
-        results = run(config, folder=output / "checkpoints", resume=options.resume).to_dict()
+        results = run(replace(config, **given), **run_options).to_dict()
     except (CheckpointError, CldaError) as error:
-        print(f"digits: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ndigits: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\n{program}: {'; '.join(filter(None, ('interrupted', if_interrupted)))}", file=sys.stderr)
         return 130
-    save_json(results, output / "results.json")
-    save_figure(results, output / "figure.png")
+    save_json(results, options.output / "results.json")
+    save_figure(results, options.output / "figure.png")
     print(_summary(results))
-    print(f"\nwritten: {output / 'results.json'}, {output / 'figure.png'}")
+    print(f"\nwritten: {options.output / 'results.json'}, {options.output / 'figure.png'}")
     return 0
 
 
 def _run(
     config: Config,
     chosen: Mapping[str, MakeLearner],
+    train: Callable[..., Stage],
     folder: Optional[Path],
     resume: bool,
     teacher_file: Optional[Path],
@@ -219,23 +263,6 @@ def _summary(results: Mapping[str, Any]) -> str:
     ]
     title = f"Accuracy on the 1,797 handwritten digits, in %, seed {results['config']['seed']}"
     return "\n\n".join([*tables, f"{title}\n{table(results)}"])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="digits", description="Fonts to handwritten digits: a teacher, and a student trained three ways."
-    )
-    parser.add_argument("--seed", type=_integer(0, 2**31), default=0, help="seed of everything random (default: 0)")
-    parser.add_argument(
-        "--steps", type=_integer(1), default=Config.steps, help="optimizer steps a training (default: %(default)s)"
-    )
-    parser.add_argument("--device", type=_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)")
-    parser.add_argument(
-        "--threads", type=_integer(1), default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)"
-    )
-    parser.add_argument("--output", type=_folder, default=Path("runs/digits"), help="folder (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
-    return parser
 
 
 def _integer(least: int, below: float = float("inf")) -> Any:

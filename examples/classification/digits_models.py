@@ -51,11 +51,14 @@ class ResidualNetwork(nn.Module):
         self.layer3 = _stage(blocks[2], channels[1], channels[2], stride=2)
         self.fc = nn.Linear(channels[2], CLASSES)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Map images ``(N, 1, 8, 8)`` in [0, 1] to what the classifier ``fc`` sees, ``(N, channels[2])``."""
+        x = F.relu(self.bn1(self.conv1((images - _MEAN) / _DEVIATION)))
+        return self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(N, 1, 8, 8)`` in [0, 1] to logits ``(N, 10)``."""
-        x = F.relu(self.bn1(self.conv1((images - _MEAN) / _DEVIATION)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean(dim=(2, 3)))
+        return self.fc(self.features(images))
 
 
 def residual_network(blocks: Sequence[int], *, seed: int) -> ResidualNetwork:

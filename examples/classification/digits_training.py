@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .digits_data import LabelledImages, TargetEvaluation, UnlabelledImages
-from .self_training import Batches, HostEma, SelfTraining, forward, self_training_loss, set_learning_rate
+from .self_training import Batches, HostEma, forward, self_training_loss, set_learning_rate
 
 MakeLearner = Callable[[nn.Module, nn.Module], Any]
 """Builds the learner from the teacher and the student."""
@@ -21,15 +21,19 @@ MakeLearner = Callable[[nn.Module, nn.Module], Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What every stage shares: data without target labels, the host's settings, and the evaluation."""
+    """What every stage shares: data without target labels, the settings of whichever host, and the evaluation."""
 
     source: LabelledImages
     target: UnlabelledImages
     evaluation: TargetEvaluation
-    host: SelfTraining
+    host: Any
     steps: int
     evaluate_every: int
     progress: bool = True
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether the accuracy is measured after a step, counted from 0."""
+        return (step + 1) % self.evaluate_every == 0 or step + 1 == self.steps
 
 
 @dataclass
@@ -68,6 +72,12 @@ class HostAlone:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
+    def observe(self) -> None:
+        pass
+
+    def after_step(self) -> None:
+        pass
+
     def metrics(self) -> Dict[str, float]:
         return {}
 
@@ -103,7 +113,7 @@ def train(
     learner = HostAlone() if teacher is None or make_learner is None else make_learner(teacher, model)  # CLDA 1 of 5
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.host.learning_rate, weight_decay=task.host.weight_decay)
     host_ema = HostEma(model, task.host.ema_decay)
-    log = _Log(task.evaluation, model, teacher)
+    log = Log(task.evaluation, model, teacher)
     state = checkpoint.load() if checkpoint is not None else None
     start = 0
     if state is not None:
@@ -119,7 +129,7 @@ def train(
 
     model.train()
     began = time.perf_counter()
-    for step in _progress(name, start, task):
+    for step in progress(name, start, task):
         set_learning_rate(optimizer, task.host.learning_rate, step, task.steps)
         batch = batches[step]
         source_logits, target_logits = forward(model, batch)
@@ -131,7 +141,7 @@ def train(
         learner.step(optimizer)  # CLDA 4 of 5, instead of optimizer.step()
         host_ema.update(model)
 
-        if (step + 1) % task.evaluate_every == 0 or step + 1 == task.steps:
+        if task.evaluates_after(step):
             log.add(step + 1, float(loss.detach()), learner.metrics(), time.perf_counter() - began)
             if checkpoint is not None:
                 checkpoint.save(
@@ -147,11 +157,11 @@ def train(
                     }
                 )
             began = time.perf_counter()
-    return log.stage(None if isinstance(learner, HostAlone) else learner)
+    return log.stage(learner)
 
 
-class _Log:
-    """Accuracies over the steps of one stage; part of the checkpoint, so that a resumed run has the whole curve."""
+class Log:
+    """Accuracies over the steps of one stage; part of a checkpoint, so that a resumed run has the whole curve."""
 
     def __init__(self, evaluation: TargetEvaluation, model: nn.Module, teacher: Optional[nn.Module]) -> None:
         self.evaluation, self.model, self.teacher = evaluation, model, teacher
@@ -178,7 +188,7 @@ class _Log:
     def stage(self, learner: Any) -> Stage:
         first, last = self.curve[0], self.curve[-1]
         stage = Stage(last["accuracy"], first["teacher"], last["teacher"], self.curve, self.seconds)
-        if learner is not None:
+        if not isinstance(learner, HostAlone):
             report = learner.report()
             stage.uses_teacher = bool(getattr(learner, "enabled", True))
             stage.metrics, stage.report, stage.table = self.metrics, report.to_dict(), str(report)
@@ -191,7 +201,8 @@ class _Log:
         self.curve, self.seconds, self.metrics = state["curve"], state["seconds"], state["metrics"]
 
 
-def _progress(name: str, start: int, task: Task) -> Any:
+def progress(name: str, start: int, task: Task) -> Any:
+    """Return the steps from ``start`` on, with a bar for people and a line now and then for logs."""
     # Where nobody watches, a line every few seconds is enough for a log.
     interval = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(
