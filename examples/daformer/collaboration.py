@@ -1,0 +1,190 @@
+"""Teacher and learner beside the host's decorator: all that CLDA does in an iteration, in a checkpoint, in a resume."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clda_core import CollaborativeLearner
+from clda_core.errors import problem
+
+from .options import Options
+from .random_state import RandomStream
+from .segmentor import Logits, keeping_batch_statistics
+from .teacher import warn_if_student_is_larger
+
+STATE_VERSION = 1
+SUFFIX = ".clda.pth"
+
+
+class Collaboration:
+    """Holds the teacher where the host does not look: it is no module, so nothing of it reaches the host's optimizer,
+    ``state_dict``, ``train()`` or distributed wrapper.
+
+    Args:
+        teacher: Frozen, in eval mode.
+        options: The config's ``clda``.
+    """
+
+    def __init__(self, teacher: nn.Module, options: Options) -> None:
+        self.teacher = teacher
+        self.options = options
+        self.random = RandomStream()
+        # Whether the host's checkpoints are accompanied by ours; None until that is known.
+        self.saved: Optional[bool] = None
+        self._learner: Optional[CollaborativeLearner] = None
+        self._loss: Optional[Tensor] = None
+
+    def learner(self, student: nn.Module) -> CollaborativeLearner:
+        """Return the learner; built, and the teacher moved, when the student is first at hand on its device."""
+        if self._learner is None:
+            warn_if_student_is_larger(self.teacher, student)
+            self.teacher.to(_device(student))
+            with self.random.active(_device(student)):
+                self._learner = self.options.make_learner(Logits(self.teacher), Logits(student))
+        return self._learner
+
+    def distil(self, student: nn.Module, images: Sequence[Tensor], masks: Sequence[Optional[Tensor]]) -> None:
+        """Add the gradient of the weighted KD loss to that of the host's losses, one batch of images after the other.
+
+        The forward passes draw from our own random stream and leave BatchNorm's running statistics to the host.
+
+        Args:
+            student: The host's segmentor, in training mode.
+            images: Batches ``(N, 3, H, W)``.
+            masks: For each batch what counts, ``(N, H, W)``, or ``None`` for everything.
+        """
+        learner = self.learner(student)
+        losses = []
+        with self.random.active(_device(student)):
+            for batch, mask in zip(images, masks):
+                with keeping_batch_statistics(student):
+                    output = learner.student(batch)
+                if mask is not None and not mask.is_cuda and not bool(mask.any()):
+                    # Nothing counts in these images, which the learner refuses where asking is free.
+                    loss = learner.distill(output, batch) * 0.0
+                else:
+                    loss = learner.distill(output, batch, mask=mask)
+                (self.options.weight * loss / len(images)).backward()
+                losses.append(loss.detach())
+        self._loss = torch.stack(losses).mean()
+
+    def log(self) -> Dict[str, float]:
+        """Return what goes into the host's log, with one synchronisation, as each of the host's own losses costs."""
+        if self._learner is None or self._loss is None:
+            return {}
+        return {"clda.loss_kd": float(self._loss), "clda.rounds": float(len(self._learner.report().rounds))}
+
+    def stepping(self, optimizer: Any, student: nn.Module) -> SteppingOptimizer:
+        """Return the host's optimizer with a ``step()`` that goes through the learner."""
+        return SteppingOptimizer(optimizer, self, student)
+
+    # ------------------------------------------------------------------------------------------- beside checkpoints
+
+    def save(self, path: str, student: nn.Module, local_iter: int) -> None:
+        """Write the teacher and our state, whole or not at all."""
+        state = {
+            "version": STATE_VERSION,
+            "student": fingerprint(student),
+            "teacher": {name: value.cpu() for name, value in self.teacher.state_dict().items()},
+            "learner": self.learner(student).state_dict(),
+            "random": self.random.state_dict(),
+            "local_iter": local_iter,
+        }
+        unfinished = f"{path}.unfinished"
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+
+    def resume(self, student: nn.Module, folder: str) -> Optional[Dict[str, Any]]:
+        """Restore the state that was saved with the student's present weights.
+
+        Args:
+            student: The segmentor, as the host has just loaded it.
+            folder: Where to look for it, unless ``clda.resume_from`` names the file.
+
+        Returns:
+            The state, or ``None`` with a warning if there is none.
+
+        Raises:
+            CldaError: If the named file is missing or belongs to other weights, or the state is of another
+                configuration.
+        """
+        wanted = fingerprint(student)
+        named = self.options.resume_from
+        if named is not None and not os.path.isfile(named):
+            raise problem(
+                "the state to resume from is not there",
+                expected=f"a file *{SUFFIX} as clda.resume_from",
+                received=repr(named),
+                fix="name the file that lies beside the checkpoint you resume",
+            )
+        candidates = [named] if named is not None else newest_first(folder)
+        for path in candidates:
+            state: Dict[str, Any] = torch.load(path, map_location="cpu")
+            if state.get("version") == STATE_VERSION and state["student"] == wanted:
+                self._load(state, student)
+                return state
+        if named is not None:
+            raise problem(
+                "the state to resume from belongs to another checkpoint",
+                expected="the state saved with the student's weights that were resumed",
+                received=f"{named}, saved with others",
+                fix="name the file that lies beside the checkpoint you resume",
+            )
+        warnings.warn(
+            f"clda: resuming, but none of the {len(candidates)} files *{SUFFIX} in {folder} was saved with these "
+            "weights: the teacher and the rounds start from the beginning. If the file is elsewhere, set "
+            "clda.resume_from to it",
+            stacklevel=2,
+        )
+        return None
+
+    def _load(self, state: Dict[str, Any], student: nn.Module) -> None:
+        learner = self.learner(student)
+        before = {name: value.clone() for name, value in self.teacher.state_dict().items()}
+        try:
+            self.teacher.load_state_dict(state["teacher"])
+            learner.load_state_dict(state["learner"])
+        except Exception:
+            self.teacher.load_state_dict(before)
+            raise
+        self.random.load_state_dict(state["random"])
+
+
+class SteppingOptimizer:
+    """The host's optimizer, except that ``step()`` is the learner's, which steps it and makes a round if one is due."""
+
+    def __init__(self, optimizer: Any, collaboration: Collaboration, student: nn.Module) -> None:
+        self._optimizer, self._collaboration, self._student = optimizer, collaboration, student
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> None:
+        """Step the host's optimizer."""
+        with self._collaboration.random.active(_device(self._student)):
+            self._collaboration.learner(self._student).step(self._optimizer)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of a model's weights and buffers, by value, in their order."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def newest_first(folder: str) -> List[str]:
+    """Return our state files in a folder."""
+    files = sorted(Path(folder).glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [str(path) for path in files]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,139 @@
+"""The plug-in for hosts with a ``DACS``: what :mod:`.plugin` puts in front of the host's own class."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, Dict, List, Optional, Type
+
+import torch
+from torch import Tensor
+
+from clda_core.errors import problem
+
+from .collaboration import Collaboration
+from .options import Options
+from .segmentor import images_seen
+from .teacher import build_teacher
+
+_ALWAYS = ("img", "img_metas", "gt_semantic_seg", "target_img", "target_img_metas")
+_SOMETIMES = ("rare_class", "valid_pseudo_mask")
+
+
+class CollaborativeDACS:
+    """Mixed into the host's ``DACS``, it adds KD from a bigger teacher, which the student updates in turns.
+
+    The host's losses, data, augmentation, dropout and BatchNorm statistics stay its own: with ``clda.weight=0`` and
+    ``clda.rounds=False`` the host trains bit for bit as alone.
+    """
+
+    @staticmethod
+    def read_config(path: str) -> Any:
+        """Read a config file of the host; given by the subclass."""
+        raise NotImplementedError
+
+    @staticmethod
+    def build_segmentor(config: Any) -> Any:
+        """Build a segmentor of the host; given by the subclass."""
+        raise NotImplementedError
+
+    def __init__(self, **cfg: Any) -> None:
+        options = Options.from_config(cfg.pop("clda", None))
+        super().__init__(**cfg)
+        self.clda: Optional[Collaboration] = None
+        if options.enabled:
+            _check_images(options.images, self)
+            teacher = build_teacher(
+                options.teacher,
+                read_config=self.read_config,
+                build_segmentor=self.build_segmentor,
+                num_classes=self.num_classes,
+            )
+            self.clda = Collaboration(teacher, options)
+
+    def train_step(self, data_batch: Any, optimizer: Any, **kwargs: Any) -> Dict[str, Any]:
+        """Do the host's step, with the learner's around the optimizer's."""
+        host: Any = super()
+        if self.clda is None:
+            return host.train_step(data_batch, optimizer, **kwargs)
+        if self.clda.saved is None:
+            self.clda.saved = False
+            warnings.warn(
+                "clda: the teacher and the learner are not saved with the host's checkpoints. Set "
+                "checkpoint_config=dict(type='CLDACheckpointHook') in the config",
+                stacklevel=2,
+            )
+        return host.train_step(data_batch, self.clda.stepping(optimizer, self.get_model()), **kwargs)
+
+    def forward_train(
+        self,
+        img: Tensor,
+        img_metas: Any,
+        gt_semantic_seg: Tensor,
+        target_img: Tensor,
+        target_img_metas: Any,
+        **extra: Any,
+    ) -> Dict[str, Any]:
+        """Let the host compute its losses and gradients, then add those of the KD loss."""
+        host: Any = super()
+        arguments = (img, img_metas, gt_semantic_seg, target_img, target_img_metas)
+        if self.clda is None:
+            return host.forward_train(*arguments, **extra)
+        student = self.get_model()
+        with images_seen(student) as seen:
+            log_vars = host.forward_train(*arguments, **extra)
+        images: List[Tensor] = []
+        masks: List[Optional[Tensor]] = []
+        if self.clda.options.images in ("mixed", "both"):
+            images.append(seen[1])  # the source comes first, the mixed images second, masked ones after them
+            masks.append(None)
+        if self.clda.options.images in ("target", "both"):
+            images.append(target_img)
+            masks.append(self._trusted(target_img, extra.get("valid_pseudo_mask")))
+        self.clda.distil(student, images, masks)
+        log_vars.update(self.clda.log())
+        return log_vars
+
+    def _trusted(self, images: Tensor, valid_pseudo_mask: Optional[Tensor]) -> Optional[Tensor]:
+        """Return where the host trusts pseudo-labels at all: margins and the ego car are no basis for KD either."""
+        top, bottom = self.psweight_ignore_top, self.psweight_ignore_bottom
+        if valid_pseudo_mask is None and top <= 0 and bottom <= 0:
+            return None
+        trusted = torch.ones_like(images[:, 0], dtype=torch.bool)
+        trusted[:, : max(top, 0)] = False
+        if bottom > 0:
+            trusted[:, -bottom:] = False
+        if valid_pseudo_mask is not None:
+            trusted &= valid_pseudo_mask.reshape(trusted.shape) > 0
+        return trusted
+
+
+def check_host(dacs: Type[Any]) -> None:
+    """Raise unless the host's ``DACS`` has the interface that we rely on.
+
+    Raises:
+        CldaError: If it is of an unknown version.
+    """
+    parameters = [name for name in inspect.signature(dacs.forward_train).parameters if name != "self"]
+    fits = (
+        tuple(parameters[: len(_ALWAYS)]) == _ALWAYS
+        and set(parameters[len(_ALWAYS) :]) <= set(_SOMETIMES)
+        and all(callable(getattr(dacs, name, None)) for name in ("get_model", "train_step"))
+    )
+    if not fits:
+        raise problem(
+            "the host's DACS is of an unknown version",
+            expected=f"forward_train({', '.join(_ALWAYS)}), with {' and '.join(_SOMETIMES)} in MIC and HRDA",
+            received=f"{dacs.__module__}.DACS.forward_train({', '.join(parameters)})",
+            fix="use DAFormer (e6f6e04), HRDA or MIC (2f932a9), or adapt CollaborativeDACS to the new interface",
+        )
+
+
+def _check_images(images: str, host: Any) -> None:
+    if images != "target" and getattr(host, "source_only", False):
+        raise problem(
+            "there are no mixed images to distil on",
+            expected="clda.images='target' where the host trains with source_only=True",
+            received=f"clda.images={images!r}",
+            fix="set clda.images='target', or uda.source_only=False",
+        )
