@@ -1,8 +1,11 @@
 """GTA to Cityscapes, DAFormer: MiT-B5 teacher (the released checkpoint), MiT-B3 student of equal width.
 
-From the host's folder, with this folder copied there as clda_daformer: python -m tools.train
-clda_daformer/configs/gta2cs_daformer_mitb5_to_mitb3.py. The frozen-teacher baseline: --options uda.clda.rounds=False; the
-host alone: --options uda.clda.enabled=False. None of these settings was tuned on these data.
+From the host's folder, with the daformer folder copied there as clda_daformer:
+
+    python -m tools.train clda_daformer/configs/gta2cs_daformer_mitb5_to_mitb3.py
+
+The frozen-teacher baseline is the same with --options uda.clda.rounds=False, the host alone with
+uda.clda.enabled=False. Nothing was tuned on these data.
 """
 
 _base_ = ["../../configs/daformer/gta2cs_uda_warm_fdthings_rcs_croppl_a999_daformer_mitb5_s0.py"]

@@ -1,9 +1,11 @@
 """GTA to Cityscapes at full resolution, MIC on HRDA: MiT-B5 teacher (the released checkpoint), MiT-B3 student.
 
-From MIC/seg, with this folder copied there as clda_daformer: python -m tools.train
-clda_daformer/configs/mic/gta2cs_mic_hrda_mitb5_to_mitb3.py. Put the released checkpoint and its .json under the two names
-below, or name yours. The frozen-teacher baseline: --options uda.clda.rounds=False; the host alone: --options
-uda.clda.enabled=False. None of these settings was tuned on these data.
+From MIC/seg, with the daformer folder copied there as clda_daformer:
+
+    python -m tools.train clda_daformer/configs/mic/gta2cs_mic_hrda_mitb5_to_mitb3.py
+
+Put the released checkpoint and its .json under the two names below, or name yours. The frozen-teacher baseline is the
+same with --options uda.clda.rounds=False, the host alone with uda.clda.enabled=False. Nothing was tuned on these data.
 """
 
 _base_ = ["../../../configs/mic/gtaHR2csHR_mic_hrda.py"]
