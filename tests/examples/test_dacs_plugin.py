@@ -18,6 +18,7 @@ from torch import nn
 from clda_core import CldaError, CollaborativeLearner, Schedule, group_layers
 from clda_core.update import MaskedDistillation
 from examples.daformer.collaboration import SUFFIX, fingerprint
+from examples.daformer.export import main as export
 from examples.daformer.options import Options
 from examples.daformer.random_state import RandomStream, preserved_random_state
 from examples.daformer.segmentor import Logits, images_seen, keeping_batch_statistics
@@ -561,3 +562,13 @@ def test_options_that_the_docs_name_are_all_there() -> None:
         options = Options.from_config({"teacher": {}, "weight": 0.5})
     assert options.weight == 0.5
     assert options.enabled
+
+
+def test_exported_teacher_is_a_checkpoint_of_the_host(daformer: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    dacs = daformer.ours(learner=EARLY)
+    daformer.run(dacs, 4, hook=daformer.hook())
+    assert export([f"iter_4{SUFFIX}", "exported.pth"]) == 0
+    again = bad(daformer, checkpoint="exported.pth")
+    assert same(again.clda.teacher, dacs.clda.teacher)
+    assert export(["teacher.pth", "exported.pth"]) == 2
+    assert "the state file cannot be read" in capsys.readouterr().err
