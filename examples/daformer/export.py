@@ -1,6 +1,8 @@
 """The updated teacher out of our state file, as a checkpoint of the host.
 
     python -m clda_daformer.export work_dirs/run/iter_40000.clda.pth work_dirs/run/teacher.pth
+
+The file then loads in the host's ``tools/test.py`` with the config that the teacher was trained with.
 """
 
 from __future__ import annotations
