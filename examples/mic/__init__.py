@@ -1,0 +1,1 @@
+"""CLDA inside the MIC repository: segmentation and classification."""

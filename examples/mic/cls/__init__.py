@@ -1,0 +1,1 @@
+"""CLDA inside MIC classification (CDAN + MCC + SDAT + MIC), whose script runs unmodified."""
