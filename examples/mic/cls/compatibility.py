@@ -8,6 +8,7 @@ done. To run the host alone where something is missing, in its ``examples`` fold
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -78,7 +79,8 @@ def _put_back_operators() -> bool:
 
 
 def _put_back_download() -> bool:
-    if importlib.util.find_spec("torchvision.models.utils") is not None:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torchvision.models.utils")
         return False
     module = types.ModuleType("torchvision.models.utils")
     module.load_state_dict_from_url = torch.hub.load_state_dict_from_url  # type: ignore[attr-defined]

@@ -150,7 +150,7 @@ def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], arch: s
 
 def architecture_of(weights: Mapping[str, Tensor]) -> str:
     """Return the name of the ResNet that the weights are of, or an empty string."""
-    found = [re.match(r"backbone\.layer(\d)\.(\d+)\.conv1", name) for name in weights]
+    found = [re.match(r"backbone\.layer(\d)\.\d+\.conv1\.weight$", name) for name in weights]
     blocks = [sum(match is not None and match[1] == stage for match in found) for stage in "1234"]
     bottlenecks = "backbone.layer1.0.conv3.weight" in weights
     return _BLOCKS.get((tuple(blocks), bottlenecks), "")  # type: ignore[call-overload]

@@ -100,7 +100,8 @@ def learner_from(options: argparse.Namespace) -> MakeLearner:
         CldaError: If the user's cannot be found, or comes with options that it would have to heed.
     """
     names = ("temperature", "warmup", "interval", "no_rounds")
-    given = [name for name in names if getattr(options, f"clda_{name}") not in (None, False)]
+    values = {name: getattr(options, f"clda_{name}") for name in names}
+    given = [name for name, value in values.items() if value is not None and value is not False]  # 0 is given
     if options.clda_learner is not None:
         if given:
             raise problem(

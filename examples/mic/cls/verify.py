@@ -100,7 +100,7 @@ class Verification:
     def _compare(self, name: str, other: str) -> None:
         kinds = ("latest", "best")
         pairs = [[load_checkpoint(self._checkpoint(run, kind)) for run in ("alone", other)] for kind in kinds]
-        differing = [key for ours, theirs in pairs for key in ours if not _equal(ours[key], theirs.get(key))]
+        differing = [key for ours, theirs in pairs for key in ours if not equal(ours[key], theirs.get(key))]
         same_names = all(list(ours) == list(theirs) for ours, theirs in pairs)
         figure = f"{len(differing)} of {sum(len(ours) for ours, _ in pairs)} tensors of latest.pth and best.pth differ"
         self.check(name, same_names and not differing, figure)
@@ -148,11 +148,11 @@ class Verification:
         options = ["--clda-resume", str(saved), "--clda-teacher-arch", TEACHER, *learner]
         self._ours("resumed", options, ["-a", STUDENT, "--epochs", "1", "-i", "0"])
         before, after = load_checkpoint(saved), load_checkpoint(self._ours_file("resumed", "latest"))
-        differing = [key for key in before if not _equal(before[key], after.get(key))]
+        differing = [key for key in before if not equal(before[key], after.get(key))]
         figure = f"{len(differing)} of {len(before)} parts differ after saving again"
         self.check("save, resume restores teacher and learner bitwise", not differing, figure)
         students = [load_checkpoint(self._checkpoint(run, "latest")) for run in ("on", "resumed")]
-        self.check("... and the student, which the host itself cannot resume", _equal(*students), "latest.pth")
+        self.check("... and the student, which the host itself cannot resume", equal(*students), "latest.pth")
         told = "cannot resume a training" in self._output("resumed")
         self.check("... and says what the host loses", told, "optimizer, schedules, epoch, host EMA, discriminator")
 
@@ -256,14 +256,14 @@ def _package() -> str:
     return str(__package__)
 
 
-def _equal(first: Any, second: Any) -> bool:
+def equal(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor):
         return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, Mapping):
         same_keys = isinstance(second, Mapping) and list(first) == list(second)
-        return same_keys and all(_equal(first[key], second[key]) for key in first)
+        return same_keys and all(equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(map(equal, first, second))
     return bool(first == second)
 
 
