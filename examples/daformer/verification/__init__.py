@@ -1,0 +1,1 @@
+"""What ``verify`` is made of: data, configs, the host's process, the runs, and the checks on them."""

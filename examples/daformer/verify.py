@@ -1,0 +1,17 @@
+"""Check that CLDA works inside your DAFormer, in your environment, on made-up data.
+
+    python -m examples.daformer.verify --host PATH/TO/DAFormer
+
+Trains DAFormer, unmodified, for a few iterations without us, with us switched off, and with us, and prints one line a
+check; the exit status is 0 only if all hold. It takes minutes and needs no GPU, no data and no downloads.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from examples.daformer.verification.command import main
+from examples.daformer.verification.host import DAFORMER
+
+if __name__ == "__main__":
+    sys.exit(main(DAFORMER, "examples.daformer.verify"))
