@@ -9,9 +9,10 @@ WORKERS ?= 2
 ARGS ?=
 # Two workers with a thread each finish sooner than one with two, and sums do not depend on the number of cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format types docs wheel import-time ci clean
+.PHONY: help venv demo test test-oldest test-matrix lint format types docs wheel import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -31,7 +32,10 @@ test: venv  ## run the tests, the doctests and the snippets of README and docs (
 	$(PYTEST) $(ARGS)
 
 test-oldest: wheel  ## the same on Python 3.8 and torch 1.7.1, with the wheel installed
-	.ci/test-oldest -n $(WORKERS) $(ARGS)
+	$(NOX) -s oldest -- -n $(WORKERS) $(ARGS)
+
+test-matrix: wheel  ## the same on every supported Python and in the environments that hosts pin (ARGS="-s py39")
+	$(NOX) $(ARGS)
 
 lint: venv  ## check style and format
 	$(BIN)/ruff check .
@@ -59,5 +63,5 @@ ci:  ## everything that must hold before a change is merged
 	.ci/run
 
 clean:  ## remove everything that is made here, the environments too
-	rm -rf $(VENV) .venv-oldest build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .nox build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find clda_core examples tests benchmarks .ci -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
