@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from clda_core import CldaError, CollaborativeLearner, Schedule, group_layers
 from clda_core.update import MaskedDistillation
-from examples.mic.cls import compatibility, host, plugin, train, verify
+from examples.mic.cls import compatibility, host, plugin, synthetic, train, verify
 from examples.mic.cls.plugin import Plugin, first_output
 from examples.mic.cls.teacher import architecture_of
 from tests.examples.mic_cls_fakes import write_host
@@ -478,3 +479,61 @@ def test_bad_options_are_named(folder: Path, teacher: Path, tmp_path: Path, opti
 def test_errors_end_the_command_with_status_2(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert train.main(["--host", str(folder), "--", "--log", "x"]) == 2
     assert "mic-cls: there is no teacher" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- verify and compatibility
+
+
+def test_verify_fails_without_a_host(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert verify.main(["--host", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("FAIL  the host is not MIC's cls folder")
+    assert "NOT all checks hold" in printed
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.ones(2), "b": [1, 2]},
+        {"b": [1, 2], "a": torch.zeros(2)},
+        {"a": torch.zeros(2, dtype=torch.float64), "b": [1, 2]},
+        {"a": torch.zeros(2), "b": [1]},
+        {"a": torch.zeros(2), "b": [1, 3]},
+        {"a": torch.zeros(2)},
+        None,
+    ],
+)
+def test_verify_sees_every_difference(other: Any) -> None:
+    own = {"a": torch.zeros(2), "b": [1, 2]}
+    assert verify.equal(own, {"a": torch.zeros(2), "b": [1, 2]})
+    assert not verify.equal(own, other)
+
+
+def test_synthetic_data_are_laid_out_as_visda(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="the host's torchvision brings Pillow")
+    synthetic.write_visda(tmp_path, images_per_class=2, size=8)
+    for domain in ("train", "validation"):
+        lines = (tmp_path / "image_list" / f"{domain}.txt").read_text().splitlines()
+        assert len(lines) == 2 * len(synthetic.CLASSES)
+        assert all((tmp_path / line.split()[0]).is_file() for line in lines)
+        assert {line.split()[1] for line in lines} == {str(label) for label in range(12)}
+
+
+def test_what_numpy_dropped_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "float", float, raising=False)  # restored, or removed, afterwards
+    assert not compatibility._put_back_float()
+    del np.float
+    assert compatibility._put_back_float()
+    assert np.float is float
+
+
+def test_what_torchvision_dropped_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = types.ModuleType("torchvision.models")
+    models.__path__ = []
+    package = types.ModuleType("torchvision")
+    package.__path__ = []
+    for name, module in (("torchvision", package), ("torchvision.models", models), ("torchvision.models.utils", None)):
+        monkeypatch.setitem(sys.modules, name, module)
+    assert compatibility._put_back_download()
+    assert sys.modules["torchvision.models.utils"].load_state_dict_from_url is torch.hub.load_state_dict_from_url
+    assert not compatibility._put_back_download()

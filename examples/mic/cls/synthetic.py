@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 CLASSES = (
     "aeroplane",
@@ -28,6 +27,8 @@ def write_visda(root: Path, *, images_per_class: int = 3, size: int = 64, seed: 
 
     A class is a colour and the direction of stripes; the target domain has less contrast and noise.
     """
+    from PIL import Image  # the host's torchvision brings it; nothing else here needs it
+
     random = np.random.RandomState(seed)
     rows, columns = np.mgrid[0:size, 0:size] / size
     (root / "image_list").mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def learner_from(options: argparse.Namespace) -> MakeLearner:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of our own options."""
     result = argparse.ArgumentParser(
-        prog="python -m examples.mic.cls.train",
+        prog=f"python -m {__package__}.train",  # the folder may be copied elsewhere
         usage="%(prog)s --host PATH/TO/MIC/cls --clda-teacher FILE [--clda-...] -- ARGUMENTS OF THE HOST'S SCRIPT",
         description="MIC classification with CLDA; the host's script runs unmodified, in its own examples folder.",
         allow_abbrev=False,

@@ -165,8 +165,11 @@ class Verification:
         self.check("the student's checkpoint loads in the host's test command without CLDA", same, figure)
 
     def _judge_cost(self, off: Mapping[str, Any], kd: Mapping[str, Any], on: Mapping[str, Any]) -> None:
+        unit = "s" if self.device == "cuda" else "s of CPU time"
         for name, facts in (("KD alone", kd), ("a round every 2 steps", on)):
-            seconds = f"{facts['seconds']:.2f} s an iteration, {facts['seconds'] / off['seconds']:.2f} x the host's"
+            seconds = (
+                f"{facts['seconds']:.2f} {unit} an iteration, {facts['seconds'] / off['seconds']:.2f} x the host's"
+            )
             memory = f"peak {facts['peak_mib']:.0f} MiB, {facts['peak_mib'] / off['peak_mib']:.2f} x"
             self.check(f"cost, {name}", math.isfinite(facts["seconds"]), f"{seconds}; {memory}")
 
@@ -232,7 +235,7 @@ class Verification:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run from the command line; return 0 only if every check passed."""
-    parser = argparse.ArgumentParser(prog="python -m examples.mic.cls.verify", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.verify", description=__doc__)
     parser.add_argument("--host", type=Path, required=True, metavar="DIR", help="MIC's cls folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep data, logs and checkpoints in this folder")
