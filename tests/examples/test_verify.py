@@ -167,7 +167,7 @@ def write_run(folder: Path, steps: int = 30, *, clda: bool = False, report: Opti
         entry = {"mode": "train", "iter": step, "time": 1.5, "data_time": 0.5, "decode.loss_seg": 2.0 / step}
         entry["src.loss_imnet_feat_dist"] = float("nan")
         if clda:
-            entry.update({"clda.loss_kd": 1.0 / step, "clda.rounds": step // 6})
+            entry.update({"clda.loss_kd": 1.0 / step, "clda.rounds": step // 12})
         entries.append(entry)
     entries.append({"mode": "val", "iter": 4, "mIoU": 0.2956})
     (folder / "run.log.json").write_text("\n".join(map(json.dumps, entries)))
@@ -318,6 +318,7 @@ FAULTS = {
         "rounds",
         lambda lab: lab.rewrite("on", lambda s: last_bit(s["teacher"], "head.weight"), STATE),
     ),
+    "rounds not logged": ("rounds", lambda lab: lab.relog("on", lambda entry: entry.update({"clda.rounds": 0}))),
     "frozen teacher moves": (
         "rounds",
         lambda lab: lab.rewrite("frozen", lambda s: last_bit(s["teacher"], "head.weight"), STATE),
@@ -348,6 +349,13 @@ def test_a_check_fails_on_its_fault(lab: Recorded, fault: str) -> None:
     result = run_check(name, lab)  # type: ignore[arg-type]
     assert result.holds is False
     assert result.figures
+
+
+def test_nothing_is_said_of_us_where_the_host_does_not_repeat_itself(lab: Recorded) -> None:
+    for name in ("host again", "off", "without weight"):
+        lab.rewrite(name, moment)
+    for check in ("off-is-host", "weight-0-is-host"):
+        assert "--device cpu" in run_check(check, lab).figures  # type: ignore[arg-type]
 
 
 def test_every_check_has_a_fault_that_it_finds() -> None:
