@@ -79,8 +79,8 @@ def rounds_change_what_they_say(lab: Laboratory) -> Result:
     unnamed = sorted(set(changed) - {tensor for layer in named for tensor in layers[layer]})
     frozen = differing(before, lab.run("frozen").state()["teacher"])
     figures = (
-        f"{len(rounds)} rounds ({logged} logged before the last step) updated {len(named)} of {len(layers)} layers: "
-        f"{len(changed)} of {len(before)} tensors changed, {len(unnamed)} of them outside; {len(frozen)} with rounds=False"
+        f"{len(rounds)} rounds ({logged} in the log) updated {len(named)} of {len(layers)} layers: {len(changed)} of "
+        f"{len(before)} tensors changed, {len(unnamed)} of them outside these; {len(frozen)} changed with rounds=False"
     )
     told = len(rounds) - logged in (0, 1)
     return Result(bool(named) and bool(changed) and told and not unnamed and not frozen, figures)
