@@ -1,0 +1,1 @@
+"""Evidence of what CLDA gains, and what it costs; not part of the installed package."""

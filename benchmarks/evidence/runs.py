@@ -1,0 +1,117 @@
+"""One run: a seed and a variant, from the teacher of that seed to a record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+from torch import nn
+
+import clda_core
+from benchmarks.evidence.records import Record
+from benchmarks.evidence.task import Task
+from benchmarks.evidence.training import Cotraining, train
+from benchmarks.evidence.variants import VARIANTS, frozen
+from clda_core import CollaborativeLearner, init_student
+
+WORK = Path("runs/evidence")
+TEACHER_RATE = 0.1  # peak learning rate of a teacher that is trained on, in units of the student's
+
+
+def run(task: Task, seed: int, name: str, *, progress: Any = None) -> Record:
+    """Train as the variant says and return the record.
+
+    Args:
+        task: The benchmark.
+        seed: Of everything random.
+        name: Of the variant.
+        progress: With ``update(1)``, called after each step.
+    """
+    began = time.time()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        teacher = trained_teacher(task, seed)
+        before = task.evaluate(teacher)
+        figures = _trained(task, seed, name, teacher, progress)
+    return {
+        "setting": task.setting(),
+        "seed": seed,
+        "variant": name,
+        "metric": task.metric,
+        "teacher_before": before,
+        **figures,
+        "total_seconds": round(time.time() - began, 1),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def trained_teacher(task: Task, seed: int, progress: Any = None) -> nn.Module:
+    """Return the teacher of a seed, trained by the host once and then read from a file."""
+    teacher = task.teacher(seed)
+    path = WORK / task.setting() / f"teacher-{seed}.pt"
+    if not path.exists():
+        host = task.host(teacher, seed, stream=0)
+        train(task, host, steps=task.teacher_steps, progress=progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save(teacher.state_dict(), unfinished)
+        os.replace(unfinished, path)
+    teacher.load_state_dict(torch.load(path, map_location="cpu"))
+    return teacher.eval().requires_grad_(False)
+
+
+def _trained(task: Task, seed: int, name: str, teacher: nn.Module, progress: Any) -> Dict[str, Any]:
+    variant = VARIANTS[name]
+    if variant.kind == "teacher":
+        teacher.requires_grad_(True)
+        host = task.host(teacher, seed, stream=2)
+        figures = train(
+            task, host, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate, progress=progress
+        )
+        return {**figures, "teacher": figures["student"], "student": None, "student_ema": None}
+    student = task.student(seed)
+    if variant.start == "teacher":
+        init_student(teacher, student)
+    learner = variant.learner(task, teacher, student, seed)
+    cotraining: Optional[Cotraining] = None
+    if variant.kind == "duda":
+        # The big network goes on by UDA; its slowly moving average, not itself, teaches the small one.
+        auxiliary = task.host(teacher.requires_grad_(True), seed, stream=2)
+        learner = CollaborativeLearner(auxiliary.ema, student, **frozen(task, seed))
+        cotraining = Cotraining(auxiliary, TEACHER_RATE * task.learning_rate)
+    elif variant.cotrained:
+        auxiliary = task.host(teacher.requires_grad_(True), seed, stream=2)
+        cotraining = Cotraining(auxiliary, TEACHER_RATE * task.learning_rate)
+    return train(
+        task,
+        task.host(student, seed, stream=1),
+        steps=task.steps,
+        learner=learner,
+        cotraining=cotraining,
+        progress=progress,
+    )
+
+
+def versions() -> Dict[str, str]:
+    """Return what ran: the commit and the versions that figures may depend on."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "clda_core": clda_core.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

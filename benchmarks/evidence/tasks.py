@@ -1,0 +1,31 @@
+"""The benchmarks by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Dict, Tuple
+
+from benchmarks.evidence.task import Task
+from clda_core import CldaError
+
+TASKS: Dict[str, Tuple[str, str]] = {
+    "digits": ("benchmarks.evidence.digits", "Digits"),
+    "street": ("benchmarks.evidence.street", "Street"),
+}
+
+
+def task(name: str) -> Task:
+    """Return a benchmark.
+
+    Raises:
+        CldaError: If a package that it needs is missing.
+    """
+    module, attribute = TASKS[name]
+    try:
+        made: Task = getattr(import_module(module), attribute)()
+    except ImportError as error:
+        raise CldaError(
+            f"the benchmark {name} needs a package that is not installed ({error}). "
+            "Fix: pip install 'clda-core[benchmarks]', or make venv in a checkout"
+        ) from error
+    return made

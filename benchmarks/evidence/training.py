@@ -1,0 +1,102 @@
+"""One training of one network by its host, as somebody's student or alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import nn
+
+from benchmarks.evidence.task import Host, Task, set_learning_rate
+from clda_core import CollaborativeLearner
+
+
+@dataclass
+class Cotraining:
+    """The host going on to train the teacher too, between rounds.
+
+    Attributes:
+        host: Of the teacher.
+        learning_rate: At its peak; the teacher has converged once already.
+    """
+
+    host: Host
+    learning_rate: float
+
+
+def train(
+    task: Task,
+    host: Host,
+    *,
+    steps: int,
+    learning_rate: Optional[float] = None,
+    learner: Optional[CollaborativeLearner] = None,
+    cotraining: Optional[Cotraining] = None,
+    evaluations: int = 6,
+    progress: Any = None,
+) -> Dict[str, Any]:
+    """Train ``host.model`` in place; return the curve, seconds and the learner's report.
+
+    Args:
+        task: For its learning rate and evaluation.
+        host: Of the network to train.
+        steps: Optimizer steps.
+        learning_rate: At its peak; the task's by default.
+        learner: Whose student is ``host.model``.
+        cotraining: Of the learner's teacher.
+        evaluations: Points on the curve.
+        progress: With ``update(1)``, called after each step.
+    """
+    peak = task.learning_rate if learning_rate is None else learning_rate
+    optimizer = torch.optim.AdamW(host.model.parameters(), lr=peak, weight_decay=0.01)
+    of_teacher = None
+    if cotraining is not None:
+        cotraining.host.model.train()
+        parameters = cotraining.host.model.parameters()
+        of_teacher = torch.optim.AdamW(parameters, lr=cotraining.learning_rate, weight_decay=0.01)
+    teacher = None if learner is None else learner.teacher
+    curve: List[Dict[str, Any]] = []
+    seconds = 0.0
+    host.model.train()
+    for step in range(steps):
+        began = time.perf_counter()
+        set_learning_rate(optimizer, peak, step, steps)
+        of_host = host.loss(step, steps)
+        loss = of_host.loss
+        if learner is not None:
+            loss = loss + learner.distill(of_host.output, of_host.images, mask=of_host.mask)
+        optimizer.zero_grad()
+        loss.backward()
+        if learner is None:
+            optimizer.step()
+        elif cotraining is None or of_teacher is None:
+            learner.step(optimizer)
+        else:
+            set_learning_rate(of_teacher, cotraining.learning_rate, step, steps)
+            of_teacher.zero_grad()
+            cotraining.host.loss(step, steps).loss.backward()
+            learner.observe()
+            optimizer.step()
+            of_teacher.step()
+            cotraining.host.after_step()
+            learner.after_step()
+        host.after_step()
+        seconds += time.perf_counter() - began
+        if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
+            curve.append({"step": step + 1, "student": _figure(task, host.model), "teacher": _figure(task, teacher)})
+        if progress is not None:
+            progress.update(1)
+    return {
+        "curve": curve,
+        "seconds": seconds,
+        "student": task.evaluate(host.model),
+        "student_ema": task.evaluate(host.ema),
+        "teacher": None if teacher is None else task.evaluate(teacher),
+        "report": None if learner is None else learner.report().to_dict(),
+    }
+
+
+def _figure(task: Task, model: Optional[nn.Module]) -> Optional[float]:
+    return None if model is None else task.evaluate(model)[task.metric]

@@ -1,0 +1,129 @@
+"""What is compared: each variant is one way to train the student, from the same teacher, start and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional
+
+from torch import nn
+
+from benchmarks.evidence.task import Task
+from clda_core import CldaError, CollaborativeLearner, Never, Schedule
+from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, DISTDistillation
+from clda_core.saliency import Fisher, Hessian, Magnitude
+from clda_core.selection import AllLayers, DomainShift, HighestFraction, RandomFraction
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
+
+Strategies = Callable[[Task, int], Dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        title: In tables.
+        group: Of the comparison that it belongs to.
+        strategies: From task and seed to arguments of :class:`~clda_core.CollaborativeLearner`, made anew for each run;
+            ``None`` trains without a learner.
+        start: ``"own"`` weights of the student, or ``"teacher"``: initialised from the teacher's related layers.
+        kind: What is trained: a ``"student"``, the ``"teacher"`` for as many steps more, or ``"duda"``: DUDA-like.
+        cotrained: Whether the host's UDA loss goes on updating the teacher between rounds.
+    """
+
+    title: str
+    group: str
+    strategies: Optional[Strategies] = None
+    start: str = "own"
+    kind: str = "student"
+    cotrained: bool = False
+
+    def learner(self, task: Task, teacher: nn.Module, student: nn.Module, seed: int) -> Optional[CollaborativeLearner]:
+        """Return the learner of a run, or ``None``."""
+        if self.strategies is None:
+            return None
+        return CollaborativeLearner(teacher, student, **self.strategies(task, seed))
+
+
+def frozen(task: Task, seed: int) -> Dict[str, Any]:
+    """Return KD from a teacher without rounds."""
+    return {"schedule": Never()}
+
+
+def defaults(task: Task, seed: int) -> Dict[str, Any]:
+    """Return the library's defaults, with the warm-up that suits the task's length."""
+    return {"schedule": Schedule(warmup=task.warmup)}
+
+
+def with_(**makers: Callable[[Task, int], Any]) -> Strategies:
+    """Return the defaults with some strategies replaced."""
+    return lambda task, seed: {**defaults(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
+
+
+def gentle(task: Task, seed: int) -> Dict[str, Any]:
+    """Return smaller updates, earlier and more often: the teacher averages the student's noise out."""
+    update = Guard(MaskedDistillation(learning_rate=2e-4))
+    return {"update": update, "schedule": Schedule(warmup=task.warmup * 2 // 3, interval=2)}
+
+
+UDA, FROZEN, CLDA = "uda", "frozen", "clda"
+
+VARIANTS: Dict[str, Variant] = {
+    UDA: Variant("UDA alone", "main"),
+    FROZEN: Variant("KD from the frozen teacher", "main", frozen),
+    CLDA: Variant("CLDA", "main", defaults),
+    "frozen-init": Variant("frozen KD, student initialised", "main", frozen, start="teacher"),
+    "clda-init": Variant("CLDA, student initialised", "main", defaults, start="teacher"),
+    "gentle": Variant("CLDA, gentle and frequent", "main", gentle),
+    "teacher-longer": Variant("teacher trained on, no student", "control", kind="teacher"),
+    "frozen-cotrained": Variant("KD from a co-trained teacher", "cotrained", frozen, cotrained=True),
+    "clda-cotrained": Variant("CLDA, teacher co-trained", "cotrained", defaults, cotrained=True),
+    "gentle-cotrained": Variant("gentle CLDA, teacher co-trained", "cotrained", gentle, cotrained=True),
+    "duda": Variant("DUDA-like: big auxiliary student", "control", kind="duda"),
+    "select-random": Variant(
+        "random layers", "selection", with_(selection=lambda task, seed: RandomFraction(seed=seed))
+    ),
+    "select-highest": Variant("highest LSR", "selection", with_(selection=lambda task, seed: HighestFraction())),
+    "select-all": Variant("all layers", "selection", with_(selection=lambda task, seed: AllLayers())),
+    "select-shift": Variant(
+        "LSR lower on target than on source", "selection", with_(selection=lambda task, seed: DomainShift())
+    ),
+    "saliency-magnitude": Variant("magnitude", "saliency", with_(saliency=lambda task, seed: Magnitude())),
+    "saliency-fisher": Variant("Fisher", "saliency", with_(saliency=lambda task, seed: Fisher())),
+    "saliency-hessian": Variant("Hessian", "saliency", with_(saliency=lambda task, seed: Hessian())),
+    "update-average": Variant("average, unguarded", "update", with_(update=lambda task, seed: Average())),
+    "update-average-guarded": Variant("average, guarded", "update", with_(update=lambda task, seed: Guard(Average()))),
+    "update-aligned": Variant(
+        "aligned average, unguarded", "update", with_(update=lambda task, seed: AlignedAverage())
+    ),
+    "update-aligned-guarded": Variant(
+        "aligned average, guarded", "update", with_(update=lambda task, seed: Guard(AlignedAverage()))
+    ),
+    "update-distil-unguarded": Variant(
+        "masked distillation, unguarded", "update", with_(update=lambda task, seed: MaskedDistillation())
+    ),
+    "loss-channel-wise": Variant(
+        "channel-wise", "loss", with_(distillation=lambda task, seed: ChannelWiseDistillation())
+    ),
+    "loss-decoupled": Variant("decoupled", "loss", with_(distillation=lambda task, seed: DecoupledDistillation())),
+    "loss-dist": Variant("DIST", "loss", with_(distillation=lambda task, seed: DISTDistillation())),
+}
+
+
+def named(names: List[str]) -> Dict[str, Variant]:
+    """Return variants by name or by group.
+
+    Raises:
+        CldaError: If one does not exist.
+    """
+    chosen: Dict[str, Variant] = {}
+    for name in names:
+        found = {key: variant for key, variant in VARIANTS.items() if name in (key, variant.group, "all")}
+        found = dict(VARIANTS) if name == "all" else found
+        if not found:
+            groups = sorted({variant.group for variant in VARIANTS.values()})
+            raise CldaError(
+                f"no variant or group {name!r}. Variants: {', '.join(VARIANTS)}. Groups: all, {', '.join(groups)}"
+            )
+        chosen.update(found)
+    return chosen

@@ -1,0 +1,56 @@
+"""SegFormer (MiT encoder, MLP decoder) from transformers, in sizes that train on a CPU in minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.street.scenes import CLASSES
+
+
+@dataclass(frozen=True)
+class Size:
+    """Blocks and widths of the four stages, and the decoder's width."""
+
+    depths: Tuple[int, int, int, int]
+    widths: Tuple[int, int, int, int]
+    decoder: int
+
+
+TEACHER = Size((2, 2, 4, 2), (32, 64, 128, 192), 96)
+STUDENT = Size((1, 1, 1, 1), (32, 64, 128, 192), 96)  # of equal width
+NARROW = Size((1, 1, 1, 1), (16, 32, 64, 96), 48)
+
+
+class Segmenter(nn.Module):
+    """Images ``(N, 3, H, W)`` in [0, 1] to logits ``(N, C, H/4, W/4)``."""
+
+    def __init__(self, size: Size) -> None:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+        super().__init__()
+        self.segformer = SegformerForSemanticSegmentation(
+            SegformerConfig(
+                num_labels=len(CLASSES),
+                depths=list(size.depths),
+                hidden_sizes=list(size.widths),
+                num_attention_heads=[1, 2, 4, 4],
+                sr_ratios=[4, 2, 1, 1],
+                decoder_hidden_size=size.decoder,
+                drop_path_rate=0.0,
+                classifier_dropout_prob=0.1,
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segformer((images - 0.5) / 0.25).logits
+
+
+def segmenter(size: Size, seed: int) -> Segmenter:
+    """Return a network with weights drawn from ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Segmenter(size)

@@ -1,0 +1,86 @@
+"""The host: DACS-style self-training, as DAFormer and MIC do it, in small; it knows nothing of CLDA.
+
+The *host EMA* labels the clean target images; half of a source image's classes are pasted onto a target image
+(ClassMix, Olsson et al., WACV 2021), the colours are changed, and the network learns the mixed labels, those of the
+target weighted by the share of confident pixels (Tranheden et al., DACS, WACV 2021).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = 255
+
+
+class HostEma:
+    """The host's exponential moving average of the network that it trains, paired by name."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move towards ``model``, faster at first; BatchNorm statistics are copied."""
+        self.updates += 1
+        weight = 1.0 - min(self.decay, 1.0 - 1.0 / (self.updates + 1))
+        current = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(current[name], weight if "running_" not in name else 1.0)
+
+    @torch.no_grad()
+    def pseudo_labels(self, images: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
+        """Return labels ``(N, H, W)`` and one weight per image, the share of pixels above the threshold."""
+        probability, labels = upsample(self.model(images), images).softmax(dim=1).max(dim=1)
+        return labels, (probability > threshold).float().mean(dim=(1, 2))
+
+
+def upsample(logits: Tensor, images: Tensor) -> Tensor:
+    """Return logits on the images' grid."""
+    return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy over pixels, each weighted if ``weight`` ``(N, H, W)`` is given."""
+    loss = F.cross_entropy(upsample(logits, labels.unsqueeze(1)), labels, reduction="none", ignore_index=IGNORE)
+    return (loss if weight is None else loss * weight).mean()
+
+
+def class_mix(
+    source: Tensor,
+    source_labels: Tensor,
+    target: Tensor,
+    target_labels: Tensor,
+    target_weight: Tensor,
+    rng: torch.Generator,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Paste half of each source image's classes onto a target image; return images, labels and pixel weights."""
+    images, labels = target.clone(), target_labels.clone()
+    weights = target_weight[:, None, None].expand(labels.shape).clone()
+    for index, of_source in enumerate(source_labels):
+        present = torch.unique(of_source)
+        chosen = present[torch.randperm(len(present), generator=rng)[: (len(present) + 1) // 2]]
+        pasted = torch.isin(of_source, chosen)
+        images[index] = torch.where(pasted, source[index], images[index])
+        labels[index] = torch.where(pasted, of_source, labels[index])
+        weights[index] = torch.where(pasted, torch.ones_like(weights[index]), weights[index])
+    return images, labels, weights
+
+
+def change_colours(images: Tensor, rng: torch.Generator, strength: float = 0.3) -> Tensor:
+    """Change lightness, contrast and colour balance of each image, and blur about half of them."""
+    count = len(images)
+    draw = 2 * torch.rand(count, 5, 1, 1, generator=rng) - 1
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = (images - mean) * (1 + strength * draw[:, :1]) + mean * (1 + strength * draw[:, 1:2])
+    images = images * (1 + 0.5 * strength * draw[:, 2:5])
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.5, blurred, images)
+    return images.clamp(0, 1)
