@@ -363,15 +363,17 @@ def test_every_check_has_a_fault_that_it_finds() -> None:
 
 
 def test_cost_gives_figures_and_judges_nothing(lab: Recorded) -> None:
-    def slow(entry: Dict[str, Any]) -> None:
+    def slow_rounds(entry: Dict[str, Any]) -> None:
         if "time" in entry:
-            entry["time"] = 2.5
+            entry["time"] += 2.0 if entry["iter"] in (6, 12) else 0.5
 
-    lab.relog("on", slow)
+    lab.relog("on", slow_rounds)
+    lab.runs["on"].report["peak_mib"] = 250.0
     result = run_check("cost", lab)  # type: ignore[arg-type]
     assert result.holds is None
-    assert "KD alone: time x1.00, memory x1.00" in result.figures
-    assert "time x2.00" in result.figures
+    assert "with KD time x1.50, memory x1.00" in result.figures
+    assert "where a round is made time x3.00, memory x2.50" in result.figures
+    assert "alone 1.00 s an iteration" in result.figures
 
 
 def test_a_failed_run_fails_the_check_and_says_why(lab: Recorded) -> None:
