@@ -18,8 +18,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "records"
 class Records:
     """The records of one benchmark.
 
-    A line is written with one call under a lock, so that lines of two processes do not mix. A line that was cut short is
-    left where it is, reported, and counted as not run.
+    A line is written with one call under a lock, so that lines of two processes do not mix. A line that was cut short
+    is left where it is, reported, and counted as not run.
 
     Args:
         path: The file, one JSON object a line; made when the first record is added.
