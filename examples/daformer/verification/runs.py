@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Mapping, Optional
 import torch
 
 from . import configs
-from .configs import ROUND_EVERY, TEACHER
+from .configs import ROUND_EVERY, STUDENT, TEACHER
 from .data import write_data
 from .host import Host
 
@@ -80,6 +80,23 @@ class Run:
         return [entry for entry in own if entry]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a run is trained.
+
+    Attributes:
+        iterations: How many.
+        clda: The config's ``clda`` beside the teacher; ``None`` is the host alone.
+        backbone: Of the model.
+        save_every: Iterations between checkpoints; the last is always saved.
+    """
+
+    iterations: int = SHORT
+    clda: Optional[Mapping[str, Any]] = None
+    backbone: str = STUDENT
+    save_every: int = 10**6
+
+
 @dataclass
 class Laboratory:
     """Makes data, configs and runs in one folder.
@@ -109,7 +126,7 @@ class Laboratory:
         return ROUND_EVERY * max(1, self.iterations // (2 * ROUND_EVERY)) + 2
 
     def run(self, name: str) -> Run:
-        """Return a run by its name in :meth:`_changes`, training it first if it has not been yet.
+        """Return a run by its name in :meth:`_plan`, training it first if it has not been yet.
 
         Raises:
             RunFailed: If the host's process ends with an error.
@@ -146,32 +163,19 @@ class Laboratory:
         self._process("recipes", "examples.daformer.verification.inside_host", arguments, folder=layout)
         return json.loads(found.read_text())  # type: ignore[no-any-return]
 
-    def _changes(self, name: str) -> Dict[str, Any]:
-        """Return what a run changes in the tiny recipe; ``{}`` is the host alone."""
-        if name in ("host", "host again", "teacher"):
-            return {}
-        if name == "off":
-            # No teacher is there, and none is missed.
-            return configs.with_clda(Path("none.py"), Path("none.pth"), enabled=False)
-        clda: Dict[str, Any] = {
-            "without weight": {"weight": 0.0, "warmup": 2, "interval": 2},
-            "frozen": {"rounds": False},
-            "on": {"weight": KD_WEIGHT},
-            "resumed": {"weight": KD_WEIGHT},
+    def _plan(self, name: str) -> Plan:
+        """Return what a run is, by the name that checks ask for it."""
+        on = {"weight": KD_WEIGHT}
+        return {
+            "host": Plan(),
+            "host again": Plan(),
+            "off": Plan(clda={"enabled": False}),
+            "without weight": Plan(clda={"weight": 0.0, "warmup": 2, "interval": 2}),
+            "frozen": Plan(clda={"rounds": False}),
+            "on": Plan(self.iterations, clda=on, save_every=self.resumed_at),
+            "resumed": Plan(self.resumed_at + ROUND_EVERY, clda=on, save_every=FIRST_SAVED_AFTER),
+            "teacher": Plan(TEACHER_ITERATIONS, backbone=TEACHER),
         }[name]
-        return configs.with_clda(self._config("teacher"), self.run("teacher").folder / "latest.pth", **clda)
-
-    def _length(self, name: str) -> int:
-        lengths = {"teacher": TEACHER_ITERATIONS, "on": self.iterations, "resumed": self.resumed_at + ROUND_EVERY}
-        return lengths.get(name, SHORT)
-
-    def _tiny_options(self, name: str) -> Dict[str, Any]:
-        options = {
-            "teacher": {"backbone": TEACHER},
-            "on": {"save_every": self.resumed_at},
-            "resumed": {"save_every": FIRST_SAVED_AFTER},
-        }
-        return options.get(name, {})
 
     def _config(self, name: str) -> Path:
         path = self.folder / "configs" / f"{_slug(name)}.py"
@@ -179,14 +183,22 @@ class Laboratory:
             return path
         if not (self.folder / "data").exists():
             write_data(self.folder / "data")
+        plan = self._plan(name)
         config = configs.tiny(
             self.folder / "data",
-            iterations=self._length(name),
+            iterations=plan.iterations,
             recipe=self.root / self.host.models[self.model],
             multi_resolution=self.model == "hrda",
-            **self._tiny_options(name),
+            backbone=plan.backbone,
+            save_every=plan.save_every,
         )
-        return configs.write_config(path, configs.merged(config, self._changes(name)))
+        if plan.clda is not None:
+            # Switched off, no teacher is there, and none must be missed.
+            off = plan.clda.get("enabled") is False
+            checkpoint = Path("none.pth") if off else self.run("teacher").folder / "latest.pth"
+            added = configs.with_clda(Path("none.py") if off else self._config("teacher"), checkpoint, **plan.clda)
+            config = configs.merged(config, added)
+        return configs.write_config(path, config)
 
     def _train(self, name: str) -> Run:
         config = self._config(name)
@@ -198,16 +210,17 @@ class Laboratory:
                 saved = f"iter_{self.resumed_at}{suffix}"
                 shutil.copy(str(self.run("on").folder / saved), str(folder / saved))
             arguments += ["--resume-from", str(folder / f"iter_{self.resumed_at}.pth")]
-        alone = name in ("host", "host again", "teacher")
-        return self._process(f"{name} ({self._length(name)} iterations)", "tools.train", arguments, alone, work=folder)
+        plan = self._plan(name)
+        title = f"{name} ({plan.iterations} iterations)"
+        return self._process(title, "tools.train", arguments, alone=plan.clda is None, work=folder)
 
     def _process(
         self,
         title: str,
         module: str,
         arguments: List[str],
-        alone: bool = False,
         *,
+        alone: bool = False,
         folder: Optional[Path] = None,
         work: Optional[Path] = None,
     ) -> Run:
@@ -236,12 +249,13 @@ class Laboratory:
         )
         print(f" {time.time() - started:.0f} s", file=sys.stderr)
         output = done.stdout.decode(errors="replace")
-        log = process / f"{_slug(title)}.txt"
-        log.write_text(output)
-        # One of the environments ends its processes with an error after all is done: the report decides.
-        if not report.exists():
+        (process / f"{_slug(title)}.txt").write_text(output)
+        if done.returncode != 0 or not report.exists():
             last = ([line for line in output.splitlines() if line.strip()] or ["no output"])[-1]
-            raise RunFailed(f"the run {title!r} ended with status {done.returncode}: {last.strip()} (see {log})")
+            raise RunFailed(
+                f"the run {title!r} ended with status {done.returncode}: {last.strip()} (all it said: --keep DIR, then "
+                f"DIR/process/{_slug(title)}.txt)"
+            )
         found = json.loads(report.read_text())
         self.shims = found["shims"]
         return Run(work or self.folder, output, found)
