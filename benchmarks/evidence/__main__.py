@@ -56,7 +56,8 @@ def seeds_in(text: str) -> List[int]:
 def _train(options: argparse.Namespace) -> int:
     benchmark = task(options.name)
     records = Records(options.records / f"{options.name}.jsonl")
-    seeds, names = seeds_in(options.seeds), list(named(options.variants.split(",")))
+    seeds, chosen = seeds_in(options.seeds), named(options.variants.split(","))
+    names = [name for name, variant in chosen.items() if benchmark.dense or not variant.dense]
     done = records.done()
     missing = [(seed, name) for seed in seeds for name in names if (benchmark.setting(), seed, name) not in done]
     print(f"{options.name}: {len(seeds) * len(names) - len(missing)} runs are recorded, {len(missing)} are to be made")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Dict
 
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.evidence.task import Host, HostLoss, Task
@@ -23,7 +24,9 @@ class DigitsHost(Host):
         source_logits, target_logits = forward(self.model, batch)
         weight = self.settings.target_weight_at(step, steps)
         loss = self_training_loss(source_logits, target_logits, batch, self.host_ema, weight)
-        return HostLoss(loss, target_logits, batch.target)
+        return HostLoss(
+            loss, target_logits, batch.target, lambda model: F.cross_entropy(model(batch.images), batch.labels)
+        )
 
     def after_step(self) -> None:
         self.host_ema.update(self.model)
@@ -31,7 +34,7 @@ class DigitsHost(Host):
 
 class Digits(Task):
     name, metric = "digits", "accuracy"
-    steps, teacher_steps, learning_rate, warmup = 600, 600, 1e-3, 300
+    steps, teacher_steps, learning_rate, warmup, dense = 600, 600, 1e-3, 300, False
 
     def __init__(self) -> None:
         self.settings = SelfTraining()

@@ -43,7 +43,7 @@ class StreetHost(Host):
         logits = self.model(torch.cat([source, change_colours(mixed, rng), change_colours(target, rng)]))
         of_source, of_mixed, of_target = logits.chunk(3)
         loss = segmentation_loss(of_source, labels) + segmentation_loss(of_mixed, mixed_labels, weights)
-        return HostLoss(loss, of_target, target)
+        return HostLoss(loss, of_target, target, lambda model: segmentation_loss(model(source), labels))
 
     def after_step(self) -> None:
         self.host_ema.update(self.model)
@@ -51,7 +51,7 @@ class StreetHost(Host):
 
 class Street(Task):
     name, metric = "street", "mIoU"
-    steps, teacher_steps, learning_rate, warmup = 600, 1000, 1e-3, 300
+    steps, teacher_steps, learning_rate, warmup, dense = 600, 1000, 1e-3, 300, True
     student_size: Size = STUDENT
 
     def teacher(self, seed: int) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Dict, Optional
+from typing import Callable, Dict
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ class HostLoss:
         loss: The host's own loss, with its graph.
         output: The network's output on the view of the target that it is trained on.
         images: The target images as the teacher is to see them.
-        mask: Which positions of ``output`` show the target, if not all do.
+        source_loss: From a network to its supervised loss on the source batch, for selections that compare the domains.
     """
 
     loss: Tensor
     output: Tensor
     images: Tensor
-    mask: Optional[Tensor] = None
+    source_loss: Callable[[nn.Module], Tensor]
 
 
 class Host(ABC):
@@ -53,6 +53,7 @@ class Task(ABC):
         teacher_steps: Optimizer steps of the teacher before that.
         learning_rate: Of AdamW, at its peak, for every network.
         warmup: Steps before the first round in the library's default schedule for this length of training.
+        dense: Whether logits have positions.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task(ABC):
     teacher_steps: int
     learning_rate: float
     warmup: int
+    dense: bool
 
     @abstractmethod
     def teacher(self, seed: int) -> nn.Module:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.evidence.task import Host, Task, set_learning_rate
-from clda_core import CollaborativeLearner
+from clda_core import CollaborativeLearner, Report
+from clda_core.selection import DomainShift
 
 
 @dataclass
@@ -66,9 +67,11 @@ def train(
         of_host = host.loss(step, steps)
         loss = of_host.loss
         if learner is not None:
-            loss = loss + learner.distill(of_host.output, of_host.images, mask=of_host.mask)
+            loss = loss + learner.distill(of_host.output, of_host.images)
         optimizer.zero_grad()
         loss.backward()
+        if learner is not None and learner.observing and isinstance(learner.selection, DomainShift):
+            learner.observe(of_host.source_loss, domain="source")
         if learner is None:
             optimizer.step()
         elif cotraining is None or of_teacher is None:
@@ -94,7 +97,20 @@ def train(
         "student": task.evaluate(host.model),
         "student_ema": task.evaluate(host.ema),
         "teacher": None if teacher is None else task.evaluate(teacher),
-        "report": None if learner is None else learner.report().to_dict(),
+        "rounds": None if learner is None else summary(learner.report()),
+    }
+
+
+def summary(report: Report) -> Dict[str, Any]:
+    """Return what a record keeps of a report: the rounds, and each layer's mean LSR and number of updates."""
+    rates = {
+        layer: [record.rates[layer] for record in report.rounds if layer in record.rates] for layer in report.layers
+    }
+    return {
+        "made": len(report.rounds),
+        "accepted": sum(bool(record.updated) for record in report.rounds),
+        "updates": {layer: sum(layer in record.updated for record in report.rounds) for layer in report.layers},
+        "rates": {layer: round(sum(values) / len(values), 4) for layer, values in rates.items() if values},
     }
 
 

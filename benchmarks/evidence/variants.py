@@ -29,6 +29,7 @@ class Variant:
         start: ``"own"`` weights of the student, or ``"teacher"``: initialised from the teacher's related layers.
         kind: What is trained: a ``"student"``, the ``"teacher"`` for as many steps more, or ``"duda"``: DUDA-like.
         cotrained: Whether the host's UDA loss goes on updating the teacher between rounds.
+        dense: Whether it needs logits with positions.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Variant:
     start: str = "own"
     kind: str = "student"
     cotrained: bool = False
+    dense: bool = False
 
     def learner(self, task: Task, teacher: nn.Module, student: nn.Module, seed: int) -> Optional[CollaborativeLearner]:
         """Return the learner of a run, or ``None``."""
@@ -103,7 +105,7 @@ VARIANTS: Dict[str, Variant] = {
         "masked distillation, unguarded", "update", with_(update=lambda task, seed: MaskedDistillation())
     ),
     "loss-channel-wise": Variant(
-        "channel-wise", "loss", with_(distillation=lambda task, seed: ChannelWiseDistillation())
+        "channel-wise", "loss", with_(distillation=lambda task, seed: ChannelWiseDistillation()), dense=True
     ),
     "loss-decoupled": Variant("decoupled", "loss", with_(distillation=lambda task, seed: DecoupledDistillation())),
     "loss-dist": Variant("DIST", "loss", with_(distillation=lambda task, seed: DISTDistillation())),
