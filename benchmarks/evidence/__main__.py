@@ -44,8 +44,8 @@ def seeds_in(text: str) -> List[int]:
     seeds: List[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last if dash else first) + 1)
     except ValueError:
         seeds = []
     if not seeds:

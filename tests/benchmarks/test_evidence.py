@@ -1,0 +1,201 @@
+"""The evidence benchmarks: records that survive, seeds and variants that exist, statistics, and runs of a few steps."""
+
+import json
+import multiprocessing
+import warnings
+from pathlib import Path
+from typing import Any, Dict
+
+import numpy as np
+import pytest
+import torch
+
+from clda_core import CldaError
+
+pytest.importorskip("scipy", reason="the benchmarks need scipy, which is no dependency of the package")
+pytest.importorskip("sklearn", reason="the digits benchmark reads scikit-learn's images")
+
+from benchmarks.evidence import runs
+from benchmarks.evidence.__main__ import main, seeds_in
+from benchmarks.evidence.digits import Digits
+from benchmarks.evidence.records import Records, claimed
+from benchmarks.evidence.statistics import holm, paired
+from benchmarks.evidence.variants import CLDA, FROZEN, UDA, VARIANTS, named
+
+
+def record(seed: int = 0, variant: str = FROZEN, student: float = 80.0, teacher: float = 81.0) -> Dict[str, Any]:
+    return {
+        "setting": "digits-600-600",
+        "seed": seed,
+        "variant": variant,
+        "metric": "accuracy",
+        "student": {"accuracy": student},
+        "teacher": {"accuracy": teacher},
+        "teacher_before": {"accuracy": 81.0},
+        "seconds": 10.0,
+        "versions": {"torch": "2.0", "commit": "abc"},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def test_records_are_read_back_and_the_latest_counts(tmp_path: Path) -> None:
+    records = Records(tmp_path / "digits.jsonl")
+    assert records.read() == []
+    for item in (record(0), record(1), record(0, student=90.0)):
+        records.add(item)
+    done = records.done()
+    assert sorted(done) == [("digits-600-600", 0, FROZEN), ("digits-600-600", 1, FROZEN)]
+    assert done[("digits-600-600", 0, FROZEN)]["student"] == {"accuracy": 90.0}
+
+
+@pytest.mark.parametrize("keep", [1, 30, -2])
+def test_a_line_cut_short_loses_itself_only(tmp_path: Path, keep: int) -> None:
+    records = Records(tmp_path / "digits.jsonl")
+    records.add(record(0))
+    whole = records.path.read_text()
+    records.path.write_text(whole + whole[:keep].rstrip("\n"))
+    with pytest.warns(UserWarning, match="line 2 is no whole record"):
+        assert len(records.read()) == 1
+    records.add(record(1))
+    with pytest.warns(UserWarning, match="line 2"):
+        assert [item["seed"] for item in records.read()] == [0, 1]
+
+
+def test_a_record_without_its_key_or_with_nan_is_refused(tmp_path: Path) -> None:
+    records = Records(tmp_path / "digits.jsonl")
+    with pytest.raises(KeyError, match="variant"):
+        records.add({"setting": "x", "seed": 1})
+    with pytest.raises(ValueError, match="nan|JSON"):
+        records.add(record(student=float("nan")))
+    assert not records.path.exists() or records.path.read_text() == ""
+
+
+def _add_many(path: Path, first: int) -> None:
+    records = Records(path)
+    for seed in range(first, first + 50):
+        records.add({**record(seed), "padding": "x" * 5000})
+
+
+def test_two_processes_write_whole_lines(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_add_many, args=(tmp_path / "r.jsonl", first)) for first in (0, 50)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sorted(item["seed"] for item in Records(tmp_path / "r.jsonl").read()) == list(range(100))
+
+
+def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with claimed(tmp_path, "0-clda") as first, claimed(tmp_path, "0-clda") as second, claimed(
+        tmp_path, "1-clda"
+    ) as third:
+        assert (first, second, third) == (True, False, True)
+    with claimed(tmp_path, "0") as again:
+        assert again
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_paired_difference_has_an_interval_that_covers_the_mean() -> None:
+    theirs = np.linspace(70, 80, 10)
+    noise = np.array([0.5, -0.3, 0.1, 0.4, -0.2, 0.0, 0.3, -0.4, 0.2, -0.1])
+    found = paired(theirs + 2 + noise, theirs)
+    assert found is not None
+    assert found.mean == pytest.approx(2 + noise.mean())
+    assert 1.5 < found.low < found.mean < found.high < 2.5
+    assert found.above_zero
+    assert found.p == pytest.approx(2 / 2**10)  # all signs flipped, either way
+    none = paired(theirs + noise, theirs)
+    assert none is not None
+    assert none.low < 0 < none.high
+    assert none.p > 0.2
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [paired(rng.normal(1.0, 2.0, 10), np.zeros(10)) for _ in range(30)]
+    assert 0.8 <= np.mean([item.low <= 1.0 <= item.high for item in covered if item is not None]) <= 1.0
+
+
+def test_too_few_pairs_have_no_difference_and_equal_ones_no_width() -> None:
+    assert paired([1.0, 2.0], [0.0, 1.0]) is None
+    same = paired([1.0, 2.0, 3.0], [0.0, 1.0, 2.0])
+    assert same is not None
+    assert (same.low, same.mean, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_holm_against_its_definition() -> None:
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    assert adjusted == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
+    assert holm({}) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Digits:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    task = Digits()
+    task.steps, task.teacher_steps, task.warmup = 8, 4, 2
+    return task
+
+
+def test_equal_runs_have_equal_figures(tiny: Digits) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one, other = (runs.run(tiny, 100, CLDA) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for key in ("student", "student_ema", "teacher", "curve", "rounds", "teacher_before"):
+        assert one[key] == other[key], key
+    assert one["rounds"]["made"] == 1
+    assert json.loads(json.dumps(one)) == one
+
+
+def test_variants_start_from_the_same_teacher_and_differ_as_they_say(tiny: Digits) -> None:
+    made = {
+        name: runs.run(tiny, 100, name) for name in (UDA, FROZEN, "frozen-init", "frozen-cotrained", "teacher-longer")
+    }
+    assert len({json.dumps(item["teacher_before"]) for item in made.values()}) == 1
+    assert made[UDA]["teacher"] is None
+    assert made[FROZEN]["teacher"] == made[FROZEN]["teacher_before"]
+    assert made[FROZEN]["rounds"]["made"] == 0
+    assert made["teacher-longer"]["student"] is None
+    assert made["frozen-init"]["curve"] != made[FROZEN]["curve"]
+    assert made["frozen-cotrained"]["curve"] != made[FROZEN]["curve"]
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_every_variant_has_a_learner_that_can_be_built(tiny: Digits, name: str) -> None:
+    variant = VARIANTS[name]
+    learner = variant.learner(tiny, tiny.teacher(0), tiny.student(0), 0)
+    assert (learner is None) == (variant.strategies is None)
+
+
+def test_command_resumes_where_it_was(
+    tiny: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(tmp_path / "digits.jsonl")
+    for seed in range(2):
+        records.add({**record(seed), "setting": Digits().setting()})
+    assert main(["digits", "--seeds", "0-1", "--variants", FROZEN, "--records", str(tmp_path)]) == 0
+    assert "2 runs are recorded, 0 are to be made" in capsys.readouterr().out
+
+
+def test_seeds_and_variants_that_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert seeds_in("0-2,7") == [0, 1, 2, 7]
+    for text in ("", "a", "3-1", "1-"):
+        with pytest.raises(CldaError, match="names no seeds"):
+            seeds_in(text)
+    with pytest.raises(CldaError, match="no variant or group 'nothing'"):
+        named(["nothing"])
+    assert list(named(["uda", "uda"])) == ["uda"]
+    assert list(named(["all"])) == list(VARIANTS)
+    assert main(["digits", "--variants", "nothing", "--records", str(tmp_path)]) == 2
+    assert "Variants: uda, frozen, clda" in capsys.readouterr().err
