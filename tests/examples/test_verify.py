@@ -164,7 +164,7 @@ def write_run(folder: Path, steps: int = 30, *, clda: bool = False, report: Opti
     torch.save({"state_dict": tensors, "optimizer": optimizer}, str(folder / f"iter_{steps}.pth"))
     entries: List[Dict[str, Any]] = [{"env_info": "x", "seed": 0}]
     for step in range(1, steps + 1):
-        entry = {"mode": "train", "iter": step, "time": 1.5, "data_time": 0.5, "decode.loss_seg": 2.0 / step}
+        entry = {"mode": "train", "iter": step, "decode.loss_seg": 2.0 / step}
         entry["src.loss_imnet_feat_dist"] = float("nan")
         if clda:
             entry.update({"clda.loss_kd": 1.0 / step, "clda.rounds": step // 12})
@@ -363,17 +363,13 @@ def test_every_check_has_a_fault_that_it_finds() -> None:
 
 
 def test_cost_gives_figures_and_judges_nothing(lab: Recorded) -> None:
-    def slow_rounds(entry: Dict[str, Any]) -> None:
-        if "time" in entry:
-            entry["time"] += 2.0 if entry["iter"] in (6, 12) else 0.5
-
-    lab.relog("on", slow_rounds)
-    lab.runs["on"].report["peak_mib"] = 250.0
+    lab.runs["host"].report["seconds"] = [3.0, 1.0]
+    lab.runs["on"].report.update(seconds=[3.0 if step in (6, 12) else 1.5 for step in range(1, 31)], peak_mib=250.0)
     result = run_check("cost", lab)  # type: ignore[arg-type]
     assert result.holds is None
     assert "with KD time x1.50, memory x1.00" in result.figures
     assert "where a round is made time x3.00, memory x2.50" in result.figures
-    assert "alone 1.00 s an iteration" in result.figures
+    assert "alone 1.00 s a step" in result.figures
 
 
 def test_a_failed_run_fails_the_check_and_says_why(lab: Recorded) -> None:

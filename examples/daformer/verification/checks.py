@@ -113,17 +113,18 @@ def recipes_load(lab: Laboratory) -> Result:
 
 
 def cost(lab: Laboratory) -> Result:
-    """Time of an iteration (the fastest, since machines are busy) and peak memory, as multiples of the host alone."""
+    """Time of a training step (the fastest) and peak memory, as multiples of the host alone."""
     on, memory = lab.run("on"), {name: lab.run(name).report["peak_mib"] for name in ("host", "frozen", "on")}
     rounds = {record["step"] for record in on.state()["learner"]["history"]}
-    alone = min(seconds_of(lab.run("host")).values())
-    kd = min(seconds for step, seconds in seconds_of(on).items() if step not in rounds)
-    both = min(seconds for step, seconds in seconds_of(on).items() if step in rounds)
+    alone = min(lab.run("host").report["seconds"])
+    steps = list(enumerate(on.report["seconds"], start=1))
+    kd = min(seconds for step, seconds in steps if step not in rounds)
+    both = min(seconds for step, seconds in steps if step in rounds)
     what = "of the process" if lab.device == "cpu" else "of tensors"
     return Result(
         None,
         f"with KD time x{kd / alone:.2f}, memory x{memory['frozen'] / memory['host']:.2f}; where a round is made time "
-        f"x{both / alone:.2f}, memory x{memory['on'] / memory['host']:.2f}; alone {alone:.2f} s an iteration, "
+        f"x{both / alone:.2f}, memory x{memory['on'] / memory['host']:.2f}; alone {alone:.2f} s a step, "
         f"{memory['host']:.0f} MiB {what}",
     )
 
@@ -253,14 +254,6 @@ def mean_iou(output: str) -> Optional[float]:
     """Read the mIoU from the summary table that the host's test command prints."""
     found = re.search(r"mIoU[^\n]*\n[+\-| ]+\n\|\s*[\d.]+\s*\|\s*([\d.]+)", output)
     return float(found.group(1)) if found else None
-
-
-def seconds_of(run: Run) -> Dict[int, float]:
-    """Return the time of each iteration without loading data, except where the host evaluated."""
-    timed = [entry for entry in run.log if "time" in entry]
-    return {
-        step: entry["time"] - entry["data_time"] for step, entry in enumerate(timed, start=1) if "mIoU" not in entry
-    }
 
 
 def ours_in(run: Run) -> List[str]:

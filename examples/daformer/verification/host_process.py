@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import sys
+import time
 import types
 from typing import Any, Callable, List
 
@@ -133,11 +134,35 @@ SHIMS: List[Callable[[], bool]] = [
 
 def main(report: str, module: str, arguments: List[str]) -> None:
     shims = [shim.__name__ for shim in SHIMS if shim()]
+    seconds = timed_steps()
     program = importlib.import_module(module).main
     sys.argv = [module, *arguments]  # tools.test reads these, tools.train is given them
     program(*([arguments] if inspect.signature(program).parameters else []))
     with open(report, "w") as file:
-        json.dump({"shims": shims, "ours": ours(), "peak_mib": peak_memory()}, file)
+        json.dump({"shims": shims, "ours": ours(), "peak_mib": peak_memory(), "seconds": seconds}, file)
+
+
+def timed_steps() -> List[float]:
+    """Return a list that fills with the time of each training step: the process's own, or the GPU's."""
+    import torch
+    from mmcv.parallel import MMDataParallel
+
+    train_step, seconds = MMDataParallel.train_step, []
+
+    def now() -> float:
+        if not torch.cuda.is_available():
+            return time.process_time()  # other processes on a busy machine do not count
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        started = now()
+        result = train_step(self, *args, **kwargs)
+        seconds.append(now() - started)
+        return result
+
+    MMDataParallel.train_step = timed
+    return seconds
 
 
 def ours() -> List[str]:
