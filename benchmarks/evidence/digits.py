@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Dict
 
 import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.evidence.task import Host, HostLoss, Task
-from examples.classification.digits_data import source_digits, target_digits
+from examples.classification.digits_data import LabelledImages, source_digits, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
 from examples.classification.self_training import Batches, HostEma, SelfTraining, forward, self_training_loss
 
@@ -47,8 +48,13 @@ class Digits(Task):
         return residual_network(SMALL, seed=5 * seed + 3)
 
     def host(self, model: nn.Module, seed: int, stream: int) -> Host:
-        batches = Batches(source_digits(5 * seed), self.target, self.settings, 5 * seed + 2 + 2 * stream)
+        batches = Batches(_source(5 * seed), self.target, self.settings, 5 * seed + 2 + 2 * stream)
         return DigitsHost(model, batches, self.settings)
 
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
         return {self.metric: self.evaluation.accuracy(model)}
+
+
+@lru_cache(maxsize=2)
+def _source(seed: int) -> LabelledImages:
+    return source_digits(seed)
