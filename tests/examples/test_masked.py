@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,13 +12,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from clda_core import CollaborativeLearner, Never, Schedule
-from clda_core.update import MaskedDistillation
+from clda_core import CollaborativeLearner, Never
 from examples.classification import digits, masked
-from examples.classification.digits_data import TargetEvaluation, UnlabelledImages, source_digits, target_digits
-from examples.classification.digits_models import residual_network
-from examples.classification.digits_training import Stage, Task
+from examples.classification.digits_training import Stage
 from examples.classification.masked import Masked, Sam
+from tests.examples import host_loops
+from tests.examples.host_loops import losses, with_rounds
 
 # torch 1.7 looks for a driver at the first backward pass; numpy 1.19 is older than the aliases others deprecate.
 pytestmark = [
@@ -35,21 +33,7 @@ def quick(**changes: object) -> digits.Config:
 
 
 def trained(host: Masked, make_learner: object = None) -> Stage:
-    """Train a tiny student for five steps, evaluated after each on a few images whose labels are all 0."""
-    target, _ = target_digits()
-    images = target.images[:30]
-    task = Task(
-        source_digits(0, 40),
-        UnlabelledImages(images),
-        TargetEvaluation(images, np.zeros(30)),
-        host,
-        steps=5,
-        evaluate_every=1,
-        progress=False,
-    )
-    teacher, student = (residual_network((1, 1, 1), seed=seed) for seed in (1, 2))
-    given = {} if make_learner is None else {"teacher": teacher, "make_learner": make_learner}
-    return masked.train("student", student, task, seed=3, **given)
+    return host_loops.trained(masked.train, host, make_learner)
 
 
 def test_off_is_the_host_alone_and_clda_is_kd_until_its_first_round() -> None:
@@ -66,16 +50,6 @@ def test_off_is_the_host_alone_and_clda_is_kd_until_its_first_round() -> None:
     assert kd.report["rounds"] == []
     assert [made["step"] for made in clda.report["rounds"]] == [4]
     assert clda.metrics["clda/steps"] == 5.0
-
-
-def with_rounds(teacher: torch.nn.Module, student: torch.nn.Module) -> CollaborativeLearner:
-    # No guard, which might take the round back and so hide it.
-    schedule = Schedule(warmup=2, interval=2)
-    return CollaborativeLearner(teacher, student, schedule=schedule, update=MaskedDistillation())
-
-
-def losses(stage: Stage) -> list:
-    return [point["loss"] for point in stage.curve[1:]]
 
 
 def test_climb_changes_where_the_descent_leads() -> None:
