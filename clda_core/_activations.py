@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._compat import uncompiled
 from ._models import evaluating
 
 _SPATIAL = {
@@ -58,11 +58,8 @@ def watching(*models: nn.Module) -> Iterator[None]:
 
     Compiled models run uncompiled meanwhile, so that hooks are called and nothing is compiled anew for them.
     """
-    set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)
-    # Asking for a stance imports the compiler, which takes seconds; where nothing is compiled it is not there yet.
-    eager = nullcontext() if set_stance is None or "torch._dynamo" not in sys.modules else set_stance("force_eager")
     devices = sorted({p.device.index or 0 for m in models for p in m.parameters() if p.device.type == "cuda"})
-    with eager, torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(*models):
+    with uncompiled(*models), torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(*models):
         yield
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, ContextManager, Sequence
+import sys
+from contextlib import contextmanager, nullcontext
+from typing import Any, ContextManager, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
@@ -62,3 +63,31 @@ def autocast_off(device_type: str) -> ContextManager[Any]:
         return torch.autocast(device_type, enabled=False)
     except RuntimeError:  # a device without autocast, such as meta
         return nullcontext()
+
+
+@contextmanager
+def uncompiled(*models: nn.Module) -> Iterator[None]:
+    """Run what ``torch.compile`` or ``Module.compile`` made of these models as it was before."""
+    if "torch._dynamo" not in sys.modules:  # importing the compiler takes seconds; nothing is compiled without it
+        yield
+        return
+    set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)
+    if set_stance is not None:
+        with set_stance("force_eager"):
+            yield
+        return
+    # torch 2.0 to 2.5 has no stance: what these attributes call is put aside.
+    before = []
+    try:
+        for module in {module for model in models for module in model.modules()}:
+            attributes = module.__dict__
+            if "_orig_mod" in attributes.get("_modules", ()) and "forward" in attributes:
+                before.append((attributes, "forward", attributes["forward"]))
+                attributes["forward"] = attributes["_modules"]["_orig_mod"]
+            if attributes.get("_compiled_call_impl") is not None:
+                before.append((attributes, "_compiled_call_impl", attributes["_compiled_call_impl"]))
+                attributes["_compiled_call_impl"] = None
+        yield
+    finally:
+        for attributes, name, value in before:
+            attributes[name] = value
