@@ -44,10 +44,10 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Optional[Differenc
     if np.ptp(difference) < 1e-12:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 2.0 ** (1 - len(difference)), len(difference))
     interval = stats.bootstrap(
-        (difference,), np.mean, n_resamples=10_000, method="BCa", rng=np.random.default_rng(0)
+        (difference,), np.mean, n_resamples=10_000, method="BCa", random_state=np.random.default_rng(0)
     ).confidence_interval
     test = stats.permutation_test(
-        (difference,), np.mean, permutation_type="samples", n_resamples=10_000, rng=np.random.default_rng(0)
+        (difference,), np.mean, permutation_type="samples", n_resamples=10_000, random_state=np.random.default_rng(0)
     )
     return Difference(mean, float(interval.low), float(interval.high), float(test.pvalue), len(difference))
 
