@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import List, Optional
 
 import torch
@@ -30,6 +31,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except CldaError as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("evidence: a process was killed (out of memory?); the same command goes on from here", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nevidence: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
