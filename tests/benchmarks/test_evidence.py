@@ -16,7 +16,7 @@ pytest.importorskip("scipy", reason="the benchmarks need scipy, which is no depe
 pytest.importorskip("sklearn", reason="the digits benchmark reads scikit-learn's images")
 
 from benchmarks.evidence import runs
-from benchmarks.evidence.__main__ import main, seeds_in
+from benchmarks.evidence.command import main, seeds_in
 from benchmarks.evidence.digits import Digits
 from benchmarks.evidence.records import Records, claimed
 from benchmarks.evidence.statistics import holm, paired
