@@ -135,6 +135,12 @@ def test_teacher_is_bigger_than_the_student_and_of_the_same_kind(tmp_path: Path,
     assert ("hr_crop_size" in student) == (model == "hrda")
 
 
+def test_mic_masks_whatever_its_model(tmp_path: Path) -> None:
+    for of, model in ((DAFORMER, "daformer"), (MIC_SEG, "daformer"), (MIC_SEG, "hrda")):
+        uda = read_config(laboratory(tmp_path / of.name / model, of, model)._config("host"))["uda"]
+        assert ("mask_mode" in uda) == (of is MIC_SEG)
+
+
 def test_merging_goes_into_dictionaries_and_leaves_both_as_they_were() -> None:
     config, changes = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2], "e": {}}
     before = copy.deepcopy((config, changes))

@@ -60,8 +60,8 @@ def verify(lab: Laboratory, names: List[str], check: Callable[[str, Laboratory],
     print(f"shims for this environment: {', '.join(lab.shims) or 'none'}")
     failed = [name for name, result in results.items() if result.holds is False]
     judged = sum(result.holds is not None for result in results.values())
-    outcome = f"failed: {', '.join(failed)}" if failed else "all hold"
-    print(f"{judged - len(failed)} of {judged} checks hold, {outcome} ({time.time() - started:.0f} s)")
+    outcome = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{judged - len(failed)} of {judged} checks hold{outcome} ({time.time() - started:.0f} s)")
     return 1 if failed else 0
 
 

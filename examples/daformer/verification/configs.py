@@ -22,8 +22,9 @@ def tiny(
     iterations: int,
     recipe: Path,
     multi_resolution: bool,
-    backbone: str = STUDENT,
-    save_every: int = 10**6,
+    masking: bool,
+    backbone: str,
+    save_every: int,
 ) -> Dict[str, Any]:
     """Return what makes the host's recipe tiny; losses, mixing, sampling and optimizer stay the recipe's.
 
@@ -32,13 +33,14 @@ def tiny(
         iterations: How many to train.
         recipe: The host's config file that everything else comes from.
         multi_resolution: Whether its model is HRDA's.
+        masking: Whether to train with MIC's masked images, as all of MIC's own recipes do.
         backbone: Of the model.
         save_every: Iterations between checkpoints; the last iteration is always saved.
     """
     config: Dict[str, Any] = {
         "_base_": [str(recipe)],
         "model": network(backbone, multi_resolution),
-        "data": _data(data, multi_resolution),
+        "data": _data(data),
         # Untrained networks are sure of nothing; a low threshold gives the pseudo-labels weight all the same.
         "uda": {"pseudo_threshold": 0.08, "debug_img_interval": 10**6},
         "optimizer": {"lr": 3e-4},
@@ -51,9 +53,10 @@ def tiny(
         "seed": 0,
         "deterministic": True,
     }
-    if multi_resolution:
-        config["uda"]["mask_generator"] = {"mask_block_size": CROP // 8}
-    else:
+    if masking:
+        block = {"type": "block", "mask_ratio": 0.7, "mask_block_size": CROP // 8, "_delete_": True}
+        config["uda"].update(mask_mode="separatetrgaug", mask_lambda=1, mask_generator=block)
+    if not multi_resolution:
         # The strips that the recipe leaves out, at this size.
         config["uda"].update(pseudo_weight_ignore_top=4, pseudo_weight_ignore_bottom=30)
     return config
@@ -106,7 +109,7 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     return path
 
 
-def _data(data: Path, multi_resolution: bool) -> Dict[str, Any]:
+def _data(data: Path) -> Dict[str, Any]:
     source, target = str(data / "gta"), str(data / "cityscapes")
     validation = {"data_root": target, "pipeline": _test_pipeline()}
     return {

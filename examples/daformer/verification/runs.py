@@ -17,7 +17,7 @@ import torch
 from . import configs
 from .configs import ROUND_EVERY, STUDENT, TEACHER
 from .data import write_data
-from .host import Host
+from .host import MIC_SEG, Host
 
 OURS = Path(__file__).resolve().parents[1]
 REPOSITORY = OURS.parents[1]
@@ -189,6 +189,7 @@ class Laboratory:
             iterations=plan.iterations,
             recipe=self.root / self.host.models[self.model],
             multi_resolution=self.model == "hrda",
+            masking=self.host is MIC_SEG,
             backbone=plan.backbone,
             save_every=plan.save_every,
         )
