@@ -1,0 +1,135 @@
+"""The street benchmark: frames that depend on their index alone, a host that learns, and its figures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics", reason="mIoU is torchmetrics'")
+pytest.importorskip("transformers", reason="the networks are transformers' SegFormer")
+
+from benchmarks.evidence import runs, street
+from benchmarks.street.models import NARROW, STUDENT, TEACHER, segmenter
+from benchmarks.street.scenes import CLASSES, HEIGHT, WIDTH, game_frame, photo_frame
+from benchmarks.street.self_training import HostEma, change_colours, class_mix, segmentation_loss
+
+# transformers and its dependencies warn of their own future.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("frame", [game_frame, photo_frame])
+def test_frame_is_a_function_of_seed_and_index(frame: object) -> None:
+    one, same, other, seeded = frame(3), frame(3), frame(4), frame(3, seed=1)
+    assert one.image.shape == (3, HEIGHT, WIDTH)
+    assert one.image.dtype == np.float32
+    assert 0 <= one.image.min() < one.image.max() <= 1
+    assert one.labels.shape == (HEIGHT, WIDTH)
+    assert np.array_equal(one.image, same.image)
+    assert np.array_equal(one.labels, same.labels)
+    assert not np.array_equal(one.image, other.image)
+    assert not np.array_equal(one.labels, seeded.labels)
+
+
+def test_domains_share_all_classes_and_have_a_long_tail() -> None:
+    for frame in (game_frame, photo_frame):
+        counts = np.bincount(
+            np.concatenate([frame(index).labels.ravel() for index in range(40)]), minlength=len(CLASSES)
+        )
+        share = counts / counts.sum()
+        assert (share > 0).all(), dict(zip(CLASSES, share))
+        assert share.max() > 0.2
+        assert np.sort(share)[1] < 0.02
+
+
+def test_domains_look_different() -> None:
+    games, photos = (np.stack([frame(index).image for index in range(10)]) for frame in (game_frame, photo_frame))
+    fine = [np.abs(np.diff(images, axis=-1)).mean() for images in (games, photos)]
+    assert fine[1] > 1.5 * fine[0]  # texture and noise
+    assert games.std(axis=1).mean() > photos.std(axis=1).mean()  # colour
+
+
+def test_class_mix_takes_labels_and_pixels_from_the_same_image() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (2, 8, 8), generator=rng)
+    pseudo = labels.flip(0) + 4
+    source, target = labels[:, None].float().expand(-1, 3, -1, -1), pseudo[:, None].float().expand(-1, 3, -1, -1)
+    images, mixed, weights = class_mix(source, labels, target, pseudo, torch.tensor([0.25, 0.5]), rng)
+    assert torch.equal(images[:, 0], mixed.float())
+    pasted = mixed < 4
+    assert 0 < pasted.float().mean() < 1
+    assert (weights[pasted] == 1).all()
+    assert (weights[0][~pasted[0]] == 0.25).all()
+    for index in range(2):
+        chosen = set(mixed[index][pasted[index]].tolist())
+        assert len(chosen) == (len(labels[index].unique()) + 1) // 2
+
+
+def test_colours_change_and_geometry_does_not() -> None:
+    images = torch.from_numpy(np.stack([photo_frame(index).image for index in range(3)]))
+    changed = change_colours(images, torch.Generator().manual_seed(1))
+    assert changed.shape == images.shape
+    assert not torch.equal(changed, images)
+    assert float(changed.min()) >= 0
+    assert float(changed.max()) <= 1
+    for image, other in zip(images, changed):
+        assert np.corrcoef(image.mean(dim=0).flatten(), other.mean(dim=0).flatten())[0, 1] > 0.8
+
+
+def test_students_are_smaller_than_the_teacher_and_reproducible() -> None:
+    sizes = [sum(p.numel() for p in segmenter(size, 0).parameters()) for size in (TEACHER, STUDENT, NARROW)]
+    assert sizes[0] > 2 * sizes[1] > 4 * sizes[2]
+    one, same, other = segmenter(NARROW, 1), segmenter(NARROW, 1), segmenter(NARROW, 2)
+    names = ("segformer.decode_head.classifier.weight",)
+    for name in names:
+        weights = [dict(model.named_parameters())[name] for model in (one, same, other)]
+        assert torch.equal(weights[0], weights[1])
+        assert not torch.equal(weights[0], weights[2])
+
+
+def test_host_ema_follows_by_name() -> None:
+    model = segmenter(NARROW, 1)
+    ema = HostEma(model, 0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    current = model.state_dict()
+    moved = [float((value - current[name]).abs().mean()) for name, value in ema.model.named_parameters()]
+    assert max(abs(value - 0.5) for value in moved) < 1e-5  # the first update moves half the way
+
+
+def test_host_learns_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [game_frame(index) for index in range(4)]
+    images = torch.from_numpy(np.stack([frame.image for frame in frames]))
+    labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
+    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    host = street.Street().host(segmenter(NARROW, 0), seed=0, stream=1)
+    optimizer = torch.optim.AdamW(host.model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(30):
+        of_host = host.loss(step, 30)
+        optimizer.zero_grad()
+        of_host.loss.backward()
+        optimizer.step()
+        host.after_step()
+        losses.append(float(segmentation_loss(host.model(images), labels).detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_run_has_iou_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    frames = [photo_frame(index) for index in range(4)]
+    images = torch.from_numpy(np.stack([frame.image for frame in frames]))
+    labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
+    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    task = street.StreetNarrow()
+    task.steps, task.teacher_steps, task.warmup = 6, 1, 0
+    record = runs.run(task, 100, "clda")
+    each = [value for name, value in record["student"].items() if name.startswith("IoU")]
+    assert len(each) == len(CLASSES)
+    assert record["student"]["mIoU"] == pytest.approx(np.mean(each), abs=1e-4)
+    assert record["rounds"]["made"] == 1
