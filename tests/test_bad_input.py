@@ -104,8 +104,9 @@ def test_no_relatable_layer() -> None:
     ):
         make_learner(teacher, student, relation=ByName(), update=Average())
     make_learner(teacher, student, relation=ByName(), update=MaskedDistillation())
+    wide = seeded(lambda: nn.Sequential(nn.Linear(INPUTS, 300)), 0)
     with pytest.raises(CldaError, match="can be copied into the student.*Fix:"):
-        init_student(student, teacher, ByName())
+        init_student(student, wide, ByName())
 
 
 def test_no_relatable_layer_by_similarity_shows_at_the_first_round_and_changes_nothing() -> None:

@@ -79,7 +79,7 @@ def _trained(task: Task, seed: int, name: str, teacher: nn.Module, progress: Any
         return {**figures, "teacher": figures["student"], "student": None, "student_ema": None}
     student = task.student(seed)
     if variant.start == "teacher":
-        init_student(teacher, student)
+        init_student(student, teacher)
     learner = variant.learner(task, teacher, student, seed)
     cotraining: Optional[Cotraining] = None
     if variant.kind == "duda":

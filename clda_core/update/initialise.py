@@ -41,7 +41,8 @@ def init_student(
         The student layers written, and what was skipped with its reason.
 
     Raises:
-        CldaError: If the models share parameters or nothing can be copied; the student is unchanged.
+        CldaError: If the models share parameters, the student is larger than the teacher (they may have been swapped),
+            or nothing can be copied; the student is unchanged.
 
     Example:
         >>> big = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
@@ -51,6 +52,14 @@ def init_student(
     from .._checks import check_models  # which itself reads this package's types
 
     check_models(teacher, student)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (student, teacher)]
+    if sizes[0] > sizes[1]:
+        raise problem(
+            "the student is larger than the teacher",
+            expected="init_student(student, teacher), in this order",
+            received=f"a student of {sizes[0]:,} parameters and a teacher of {sizes[1]:,}",
+            fix="swap them; the learner takes the teacher first, init_student what it writes to",
+        )
     of_teacher, of_student = group_layers(teacher, layers), group_layers(student, layers)
     related = (relation or ByRelativeDepth())(ModelView(teacher, of_teacher), ModelView(student, of_student), inputs)
     if not isinstance(related, RelatedLayers):

@@ -72,10 +72,10 @@ def test_a_regrouping() -> None:
 
 
 def test_nothing_to_copy_leaves_the_student_unchanged() -> None:
-    teacher, student = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4))
+    teacher, student = nn.Sequential(nn.Linear(2, 4)), nn.Sequential(nn.Linear(2, 3))
     before = values(student)
     with pytest.raises(
-        CldaError, match=r"no teacher layer can be copied.*0: weight.*\(4, 2\) in the student, \(3, 2\) in"
+        CldaError, match=r"no teacher layer can be copied.*0: weight.*\(3, 2\) in the student, \(4, 2\) in"
     ):
         init_student(student, teacher)
     assert not changed(student, before)
@@ -83,6 +83,7 @@ def test_nothing_to_copy_leaves_the_student_unchanged() -> None:
 
 def test_reasons_name_the_right_model() -> None:
     teacher = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False)})
+    teacher["a"].register_parameter("scale", nn.Parameter(torch.ones(9)))
     student = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(1, 1)})
     result = init_student(student, teacher)
     assert result.skipped == {"a: bias": "teacher layer 'a' has no 'bias'", "b": "no related teacher layer"}
@@ -114,3 +115,12 @@ def test_bad_input() -> None:
         init_student(model, "resnet50")  # type: ignore[arg-type]
     with pytest.raises(CldaError, match="relation returned something else.*received dict"):
         init_student(model, mlp(), lambda teacher, student, inputs: {})  # type: ignore[arg-type]
+
+
+def test_swapped_models_are_refused_and_unchanged() -> None:
+    teacher, student = mlp(), nn.Sequential(nn.Linear(2, 2))
+    before = values(teacher)
+    expected = r"the student is larger than the teacher: expected init_student\(student, teacher\)"
+    with pytest.raises(CldaError, match=expected):
+        init_student(teacher, student)
+    assert not changed(teacher, before)
