@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any, Dict, List, Optional, Type
+from typing import Any, Callable, Dict, List, Optional, Type
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clda_core.errors import problem
 
@@ -23,19 +23,13 @@ _SOMETIMES = ("rare_class", "valid_pseudo_mask")
 class CollaborativeDACS:
     """Mixed into the host's ``DACS``, it adds KD from a bigger teacher, which the student updates in turns.
 
-    The host's losses, data, augmentation, dropout and BatchNorm statistics stay its own: with ``clda.weight=0`` and
-    ``clda.rounds=False`` the host trains bit for bit as alone.
+    The host's losses, data, augmentation, dropout and BatchNorm statistics stay its own: with ``clda.weight=0`` it
+    trains bit for bit as alone, rounds or not.
     """
 
-    @staticmethod
-    def read_config(path: str) -> Any:
-        """Read a config file of the host; given by the subclass."""
-        raise NotImplementedError
-
-    @staticmethod
-    def build_segmentor(config: Any) -> Any:
-        """Build a segmentor of the host; given by the subclass."""
-        raise NotImplementedError
+    # Given by the subclass, which knows the host.
+    read_config: Callable[[str], Any]
+    build_segmentor: Callable[[Any], nn.Module]
 
     def __init__(self, **cfg: Any) -> None:
         options = Options.from_config(cfg.pop("clda", None))
