@@ -11,6 +11,8 @@ from clda_core import CldaError
 TASKS: Dict[str, Tuple[str, str]] = {
     "digits": ("benchmarks.evidence.digits", "Digits"),
     "street": ("benchmarks.evidence.street", "Street"),
+    "street-narrow": ("benchmarks.evidence.street", "StreetNarrow"),
+    "letters": ("benchmarks.evidence.letters", "Letters"),
 }
 
 

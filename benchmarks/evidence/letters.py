@@ -1,0 +1,124 @@
+"""Held out: letters in clean and in worn type, vision transformers (ViT), self-training. Nothing is tuned on it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Dict, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.evidence.task import Host, HostLoss, Task
+from benchmarks.letters.images import LETTERS, SIZE, source_letters, strong_view, target_letters
+from examples.classification.self_training import Batch, HostEma, SelfTraining, self_training_loss
+
+BIG, SMALL = (6, 64), (2, 48)  # blocks, width
+SOURCE, TARGET, EVALUATION = 5000, 4000, 2000
+
+
+class Classifier(nn.Module):
+    """ViT from transformers: images ``(N, 1, 24, 24)`` in [0, 1] to logits ``(N, 26)``."""
+
+    def __init__(self, blocks: int, width: int) -> None:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        super().__init__()
+        self.vit = ViTForImageClassification(
+            ViTConfig(
+                image_size=SIZE,
+                patch_size=4,
+                num_channels=1,
+                hidden_size=width,
+                num_hidden_layers=blocks,
+                num_attention_heads=4,
+                intermediate_size=2 * width,
+                num_labels=len(LETTERS),
+                hidden_dropout_prob=0.0,
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit((images - 0.3) / 0.35).logits
+
+
+class LettersHost(Host):
+    def __init__(self, model: nn.Module, seed: int, stream: int, settings: SelfTraining) -> None:
+        self.model, self.settings = model, settings
+        self.seed = 5 * seed + stream
+        self.host_ema = HostEma(model, settings.ema_decay)
+        self.ema = self.host_ema.model
+        self.images, self.labels = _source(seed)
+        self.target, _ = _target(seed)
+
+    def loss(self, step: int, steps: int) -> HostLoss:
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        chosen = torch.randint(len(self.images), (self.settings.batch,), generator=rng)
+        target = self.target[torch.randint(len(self.target), (self.settings.batch,), generator=rng)]
+        batch = Batch(
+            strong_view(self.images[chosen], rng, masked=0.0),
+            self.labels[chosen],
+            target,
+            strong_view(target, rng, masked=self.settings.masked),
+        )
+        logits = self.model(torch.cat([batch.images, batch.target_strong]))
+        source_logits, target_logits = logits.chunk(2)
+        weight = self.settings.target_weight_at(step, steps)
+        loss = self_training_loss(source_logits, target_logits, batch, self.host_ema, weight)
+        return HostLoss(
+            loss, target_logits, batch.target, lambda model: F.cross_entropy(model(batch.images), batch.labels)
+        )
+
+    def after_step(self) -> None:
+        self.host_ema.update(self.model)
+
+
+class Letters(Task):
+    name, metric = "letters", "accuracy"
+    steps, teacher_steps, learning_rate, warmup, dense = 600, 600, 1e-3, 300, False
+
+    def __init__(self) -> None:
+        self.settings = SelfTraining()
+
+    def teacher(self, seed: int) -> nn.Module:
+        return _network(BIG, 5 * seed + 1)
+
+    def student(self, seed: int) -> nn.Module:
+        return _network(SMALL, 5 * seed + 3)
+
+    def host(self, model: nn.Module, seed: int, stream: int) -> Host:
+        return LettersHost(model, seed, stream, self.settings)
+
+    def evaluate(self, model: nn.Module) -> Dict[str, float]:
+        images, labels = _evaluation()
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        with torch.no_grad():
+            right = sum(
+                int((model(batch).argmax(dim=1) == truth).sum())
+                for batch, truth in zip(images.split(500), labels.split(500))
+            )
+        for module in training:
+            module.training = True
+        return {self.metric: 100.0 * right / len(labels)}
+
+
+def _network(size: Tuple[int, int], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Classifier(*size)
+
+
+@lru_cache(maxsize=2)
+def _source(seed: int) -> Tuple[Tensor, Tensor]:
+    return source_letters(seed, SOURCE)
+
+
+@lru_cache(maxsize=2)
+def _target(seed: int) -> Tuple[Tensor, Tensor]:
+    return target_letters(seed, TARGET)
+
+
+@lru_cache(maxsize=1)
+def _evaluation() -> Tuple[Tensor, Tensor]:
+    return target_letters(10_000, EVALUATION)
