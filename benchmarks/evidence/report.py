@@ -126,6 +126,8 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
     if not parts:
         raise CldaError(f"no records in {folder.name}/. Fix: python -m benchmarks.evidence digits --seeds 0-9")
     page = docs / "evidence.md"
+    if not page.exists():
+        raise CldaError(f"docs/evidence.md is missing. Fix: make it, with {START} and {END} where the tables go")
     before, _, after = _split(page.read_text(encoding="utf-8"))
     text = f"{before}{START}\n" + "\n\n".join(parts) + f"\n{END}{after}"
     if check:

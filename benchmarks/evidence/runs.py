@@ -24,21 +24,20 @@ WORK = Path("runs/evidence")
 TEACHER_RATE = 0.1  # peak learning rate of a teacher that is trained on, in units of the student's
 
 
-def run(task: Task, seed: int, name: str, *, progress: Any = None) -> Record:
+def run(task: Task, seed: int, name: str) -> Record:
     """Train as the variant says and return the record.
 
     Args:
         task: The benchmark.
         seed: Of everything random.
         name: Of the variant.
-        progress: With ``update(1)``, called after each step.
     """
     began = time.time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = trained_teacher(task, seed)
         before = task.evaluate(teacher)
-        figures = _trained(task, seed, name, teacher, progress)
+        figures = _trained(task, seed, name, teacher)
     return {
         "setting": task.setting(),
         "seed": seed,
@@ -53,13 +52,13 @@ def run(task: Task, seed: int, name: str, *, progress: Any = None) -> Record:
     }
 
 
-def trained_teacher(task: Task, seed: int, progress: Any = None) -> nn.Module:
+def trained_teacher(task: Task, seed: int) -> nn.Module:
     """Return the teacher of a seed, trained by the host once and then read from a file."""
     teacher = task.teacher(seed)
     path = WORK / task.setting() / f"teacher-{seed}.pt"
     if not path.exists():
         host = task.host(teacher, seed, stream=0)
-        train(task, host, steps=task.teacher_steps, progress=progress)
+        train(task, host, steps=task.teacher_steps)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         torch.save(teacher.state_dict(), unfinished)
@@ -68,14 +67,12 @@ def trained_teacher(task: Task, seed: int, progress: Any = None) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def _trained(task: Task, seed: int, name: str, teacher: nn.Module, progress: Any) -> Dict[str, Any]:
+def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, Any]:
     variant = VARIANTS[name]
     if variant.kind == "teacher":
         teacher.requires_grad_(True)
         host = task.host(teacher, seed, stream=2)
-        figures = train(
-            task, host, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate, progress=progress
-        )
+        figures = train(task, host, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate)
         return {**figures, "teacher": figures["student"], "student": None, "student_ema": None}
     student = task.student(seed)
     if variant.start == "teacher":
@@ -96,7 +93,6 @@ def _trained(task: Task, seed: int, name: str, teacher: nn.Module, progress: Any
         steps=task.steps,
         learner=learner,
         cotraining=cotraining,
-        progress=progress,
     )
 
 

@@ -34,8 +34,8 @@ class Difference(NamedTuple):
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Optional[Difference]:
     """Return the difference of paired figures, or ``None`` for fewer than three pairs.
 
-    The interval is the bias-corrected and accelerated bootstrap's (Efron, 1987), percentiles where all differences are
-    equal but for rounding; the test is exact for up to twelve pairs.
+    The interval is the bias-corrected and accelerated bootstrap's (Efron, 1987), and of no width where all differences
+    are equal but for rounding; the test is exact for up to twelve pairs.
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     if len(difference) < 3:

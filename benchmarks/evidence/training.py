@@ -36,7 +36,6 @@ def train(
     learner: Optional[CollaborativeLearner] = None,
     cotraining: Optional[Cotraining] = None,
     evaluations: int = 6,
-    progress: Any = None,
 ) -> Dict[str, Any]:
     """Train ``host.model`` in place; return the curve, seconds and the learner's report.
 
@@ -48,7 +47,6 @@ def train(
         learner: Whose student is ``host.model``.
         cotraining: Of the learner's teacher.
         evaluations: Points on the curve.
-        progress: With ``update(1)``, called after each step.
     """
     peak = task.learning_rate if learning_rate is None else learning_rate
     optimizer = torch.optim.AdamW(host.model.parameters(), lr=peak, weight_decay=0.01)
@@ -89,8 +87,6 @@ def train(
         seconds += time.perf_counter() - began
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
             curve.append({"step": step + 1, "student": _figure(task, host.model), "teacher": _figure(task, teacher)})
-        if progress is not None:
-            progress.update(1)
     return {
         "curve": curve,
         "seconds": seconds,

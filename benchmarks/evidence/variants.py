@@ -121,7 +121,6 @@ def named(names: List[str]) -> Dict[str, Variant]:
     chosen: Dict[str, Variant] = {}
     for name in names:
         found = {key: variant for key, variant in VARIANTS.items() if name in (key, variant.group, "all")}
-        found = dict(VARIANTS) if name == "all" else found
         if not found:
             groups = sorted({variant.group for variant in VARIANTS.values()})
             raise CldaError(

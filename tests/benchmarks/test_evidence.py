@@ -215,3 +215,24 @@ def test_seeds_and_variants_that_do_not_exist(tmp_path: Path, capsys: pytest.Cap
     assert list(named(["all"])) == list(VARIANTS)
     assert main(["digits", "--variants", "nothing", "--records", str(tmp_path)]) == 2
     assert "Variants: uda, frozen, clda" in capsys.readouterr().err
+
+
+def test_report_without_records_or_page_says_what_to_do(tmp_path: Path) -> None:
+    report = pytest.importorskip("benchmarks.evidence.report")
+    with pytest.raises(CldaError, match="no records in"):
+        report.write_report(folder=tmp_path, docs=tmp_path)
+    for seed in range(4):
+        for variant, figure in ((FROZEN, 80.0), (CLDA, 81.0)):
+            Records(tmp_path / "digits.jsonl").add(record(seed, variant, student=figure + 0.1 * seed))
+    with pytest.raises(CldaError, match="evidence.md is missing"):
+        report.write_report(folder=tmp_path, docs=tmp_path)
+    page = tmp_path / "evidence.md"
+    page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    assert report.write_report(folder=tmp_path, docs=tmp_path) == 0
+    assert "| +1.00 [+1.00, +1.00]" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    assert "old" not in page.read_text()
+    assert report.write_report(folder=tmp_path, docs=tmp_path, check=True) == 0
+    page.write_text(page.read_text().replace("+1.00", "+9.00"))
+    assert report.write_report(folder=tmp_path, docs=tmp_path, check=True) == 1
