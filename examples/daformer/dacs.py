@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, Optional, Type
 
 import torch
@@ -74,7 +75,7 @@ class CollaborativeDACS:
         if self.clda is None:
             return host.forward_train(*arguments, **extra)
         student = self.get_model()
-        with images_seen(student) as seen:
+        with images_seen(student) if self.clda.options.images != "target" else nullcontext([]) as seen:
             log_vars = host.forward_train(*arguments, **extra)
         images: List[Tensor] = []
         masks: List[Optional[Tensor]] = []
