@@ -66,7 +66,10 @@ class LettersHost(Host):
         weight = self.settings.target_weight_at(step, steps)
         loss = self_training_loss(source_logits, target_logits, batch, self.host_ema, weight)
         return HostLoss(
-            loss, target_logits, batch.target, lambda model: F.cross_entropy(model(batch.images), batch.labels)
+            loss,
+            output=lambda: target_logits,
+            images=batch.target,
+            source_loss=lambda model: F.cross_entropy(model(batch.images), batch.labels),
         )
 
     def after_step(self) -> None:

@@ -185,8 +185,13 @@ def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
 
 
 def _cost_ratio(runs: Runs, name: str) -> Optional[float]:
-    both = set(runs.get(name, {})) & set(runs.get(FROZEN, {}))
-    ratios = [runs[name][seed]["seconds"] / runs[FROZEN][seed]["seconds"] for seed in both]
+    """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock."""
+    pairs = [(record, runs[FROZEN][seed]) for seed, record in runs.get(name, {}).items() if seed in runs.get(FROZEN, {})]
+    ratios = [
+        ours["processor_seconds"] / theirs["processor_seconds"]
+        for ours, theirs in pairs
+        if "processor_seconds" in ours and "processor_seconds" in theirs
+    ]
     return float(np.median(ratios)) if ratios else None
 
 

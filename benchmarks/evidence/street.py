@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,12 +15,19 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from benchmarks.evidence.task import Host, HostLoss, Task
 from benchmarks.street.models import NARROW, STUDENT, TEACHER, Size, segmenter
 from benchmarks.street.scenes import CLASSES, Frame, game_frame, photo_frame
-from benchmarks.street.self_training import HostEma, change_colours, class_mix, segmentation_loss, upsample
+from benchmarks.street.self_training import (
+    HostEma,
+    change_colours,
+    class_mix,
+    class_weights,
+    segmentation_loss,
+    upsample,
+)
 
 BATCH = 4
 THRESHOLD = 0.9
 EMA_DECAY = 0.99
-SOURCE_FRAMES, TARGET_FRAMES, EVALUATION_FRAMES = 400, 400, 200
+SOURCE_FRAMES, TARGET_FRAMES, EVALUATION_FRAMES = 400, 400, 150
 
 
 class StreetHost(Host):
@@ -32,6 +39,7 @@ class StreetHost(Host):
         self.ema = self.host_ema.model
         self.source, self.labels = frames("source")
         self.target, _ = frames("target")
+        self.of_classes = class_weights(self.labels, len(CLASSES))
 
     def loss(self, step: int, steps: int) -> HostLoss:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -40,18 +48,25 @@ class StreetHost(Host):
         target = self.target[torch.randint(len(self.target), (BATCH,), generator=rng)]
         pseudo_labels, weight = self.host_ema.pseudo_labels(target, THRESHOLD)
         mixed, mixed_labels, weights = class_mix(source, labels, target, pseudo_labels, weight, rng)
-        logits = self.model(torch.cat([source, change_colours(mixed, rng), change_colours(target, rng)]))
-        of_source, of_mixed, of_target = logits.chunk(3)
-        loss = segmentation_loss(of_source, labels) + segmentation_loss(of_mixed, mixed_labels, weights)
-        return HostLoss(loss, of_target, target, lambda model: segmentation_loss(model(source), labels))
+        of_source, of_mixed = self.model(torch.cat([source, change_colours(mixed, rng)])).chunk(2)
+        loss = self._loss(of_source, labels) + self._loss(of_mixed, mixed_labels, weights)
+        return HostLoss(
+            loss,
+            output=lambda: self.model(change_colours(target, rng)),
+            images=target,
+            source_loss=lambda model: self._loss(model(source), labels),
+        )
 
     def after_step(self) -> None:
         self.host_ema.update(self.model)
 
+    def _loss(self, logits: Tensor, labels: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+        return segmentation_loss(logits, labels, weight, of_classes=self.of_classes)
+
 
 class Street(Task):
     name, metric = "street", "mIoU"
-    steps, teacher_steps, learning_rate, warmup, dense = 600, 1000, 1e-3, 300, True
+    steps, teacher_steps, learning_rate, warmup, dense = 400, 600, 2e-3, 200, True
     student_size: Size = STUDENT
 
     def teacher(self, seed: int) -> nn.Module:

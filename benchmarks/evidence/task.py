@@ -17,13 +17,13 @@ class HostLoss:
 
     Attributes:
         loss: The host's own loss, with its graph.
-        output: The network's output on the view of the target that it is trained on.
+        output: Returns the network's output, with its graph, on the view of the target that it is trained on.
         images: The target images as the teacher is to see them.
         source_loss: From a network to its supervised loss on the source batch, for selections that compare the domains.
     """
 
     loss: Tensor
-    output: Tensor
+    output: Callable[[], Tensor]
     images: Tensor
     source_loss: Callable[[nn.Module], Tensor]
 

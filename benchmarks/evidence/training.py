@@ -57,15 +57,15 @@ def train(
         of_teacher = torch.optim.AdamW(parameters, lr=cotraining.learning_rate, weight_decay=0.01)
     teacher = None if learner is None else learner.teacher
     curve: List[Dict[str, Any]] = []
-    seconds = 0.0
+    seconds = processor_seconds = 0.0
     host.model.train()
     for step in range(steps):
-        began = time.perf_counter()
+        began, began_processor = time.perf_counter(), time.process_time()
         set_learning_rate(optimizer, peak, step, steps)
         of_host = host.loss(step, steps)
         loss = of_host.loss
         if learner is not None:
-            loss = loss + learner.distill(of_host.output, of_host.images)
+            loss = loss + learner.distill(of_host.output(), of_host.images)
         optimizer.zero_grad()
         loss.backward()
         if learner is not None and learner.observing and isinstance(learner.selection, DomainShift):
@@ -85,11 +85,13 @@ def train(
             learner.after_step()
         host.after_step()
         seconds += time.perf_counter() - began
+        processor_seconds += time.process_time() - began_processor
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
             curve.append({"step": step + 1, "student": _figure(task, host.model), "teacher": _figure(task, teacher)})
     return {
         "curve": curve,
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
         "student": task.evaluate(host.model),
         "student_ema": task.evaluate(host.ema),
         "teacher": None if teacher is None else task.evaluate(teacher),

@@ -179,7 +179,7 @@ def _draw_side(
         if rng.random() > 0.1:  # otherwise a gap between houses
             canvas.paint(columns & (canvas.y <= foot) & (canvas.y >= top), label, depth, tone)
         if wall and rng.random() < 0.6:
-            low = foot - 0.16 * height * (0.2 + along)
+            low = foot - 0.24 * height * (0.2 + along)
             canvas.paint(columns & (canvas.y <= foot) & (canvas.y >= low), WALL, depth, rng.normal())
 
 
@@ -214,7 +214,8 @@ def _draw_things(
 
 def _tree(rng: Generator, canvas: _Canvas, layout: Layout, x: float, foot: float, size: float, depth: float) -> None:
     tall, tone = rng.uniform(0.5, 0.9) * size, rng.normal()
-    canvas.paint((np.abs(canvas.x - x) < 0.02 * size) & (canvas.y < foot) & (canvas.y > foot - tall), POLE, depth, tone)
+    trunk = (np.abs(canvas.x - x) < 0.025 * size) & (canvas.y < foot) & (canvas.y > foot - tall)
+    canvas.paint(trunk, POLE, depth, tone)
     for _ in range(rng.integers(3, 7)):
         cx, cy = x + rng.normal(0, 0.10) * size, foot - tall - rng.normal(0, 0.10) * size
         rx, ry = rng.uniform(0.10, 0.2, size=2) * size
@@ -223,20 +224,20 @@ def _tree(rng: Generator, canvas: _Canvas, layout: Layout, x: float, foot: float
 
 
 def _pole(rng: Generator, canvas: _Canvas, layout: Layout, x: float, foot: float, size: float, depth: float) -> None:
-    tall, thick = rng.uniform(0.5, 0.95) * size, max(0.012 * size, 0.8)
+    tall, thick = rng.uniform(0.5, 0.95) * size, max(0.022 * size, 1.5)
     canvas.paint(
         (np.abs(canvas.x - x) < thick) & (canvas.y < foot) & (canvas.y > foot - tall), POLE, depth, rng.normal()
     )
     if rng.random() < layout.signs:
-        half, centre = rng.uniform(0.05, 0.09) * size, foot - tall * rng.uniform(0.75, 1.0)
+        half, centre = rng.uniform(0.08, 0.13) * size, foot - tall * rng.uniform(0.75, 1.0)
         across, along = np.abs(canvas.x - x), np.abs(canvas.y - centre)
         shapes = (across**2 + along**2 < half**2, (across < half) & (along < half), across + along < 1.3 * half)
         canvas.paint(shapes[rng.integers(3)], SIGN, depth, rng.normal())
 
 
 def _person(rng: Generator, canvas: _Canvas, layout: Layout, x: float, foot: float, size: float, depth: float) -> None:
-    tall = rng.uniform(0.28, 0.38) * size
-    half, tone = tall * rng.uniform(0.13, 0.2), rng.normal()
+    tall = rng.uniform(0.38, 0.50) * size
+    half, tone = tall * rng.uniform(0.16, 0.24), rng.normal()
     body = (np.abs(canvas.x - x) < half) & (canvas.y < foot) & (canvas.y > foot - 0.8 * tall)
     gap = (np.abs(canvas.x - x) < 0.25 * half) & (canvas.y > foot - 0.35 * tall)
     head = (canvas.x - x) ** 2 + (canvas.y - (foot - 0.88 * tall)) ** 2 < (0.12 * tall) ** 2
@@ -271,16 +272,16 @@ _GAME_PALETTE: Dict[int, Tuple[float, float, float]] = {
     CAR: (0.62, 0.16, 0.16),
 }
 _PHOTO_PALETTE: Dict[int, Tuple[float, float, float]] = {
-    ROAD: (0.42, 0.42, 0.41),
-    SIDEWALK: (0.52, 0.49, 0.47),
-    BUILDING: (0.50, 0.47, 0.44),
-    WALL: (0.48, 0.46, 0.42),
-    VEGETATION: (0.27, 0.35, 0.22),
-    SKY: (0.80, 0.82, 0.83),
-    POLE: (0.36, 0.37, 0.37),
-    SIGN: (0.55, 0.50, 0.45),
-    PERSON: (0.34, 0.32, 0.34),
-    CAR: (0.38, 0.39, 0.42),
+    ROAD: (0.38, 0.38, 0.39),
+    SIDEWALK: (0.57, 0.55, 0.52),
+    BUILDING: (0.58, 0.51, 0.44),
+    WALL: (0.52, 0.48, 0.45),
+    VEGETATION: (0.29, 0.44, 0.22),
+    SKY: (0.65, 0.77, 0.89),
+    POLE: (0.39, 0.40, 0.40),
+    SIGN: (0.70, 0.63, 0.30),
+    PERSON: (0.55, 0.39, 0.35),
+    CAR: (0.50, 0.28, 0.29),
 }
 # How much an object's own colour varies around its class's.
 _SPREAD = {BUILDING: 0.14, CAR: 0.22, PERSON: 0.18, SIGN: 0.22, SKY: 0.04, ROAD: 0.04, VEGETATION: 0.06}

@@ -47,10 +47,19 @@ def upsample(logits: Tensor, images: Tensor) -> Tensor:
     return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the mean cross-entropy over pixels, each weighted if ``weight`` ``(N, H, W)`` is given."""
-    loss = F.cross_entropy(upsample(logits, labels.unsqueeze(1)), labels, reduction="none", ignore_index=IGNORE)
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, of_classes: Tensor | None = None
+) -> Tensor:
+    """Return the mean cross-entropy over pixels, weighted by ``weight`` ``(N, H, W)`` and by class ``(C,)``."""
+    upsampled = upsample(logits, labels.unsqueeze(1))
+    loss = F.cross_entropy(upsampled, labels, weight=of_classes, reduction="none", ignore_index=IGNORE)
     return (loss if weight is None else loss * weight).mean()
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return weights ``(classes,)`` that grow with a class's rarity as ``share ** -0.5``, 1 on average over pixels."""
+    share = torch.bincount(labels.flatten(), minlength=classes).float().clamp(min=1) / labels.numel()
+    return share**-0.5 / (share**0.5).sum()
 
 
 def class_mix(

@@ -35,6 +35,7 @@ def record(seed: int = 0, variant: str = FROZEN, student: float = 80.0, teacher:
         "teacher": {"accuracy": teacher},
         "teacher_before": {"accuracy": 81.0},
         "seconds": 10.0,
+        "processor_seconds": 10.0,
         "versions": {"torch": "2.0", "commit": "abc"},
     }
 
