@@ -186,7 +186,8 @@ def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
 
 def _cost_ratio(runs: Runs, name: str) -> Optional[float]:
     """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock."""
-    pairs = [(record, runs[FROZEN][seed]) for seed, record in runs.get(name, {}).items() if seed in runs.get(FROZEN, {})]
+    frozen = runs.get(FROZEN, {})
+    pairs = [(record, frozen[seed]) for seed, record in runs.get(name, {}).items() if seed in frozen]
     ratios = [
         ours["processor_seconds"] / theirs["processor_seconds"]
         for ours, theirs in pairs
