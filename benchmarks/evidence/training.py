@@ -35,7 +35,7 @@ def train(
     learning_rate: Optional[float] = None,
     learner: Optional[CollaborativeLearner] = None,
     cotraining: Optional[Cotraining] = None,
-    evaluations: int = 6,
+    evaluations: int = 4,
 ) -> Dict[str, Any]:
     """Train ``host.model`` in place; return the curve, seconds and the learner's report.
 
