@@ -406,9 +406,11 @@ class CollaborativeLearner:
         return self._related
 
     def _round(self) -> None:
-        """Select, relate, update, and record; nothing where no target data was observed."""
+        """Select, relate, update, and record; nothing where no target data was observed as it should have been."""
         layers = {layer.name: layer for layer in self._teacher_view.layers}
         rates, source_rates = self._observer.rates()
+        if not rates and self._history and not self.schedule.observes(self._steps):
+            rates, source_rates = dict(self._history[-1].rates), dict(self._history[-1].source_rates)
         if not rates:
             return
         strength = self.schedule.strength(self._steps)

@@ -33,14 +33,17 @@ class Schedule(Strategy):
     r"""A round every ``interval`` optimizer steps after a warm-up, with a strength that may decay.
 
     Step :math:`n` (counted from 1) ends with a round if :math:`n > w` and :math:`i` divides :math:`n - w`, with warm-up
-    :math:`w` and interval :math:`i`; the last ``observations`` steps before and including it are observed. With
+    :math:`w` and interval :math:`i`. For the first of every ``observe_every`` rounds the last ``observations`` steps
+    before and including it are observed; the rounds between them go by the same rates. With
     :math:`p = (n - w) / (T - w)` the strength is 1, :math:`1 - p` (linear) or :math:`(1 + \cos \pi p) / 2` (cosine).
     The paper does not publish its schedule; this one and its defaults are ours.
 
     Args:
         warmup: Optimizer steps before which nothing is observed or updated; an untrained student harms the teacher.
         interval: Optimizer steps between rounds, >= 1.
-        observations: Observed steps a round, between 1 and ``interval``.
+        observations: Observed steps for a round, between 1 and ``interval``.
+        observe_every: Rounds from one that is observed to the next, >= 1. The rates change slowly, and an observation
+            costs a forward and a backward pass of the teacher.
         decay: How the strength falls after the warm-up.
         total: Optimizer steps of the whole training; needed by ``"linear"`` and ``"cosine"``, and > ``warmup``.
 
@@ -51,6 +54,9 @@ class Schedule(Strategy):
         >>> schedule = Schedule(warmup=4, interval=3)
         >>> [step for step in range(1, 12) if schedule.due(step)]
         [7, 10]
+        >>> schedule = Schedule(warmup=4, interval=3, observe_every=2)
+        >>> [step for step in range(1, 17) if schedule.observes(step)]
+        [7, 13]
     """
 
     def __init__(
@@ -59,18 +65,21 @@ class Schedule(Strategy):
         warmup: int = 300,
         interval: int = 5,
         observations: int = 1,
+        observe_every: int = 1,
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total: Optional[int] = None,
     ) -> None:
         check_number("warmup", warmup, at_least=0, integer=True)
         check_number("interval", interval, at_least=1, integer=True)
         check_number("observations", observations, at_least=1, at_most=interval, integer=True)
+        check_number("observe_every", observe_every, at_least=1, integer=True)
         check_choice("decay", decay, ("constant", "linear", "cosine"))
         if total is not None or decay != "constant":
             check_number("total", total, above=warmup, integer=True)
         self.warmup = warmup
         self.interval = interval
         self.observations = observations
+        self.observe_every = observe_every
         self.decay = decay
         self.total = total
 
@@ -80,7 +89,10 @@ class Schedule(Strategy):
 
     def observes(self, step: int) -> bool:
         """Return whether gradients are observed at optimizer step ``step``."""
-        return step > self.warmup and (self.warmup - step) % self.interval < self.observations
+        if step <= self.warmup:
+            return False
+        rounds, steps = divmod(step - self.warmup - 1, self.interval)
+        return rounds % self.observe_every == 0 and steps >= self.interval - self.observations
 
     def strength(self, step: int) -> float:
         """Return the factor in [0, 1] by which an update after step ``step`` is scaled."""

@@ -382,6 +382,33 @@ def test_observations_of_a_round_are_averaged() -> None:
     assert both == pytest.approx({name: (first[name] + second[name]) / 2 for name in LAYERS})
 
 
+def test_rounds_between_observations_go_by_the_last_rates() -> None:
+    learner = make_learner(
+        *networks(), schedule=Schedule(warmup=0, interval=1, observe_every=3), update=MaskedDistillation()
+    )
+    rounds = [one_round(learner, batch(seed)) for seed in range(4)]
+    assert rounds[0].rates == rounds[1].rates == rounds[2].rates != rounds[3].rates
+    assert all(record.updated for record in rounds)
+
+
+def test_rates_are_kept_over_a_checkpoint() -> None:
+    schedule = Schedule(warmup=0, interval=1, observe_every=3)
+    learner, resumed = make_learner(*networks(), schedule=schedule), make_learner(*networks(), schedule=schedule)
+    first = one_round(learner)
+    resumed.load_state_dict(learner.state_dict())
+    assert one_round(resumed).rates == first.rates
+
+
+def test_no_round_goes_by_old_rates_where_it_should_have_been_observed() -> None:
+    learner = make_learner(*networks(), schedule=Schedule(warmup=0, interval=1, observe_every=2))
+    for seed in range(2):
+        one_round(learner, batch(seed))
+    learner.distill(learner.student(batch()), batch())
+    learner.observe(lambda teacher: teacher(batch()).sum() * float("nan"))
+    learner.after_step()
+    assert [record.step for record in learner.report().rounds] == [1, 2]
+
+
 def test_a_strength_scales_the_update() -> None:
     def moved(**options: Any) -> float:
         teacher, student = networks()

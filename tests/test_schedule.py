@@ -18,6 +18,7 @@ def schedules(draw: Any) -> Schedule:
         warmup=warmup,
         interval=interval,
         observations=draw(st.integers(1, interval)),
+        observe_every=draw(st.integers(1, 4)),
         decay=draw(st.sampled_from(["constant", "linear", "cosine"])),
         total=warmup + draw(st.integers(1, 60)),
     )
@@ -32,8 +33,8 @@ def test_rounds_come_every_interval_steps_after_the_warm_up(schedule: Schedule) 
 
 @settings(deadline=None)
 @given(schedules())
-def test_the_last_observations_steps_up_to_a_round_are_observed_and_no_others(schedule: Schedule) -> None:
-    due = [step for step in range(1, 150) if schedule.due(step)]
+def test_the_last_steps_up_to_the_first_of_so_many_rounds_are_observed_and_no_others(schedule: Schedule) -> None:
+    due = [step for step in range(1, 250) if schedule.due(step)][:: schedule.observe_every]
     observed = {step - back for step in due for back in range(schedule.observations)}
     assert {step for step in range(1, 120) if schedule.observes(step)} == {step for step in observed if step < 120}
     assert all(schedule.observes(step) for step in due)
@@ -80,6 +81,7 @@ def test_never(step: int) -> None:
         ({"warmup": True}, "warmup is not an integer"),
         ({"observations": 0}, "observations is out of range"),
         ({"interval": 5, "observations": 6}, "observations is out of range.*<= 5"),
+        ({"observe_every": 0}, "observe_every is out of range"),
         ({"decay": "exponential"}, "decay is unknown: expected 'constant' or 'linear' or 'cosine'"),
         ({"decay": "linear"}, "total is not an integer.*received None. Fix: pass total=an integer and > 300"),
         ({"decay": "cosine", "warmup": 30, "total": 30}, "total is out of range.*> 30"),
