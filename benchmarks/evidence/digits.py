@@ -29,6 +29,7 @@ class DigitsHost(Host):
             loss,
             output=lambda: target_logits,
             images=batch.target,
+            source=batch.images,
             source_loss=lambda model: F.cross_entropy(model(batch.images), batch.labels),
         )
 

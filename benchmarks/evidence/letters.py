@@ -69,6 +69,7 @@ class LettersHost(Host):
             loss,
             output=lambda: target_logits,
             images=batch.target,
+            source=batch.images,
             source_loss=lambda model: F.cross_entropy(model(batch.images), batch.labels),
         )
 

@@ -54,6 +54,7 @@ class StreetHost(Host):
             loss,
             output=lambda: self.model(change_colours(target, rng)),
             images=target,
+            source=source,
             source_loss=lambda model: self._loss(model(source), labels),
         )
 

@@ -19,12 +19,14 @@ class HostLoss:
         loss: The host's own loss, with its graph.
         output: Returns the network's output, with its graph, on the view of the target that it is trained on.
         images: The target images as the teacher is to see them.
-        source_loss: From a network to its supervised loss on the source batch, for selections that compare the domains.
+        source: The source images.
+        source_loss: From a network to its supervised loss on the source batch.
     """
 
     loss: Tensor
     output: Callable[[], Tensor]
     images: Tensor
+    source: Tensor
     source_loss: Callable[[nn.Module], Tensor]
 
 

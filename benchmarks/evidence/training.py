@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.evidence.task import Host, Task, set_learning_rate
 from clda_core import CollaborativeLearner, Report
+from clda_core.saliency import PseudoLabelCrossEntropy
 from clda_core.selection import DomainShift
 
 
@@ -69,7 +70,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         if learner is not None and learner.observing and isinstance(learner.selection, DomainShift):
-            learner.observe(of_host.source_loss, domain="source")
+            learner.observe(probing(of_host.source), domain="source")
         if learner is None:
             optimizer.step()
         elif cotraining is None or of_teacher is None:
@@ -97,6 +98,24 @@ def train(
         "teacher": None if teacher is None else task.evaluate(teacher),
         "rounds": None if learner is None else summary(learner.report()),
     }
+
+
+def probing(images: Tensor) -> Callable[[nn.Module], Tensor]:
+    """Return the learner's default probe on other images than its own, as a function of the network."""
+    probe = PseudoLabelCrossEntropy()
+    return lambda network: probe(network(images))
+
+
+def train_on_source(task: Task, host: Host, *, steps: int) -> None:
+    """Train ``host.model`` in place on labelled source data alone."""
+    optimizer = torch.optim.AdamW(host.model.parameters(), lr=task.learning_rate, weight_decay=0.01)
+    host.model.train()
+    for step in range(steps):
+        set_learning_rate(optimizer, task.learning_rate, step, steps)
+        loss = host.loss(step, steps).source_loss(host.model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def summary(report: Report) -> Dict[str, Any]:
