@@ -12,6 +12,7 @@ from typing import List, Optional
 import torch
 from tqdm import tqdm
 
+from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
 from benchmarks.evidence.records import FOLDER, Records, claimed
 from benchmarks.evidence.runs import WORK, run, trained_teacher
 from benchmarks.evidence.tasks import TASKS, task
@@ -27,7 +28,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             from benchmarks.evidence.report import write_report
 
             return write_report(check=options.check)
-        return _train(options)
+        return _observe(options) if options.observation else _train(options)
     except CldaError as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2
@@ -87,6 +88,18 @@ def _train(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _observe(options: argparse.Namespace) -> int:
+    benchmark = task(options.name)
+    records = Records(options.records / "observation" / f"{options.name}.jsonl")
+    done = records.done()
+    wanted = [(seed, network, how) for seed in seeds_in(options.seeds) for network in NETWORKS for how in TRAININGS]
+    missing = [(s, n, how) for s, n, how in wanted if (benchmark.setting(), s, f"{n}-{how}") not in done]
+    torch.set_num_threads(1)
+    for seed, network, how in tqdm(missing, desc=f"{options.name}: networks", unit="network"):
+        records.add(observe(benchmark, seed, network, how))
+    return 0
+
+
 def _teacher(name: str, seed: int) -> None:
     benchmark = task(name)
     with claimed(WORK / benchmark.setting() / "claims", f"teacher-{seed}") as free:
@@ -116,5 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", default="main", help="names or groups, with commas between; all")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--records", type=type(FOLDER), default=FOLDER, help="folder of the records")
+    parser.add_argument(
+        "--observation", action="store_true", help="record the LSR of both networks, with and without UDA, instead"
+    )
     parser.add_argument("--check", action="store_true", help="report: fail if docs/evidence.md is not up to date")
     return parser
