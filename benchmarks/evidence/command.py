@@ -7,7 +7,7 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
 from benchmarks.evidence.records import FOLDER, Records, claimed
 from benchmarks.evidence.runs import WORK, run, trained_teacher
+from benchmarks.evidence.tables import runs_of, tables
 from benchmarks.evidence.tasks import TASKS, task
 from benchmarks.evidence.variants import named
 from clda_core import CldaError
@@ -66,8 +67,15 @@ def _train(options: argparse.Namespace) -> int:
     done = records.done()
     missing = [(seed, name) for seed in seeds for name in names if (benchmark.setting(), seed, name) not in done]
     print(f"{options.name}: {len(seeds) * len(names) - len(missing)} runs are recorded, {len(missing)} are to be made")
-    if not missing:
-        return 0
+    failed = _make(options, records, missing) if missing else []
+    print(tables(runs_of(records.read(), seeds).get(benchmark.setting(), {})))
+    for line in failed:
+        print(f"evidence: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _make(options: argparse.Namespace, records: Records, missing: List[Tuple[int, str]]) -> List[str]:
+    """Make the missing runs and return what failed."""
     context = multiprocessing.get_context("spawn")
     failed = []
     with ProcessPoolExecutor(options.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -83,9 +91,7 @@ def _train(options: argparse.Namespace) -> int:
                     failed.append(f"seed {seed}, {name}: {type(error).__name__}: {error}")
                 bar.set_postfix_str(f"{name} {seed}: {future.result() if error is None else 'failed'}")
                 bar.update(1)
-    for line in failed:
-        print(f"evidence: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return failed
 
 
 def _observe(options: argparse.Namespace) -> int:

@@ -4,79 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import matplotlib
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.evidence.observation import NETWORKS, TRAININGS, overall
 from benchmarks.evidence.records import FOLDER, Record, Records
-from benchmarks.evidence.statistics import Difference, holm, paired
-from benchmarks.evidence.variants import FROZEN, VARIANTS
+from benchmarks.evidence.tables import REPORTED, Runs, cost_ratio, difference, runs_of, tables
+from benchmarks.evidence.variants import VARIANTS
 from clda_core import CldaError
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "clda"
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-REPORTED = range(10)
-Runs = Dict[str, Dict[int, Record]]
-GROUPS = {
-    "main": "The main comparison",
-    "control": "Controls: is it the student, or just more training?",
-    "cotrained": "With a teacher that the host trains on",
-    "selection": "Which layers",
-    "saliency": "Which saliency",
-    "update": "Which update",
-    "loss": "Which KD loss",
-}
-
-
-def runs_of(records: Sequence[Record], seeds: Sequence[int] = REPORTED) -> Dict[str, Runs]:
-    """Return the latest record by setting, variant and seed, of the given seeds and known variants."""
-    settings: Dict[str, Runs] = {}
-    for record in records:
-        if record["seed"] in seeds and record["variant"] in VARIANTS:
-            of_setting = settings.setdefault(record["setting"], {})
-            of_setting.setdefault(record["variant"], {})[record["seed"]] = record
-    return settings
-
-
-def difference(runs: Runs, variant: str, role: str, *, to: str = FROZEN) -> Optional[Difference]:
-    """Return the paired difference of a variant's ``student`` or ``teacher`` to another variant's."""
-    pairs = [
-        (_figure(record, role), _figure(runs[to][seed], role))
-        for seed, record in sorted(runs.get(variant, {}).items())
-        if seed in runs.get(to, {})
-    ]
-    whole = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-    return paired([ours for ours, _ in whole], [theirs for _, theirs in whole])
-
-
-def tables(runs: Runs) -> str:
-    """Return one table a group, of means and paired differences to frozen-teacher KD."""
-    parts: List[str] = []
-    for group, heading in GROUPS.items():
-        names = [name for name, variant in VARIANTS.items() if variant.group == group and name in runs]
-        if not names:
-            continue
-        compared = [name for name in names if name != FROZEN]
-        found = {(name, role): difference(runs, name, role) for name in compared for role in ("student", "teacher")}
-        adjusted = {
-            role: holm({name: item.p for (name, whose), item in found.items() if whose == role and item is not None})
-            for role in ("student", "teacher")
-        }
-        rows = []
-        for name in names:
-            records = runs[name]
-            row: List[Any] = [VARIANTS[name].title, len(records)]
-            for role in ("student", "teacher"):
-                row += [_mean(records, role), _described(found.get((name, role)), adjusted[role].get(name))]
-            row.append(_cost(runs, name))
-            rows.append(row)
-        headers = ["", "seeds", "student", "vs frozen KD", "teacher", "vs frozen KD", "time"]
-        parts.append(f"### {heading}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}")
-    return "\n\n".join(parts)
 
 
 def cost_figure(runs: Runs, path: Path) -> None:
@@ -86,7 +29,7 @@ def cost_figure(runs: Runs, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharex=True, constrained_layout=True)
     for axis, role in zip(axes, ("student", "teacher")):
         for name in runs:
-            item, cost = difference(runs, name, role), _cost_ratio(runs, name)
+            item, cost = difference(runs, name, role), cost_ratio(runs, name)
             if item is None or cost is None:
                 continue
             bars = [[item.mean - item.low], [item.high - item.mean]]
@@ -98,6 +41,58 @@ def cost_figure(runs: Runs, path: Path) -> None:
         axis.axvline(1.1, color="0.7", linewidth=0.8, linestyle=":")
         axis.set_xlabel("time, in units of frozen-teacher KD")
         axis.set_ylabel(f"{role}: points above frozen-teacher KD")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def observation_table(records: Sequence[Record]) -> str:
+    """Return the salient share of each network, by training and domain."""
+    rows = []
+    for network in NETWORKS:
+        for training in TRAININGS:
+            chosen = [record for record in records if record["variant"] == f"{network}-{training}"]
+            if not chosen:
+                continue
+            row = [network, {"source": "source only", "uda": "UDA"}[training], str(len(chosen))]
+            row.append(f"{np.mean([record['target'][record['metric']] for record in chosen]):.1f}")
+            for threshold in ("own_threshold", "source_threshold"):
+                for domain in ("source", "target"):
+                    shares = [100 * overall(record[threshold][domain], record["sizes"]) for record in chosen]
+                    row.append(f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1) if len(shares) > 1 else 0:.1f}")
+            rows.append(row)
+    headers = [
+        "network",
+        "trained by",
+        "seeds",
+        "target figure",
+        "source",
+        "target",
+        "source, its threshold",
+        "target, ",
+    ]
+    headers[-1] += "source's threshold"
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def observation_figure(records: Sequence[Record], path: Path) -> None:
+    """Draw each layer's LSR on both domains, one panel a network and training."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(NETWORKS), len(TRAININGS), figsize=(9, 5), sharey=True, squeeze=False, constrained_layout=True
+    )
+    for row, network in zip(axes, NETWORKS):
+        for axis, training in zip(row, TRAININGS):
+            chosen = [record for record in records if record["variant"] == f"{network}-{training}"]
+            for domain, marker in (("source", "o"), ("target", "x")):
+                rates = [list(record["own_threshold"][domain].values()) for record in chosen]
+                if rates:
+                    axis.plot(np.mean(rates, axis=0), marker=marker, linewidth=1, label=f"{domain} images")
+            axis.set_title(f"{network}, {'source only' if training == 'source' else 'UDA'}", fontsize=9)
+            axis.set_xlabel("layer, from input to output")
+            axis.set_ylabel("LSR")
+    axes[0, 0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -123,6 +118,14 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
             counts = sorted({seed for of_variant in runs.values() for seed in of_variant})
             picture = f"![Gain against time]({figure.as_posix()})"
             parts.append("\n\n".join([f"## {setting}", _provenance(runs, counts), tables(runs), picture]))
+    for path in sorted((folder / "observation").glob("*.jsonl")):
+        records = [record for record in Records(path).read() if record["seed"] in REPORTED]
+        if records:
+            figure = Path("assets/evidence") / f"observation-{path.stem}.svg"
+            if not check:
+                observation_figure(records, docs / figure)
+            picture = f"![LSR by layer]({figure.as_posix()})"
+            parts.append("\n\n".join([f"## The observation: {path.stem}", observation_table(records), picture]))
     if not parts:
         raise CldaError(f"no records in {folder.name}/. Fix: python -m benchmarks.evidence digits --seeds 0-9")
     page = docs / "evidence.md"
@@ -163,39 +166,3 @@ def _provenance(runs: Runs, seeds: Sequence[int]) -> str:
         f"{len(records)} runs, "
         f"{', '.join(versions)}, commit {named}."
     )
-
-
-def _figure(record: Record, role: str) -> Optional[float]:
-    figures = record[role]
-    if figures is None and role == "teacher":
-        figures = record["teacher_before"]
-    return None if figures is None else float(figures[record["metric"]])
-
-
-def _mean(records: Dict[int, Record], role: str) -> str:
-    figures = [figure for record in records.values() for figure in [_figure(record, role)] if figure is not None]
-    return f"{np.mean(figures):.1f}" if figures else ""
-
-
-def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
-    if item is None:
-        return ""
-    star = "*" if adjusted is not None and adjusted < 0.05 else ""
-    return f"{item.mean:+.2f} [{item.low:+.2f}, {item.high:+.2f}]{star}"
-
-
-def _cost_ratio(runs: Runs, name: str) -> Optional[float]:
-    """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock."""
-    frozen = runs.get(FROZEN, {})
-    pairs = [(record, frozen[seed]) for seed, record in runs.get(name, {}).items() if seed in frozen]
-    ratios = [
-        ours["processor_seconds"] / theirs["processor_seconds"]
-        for ours, theirs in pairs
-        if "processor_seconds" in ours and "processor_seconds" in theirs
-    ]
-    return float(np.median(ratios)) if ratios else None
-
-
-def _cost(runs: Runs, name: str) -> str:
-    ratio = _cost_ratio(runs, name)
-    return "" if ratio is None else f"{ratio:.2f}×"

@@ -1,0 +1,159 @@
+"""Tables of means and paired differences, from records."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks.evidence.records import Record
+from benchmarks.evidence.statistics import Difference, holm, paired
+from benchmarks.evidence.variants import CLDA, FROZEN, UDA, VARIANTS
+
+REPORTED = range(10)
+Runs = Dict[str, Dict[int, Record]]
+GROUPS = {
+    "main": "The main comparison",
+    "control": "Controls: is it the student, or just more training?",
+    "cotrained": "With a teacher that the host trains on",
+    "selection": "Which layers",
+    "saliency": "Which saliency",
+    "update": "Which update",
+    "loss": "Which KD loss",
+}
+
+CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
+    (CLDA, "select-random", ("student", "teacher")),
+    (CLDA, "select-all", ("student", "teacher")),
+    (CLDA, "select-highest", ("student", "teacher")),
+    (CLDA, "teacher-longer", ("teacher",)),
+    ("clda-init", "frozen-init", ("student", "teacher")),
+    ("clda-cotrained", "frozen-cotrained", ("student", "teacher")),
+)
+
+
+def runs_of(records: Sequence[Record], seeds: Sequence[int] = REPORTED) -> Dict[str, Runs]:
+    """Return the latest record by setting, variant and seed, of the given seeds and known variants."""
+    settings: Dict[str, Runs] = {}
+    for record in records:
+        if record["seed"] in seeds and record["variant"] in VARIANTS:
+            of_setting = settings.setdefault(record["setting"], {})
+            of_setting.setdefault(record["variant"], {})[record["seed"]] = record
+    return settings
+
+
+def difference(runs: Runs, variant: str, role: str, *, to: str = FROZEN) -> Optional[Difference]:
+    """Return the paired difference of a variant's ``student`` or ``teacher`` to another variant's."""
+    pairs = [
+        (_figure(record, role), _figure(runs[to][seed], role))
+        for seed, record in sorted(runs.get(variant, {}).items())
+        if seed in runs.get(to, {})
+    ]
+    whole = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    return paired([ours for ours, _ in whole], [theirs for _, theirs in whole])
+
+
+def tables(runs: Runs) -> str:
+    """Return one table a group, of means and paired differences to frozen-teacher KD."""
+    parts: List[str] = []
+    for group, heading in GROUPS.items():
+        names = [name for name, variant in VARIANTS.items() if variant.group == group and name in runs]
+        if not names:
+            continue
+        compared = [name for name in names if name != FROZEN]
+        found = {(name, role): difference(runs, name, role) for name in compared for role in ("student", "teacher")}
+        adjusted = {
+            role: holm({name: item.p for (name, whose), item in found.items() if whose == role and item is not None})
+            for role in ("student", "teacher")
+        }
+        rows = []
+        for name in names:
+            records = runs[name]
+            row: List[Any] = [VARIANTS[name].title, len(records)]
+            for role in ("student", "teacher"):
+                row += [_mean(records, role), _described(found.get((name, role)), adjusted[role].get(name))]
+            row.append(_cost(runs, name))
+            rows.append(row)
+        headers = ["", "seeds", "student", "vs frozen KD", "teacher", "vs frozen KD", "time"]
+        parts.append(f"### {heading}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}")
+    return "\n\n".join([*parts, *contrasts(runs), *per_class(runs)])
+
+
+def contrasts(runs: Runs) -> List[str]:
+    """Return a table of the paired differences between variants of which neither is frozen-teacher KD."""
+    found = {
+        (variant, other, role): item
+        for variant, other, roles in CONTRASTS
+        for role in roles
+        for item in [difference(runs, variant, role, to=other)]
+        if item is not None
+    }
+    if not found:
+        return []
+    adjusted = holm({" ".join(key): item.p for key, item in found.items()})
+    rows = [
+        [
+            f"{VARIANTS[v].title} − {VARIANTS[o].title}",
+            role,
+            item.seeds,
+            _described(item, adjusted[" ".join((v, o, role))]),
+        ]
+        for (v, o, role), item in found.items()
+    ]
+    headers = ["", "of the", "seeds", "difference"]
+    return [f"### Head to head\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"]
+
+
+def per_class(runs: Runs) -> List[str]:
+    """Return a table of the mean IoU of each class, where the records have it."""
+    columns = [
+        (f"{VARIANTS[name].title}: {role}", [record[role] for record in runs[name].values()])
+        for name in (UDA, FROZEN, CLDA)
+        for role in ("student", "teacher")
+        if name in runs and all(record[role] for record in runs[name].values())
+    ]
+    classes = [key for key in (columns[0][1][0] if columns else ()) if key.startswith("IoU ")]
+    if not classes:
+        return []
+    rows = [
+        [key[4:], *(f"{np.mean([figures[key] for figures in every]):.1f}" for _, every in columns)] for key in classes
+    ]
+    headers = ["IoU", *(title for title, _ in columns)]
+    return [f"### By class\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"]
+
+
+def _figure(record: Record, role: str) -> Optional[float]:
+    figures = record[role]
+    if figures is None and role == "teacher":
+        figures = record["teacher_before"]
+    return None if figures is None else float(figures[record["metric"]])
+
+
+def _mean(records: Dict[int, Record], role: str) -> str:
+    figures = [figure for record in records.values() for figure in [_figure(record, role)] if figure is not None]
+    return f"{np.mean(figures):.1f}" if figures else ""
+
+
+def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
+    if item is None:
+        return ""
+    star = "*" if adjusted is not None and adjusted < 0.05 else ""
+    return f"{item.mean:+.2f} [{item.low:+.2f}, {item.high:+.2f}]{star}"
+
+
+def cost_ratio(runs: Runs, name: str) -> Optional[float]:
+    """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock."""
+    frozen = runs.get(FROZEN, {})
+    pairs = [(record, frozen[seed]) for seed, record in runs.get(name, {}).items() if seed in frozen]
+    ratios = [
+        ours["processor_seconds"] / theirs["processor_seconds"]
+        for ours, theirs in pairs
+        if "processor_seconds" in ours and "processor_seconds" in theirs
+    ]
+    return float(np.median(ratios)) if ratios else None
+
+
+def _cost(runs: Runs, name: str) -> str:
+    ratio = cost_ratio(runs, name)
+    return "" if ratio is None else f"{ratio:.2f}×"
