@@ -58,20 +58,11 @@ def observation_table(records: Sequence[Record]) -> str:
             row.append(f"{np.mean([record['target'][record['metric']] for record in chosen]):.1f}")
             for threshold in ("own_threshold", "source_threshold"):
                 for domain in ("source", "target"):
-                    shares = [100 * overall(record[threshold][domain], record["sizes"]) for record in chosen]
-                    row.append(f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1) if len(shares) > 1 else 0:.1f}")
+                    salient = [100 * overall(record[threshold][domain], record["sizes"]) for record in chosen]
+                    row.append(f"{np.mean(salient):.1f} ± {np.std(salient):.1f}")
             rows.append(row)
-    headers = [
-        "network",
-        "trained by",
-        "seeds",
-        "target figure",
-        "source",
-        "target",
-        "source, its threshold",
-        "target, ",
-    ]
-    headers[-1] += "source's threshold"
+    shares = ["source", "target", "source, its threshold", "target, source's threshold"]
+    headers = ["network", "trained by", "seeds", "target figure", *shares]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 

@@ -83,7 +83,7 @@ def tables(runs: Runs) -> str:
 def contrasts(runs: Runs) -> List[str]:
     """Return a table of the paired differences between variants of which neither is frozen-teacher KD."""
     found = {
-        (variant, other, role): item
+        (f"{VARIANTS[variant].title} − {VARIANTS[other].title}", role): item
         for variant, other, roles in CONTRASTS
         for role in roles
         for item in [difference(runs, variant, role, to=other)]
@@ -92,15 +92,7 @@ def contrasts(runs: Runs) -> List[str]:
     if not found:
         return []
     adjusted = holm({" ".join(key): item.p for key, item in found.items()})
-    rows = [
-        [
-            f"{VARIANTS[v].title} − {VARIANTS[o].title}",
-            role,
-            item.seeds,
-            _described(item, adjusted[" ".join((v, o, role))]),
-        ]
-        for (v, o, role), item in found.items()
-    ]
+    rows = [[*key, item.seeds, _described(item, adjusted[" ".join(key)])] for key, item in found.items()]
     headers = ["", "of the", "seeds", "difference"]
     return [f"### Head to head\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"]
 
