@@ -9,10 +9,11 @@ WORKERS ?= 2
 ARGS ?=
 # Two workers with a thread each finish sooner than one with two, and sums do not depend on the number of cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest test-matrix lint format types docs wheel import-time ci clean
+.PHONY: help venv demo evidence-quick test test-oldest test-matrix lint format types docs wheel import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -27,6 +28,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 
 demo: venv  ## train on the digits and print the table (ARGS="--seed 1")
 	$(BIN)/python -m examples.classification.digits $(ARGS)
+
+evidence-quick: venv  ## one seed of two benchmarks, all main variants, 10-15 minutes (ARGS="--seeds 101")
+	$(EVIDENCE) digits --seeds 100 --records runs/evidence/quick $(ARGS)
+	$(EVIDENCE) street --seeds 100 --records runs/evidence/quick $(ARGS)
 
 test: venv  ## run the tests, the doctests and the snippets of README and docs (ARGS="-k name")
 	$(PYTEST) $(ARGS)

@@ -15,7 +15,7 @@ from clda_core import CldaError
 pytest.importorskip("scipy", reason="the benchmarks need scipy, which is no dependency of the package")
 pytest.importorskip("sklearn", reason="the digits benchmark reads scikit-learn's images")
 
-from benchmarks.evidence import runs
+from benchmarks.evidence import observation, runs
 from benchmarks.evidence.command import main, seeds_in
 from benchmarks.evidence.digits import Digits
 from benchmarks.evidence.records import Records, claimed
@@ -195,6 +195,22 @@ def test_every_variant_has_a_learner_that_can_be_built(tiny: Digits, name: str) 
     assert (learner is None) == (variant.strategies is None)
 
 
+def test_the_observation_measures_both_domains_by_layer(tiny: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observation, "BATCHES", 2)
+    found = observation.observe(tiny, 100, "student", "source")
+    layers = set(found["sizes"])
+    for threshold in ("own_threshold", "source_threshold"):
+        for domain in ("target", "source"):
+            rates = found[threshold][domain]
+            assert set(rates) == layers
+            assert 0 < observation.overall(rates, found["sizes"]) < 1
+    # A reference is averaged over the batches so far, a model's own threshold is each batch's.
+    assert found["own_threshold"]["source"] == pytest.approx(found["source_threshold"]["source"], abs=0.02)
+    assert found["own_threshold"]["target"] != found["source_threshold"]["target"]
+    assert observation.observe(tiny, 100, "student", "uda")["target"] != found["target"]
+    assert observation.overall({"a": 1.0, "b": 0.25}, {"a": 1, "b": 2}) == 0.5
+
+
 def test_command_resumes_where_it_was(
     tiny: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +232,24 @@ def test_seeds_and_variants_that_do_not_exist(tmp_path: Path, capsys: pytest.Cap
     assert list(named(["all"])) == list(VARIANTS)
     assert main(["digits", "--variants", "nothing", "--records", str(tmp_path)]) == 2
     assert "Variants: uda, frozen, clda" in capsys.readouterr().err
+
+
+def test_head_to_head_and_by_class() -> None:
+    tables = pytest.importorskip("benchmarks.evidence.tables")
+    runs_by_variant: Dict[str, Dict[int, Dict[str, Any]]] = {FROZEN: {}, CLDA: {}, "select-all": {}}
+    for seed in range(4):
+        for variant, figure in ((FROZEN, 80.0), (CLDA, 83.0), ("select-all", 81.5)):
+            item = record(seed, variant, student=figure, teacher=figure)
+            item["student"]["IoU car"] = figure / 2
+            item["teacher"]["IoU car"] = 1.0
+            runs_by_variant[variant][seed] = item
+    (head_to_head,) = tables.contrasts(runs_by_variant)
+    assert "| CLDA − all layers | student  | 4       | +1.50 [+1.50, +1.50]" in head_to_head
+    assert "random" not in head_to_head
+    (by_class,) = tables.per_class(runs_by_variant)
+    car = next(line for line in by_class.splitlines() if line.startswith("| car"))
+    assert [cell.strip() for cell in car.strip("|").split("|")] == ["car", "40.0", "1.0", "41.5", "1.0"]
+    assert tables.per_class({FROZEN: {0: record()}}) == []
 
 
 def test_report_without_records_or_page_says_what_to_do(tmp_path: Path) -> None:
