@@ -135,7 +135,7 @@ class CollaborativeLearner:
     @property
     def observing(self) -> bool:
         """Whether gradients are observed at the optimizer step now in the making."""
-        return self.enabled and self.schedule.observes(self._steps + 1)
+        return self.enabled and self._observes(self._steps + 1)
 
     def distill(
         self,
@@ -352,6 +352,11 @@ class CollaborativeLearner:
 
     # ------------------------------------------------------------------------------------------------- internals
 
+    def _observes(self, step: int) -> bool:
+        """Return whether a step is observed: as scheduled, and before every update of single parameters."""
+        single = self.update.granularity == "parameter"
+        return self.schedule.observes(step) or (single and self.schedule.due(step))
+
     def _forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
         self._observed = set()
@@ -409,7 +414,7 @@ class CollaborativeLearner:
         """Select, relate, update, and record; nothing where no target data was observed as it should have been."""
         layers = {layer.name: layer for layer in self._teacher_view.layers}
         rates, source_rates = self._observer.rates()
-        if not rates and self._history and not self.schedule.observes(self._steps):
+        if not rates and self._history and not self._observes(self._steps):
             rates, source_rates = dict(self._history[-1].rates), dict(self._history[-1].source_rates)
         if not rates:
             return

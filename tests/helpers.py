@@ -96,7 +96,7 @@ def images(seed: int = 0, count: int = 2, side: int = 8) -> Tensor:
 
 
 def every_step(**options: Any) -> Schedule:
-    return Schedule(**{"warmup": 0, "interval": 1, **options})
+    return Schedule(**{"warmup": 0, "interval": 1, "observe_every": 1, **options})
 
 
 def make_learner(teacher: nn.Module, student: nn.Module, **options: Any) -> CollaborativeLearner:

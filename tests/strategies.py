@@ -114,7 +114,7 @@ CASES: Dict[str, List[Case]] = {
     "attention_transfer": [("feature function", lambda: attention_transfer)],
     "Schedule": [
         ("schedule", lambda: Schedule(warmup=1, interval=2, observations=2)),
-        ("schedule", lambda: Schedule(warmup=0, interval=1, decay="cosine", total=8)),
+        ("schedule", lambda: Schedule(warmup=0, interval=1, observe_every=1, decay="cosine", total=8)),
         ("schedule", lambda: Schedule(warmup=0, interval=1, decay="linear", total=8)),
     ],
     "Never": [("schedule", Never)],

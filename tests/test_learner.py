@@ -301,7 +301,7 @@ def test_a_function_is_observed_on_a_frozen_teacher() -> None:
 
 def test_a_function_is_called_only_when_observing() -> None:
     teacher, student = networks()
-    learner = make_learner(teacher, student, schedule=Schedule(warmup=2, interval=1))
+    learner = make_learner(teacher, student, schedule=Schedule(warmup=2, interval=1, observe_every=1))
 
     def never(_: nn.Module) -> Tensor:
         raise AssertionError("called")
