@@ -17,6 +17,7 @@ GROUPS = {
     "main": "The main comparison",
     "control": "Controls: is it the student, or just more training?",
     "cotrained": "With a teacher that the host trains on",
+    "schedule": "How often",
     "selection": "Which layers",
     "saliency": "Which saliency",
     "update": "Which update",

@@ -97,6 +97,7 @@ def train(
         "student_ema": task.evaluate(host.ema),
         "teacher": None if teacher is None else task.evaluate(teacher),
         "rounds": None if learner is None else summary(learner.report()),
+        "config": None if learner is None else configuration(learner),
     }
 
 
@@ -116,6 +117,11 @@ def train_on_source(task: Task, host: Host, *, steps: int) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def configuration(learner: CollaborativeLearner) -> Dict[str, Any]:
+    """Return the learner's strategies with their options."""
+    return {role: of for role, of in learner.state_dict()["config"].items() if not role.endswith("_layers")}
 
 
 def summary(report: Report) -> Dict[str, Any]:

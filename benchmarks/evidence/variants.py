@@ -62,6 +62,11 @@ def with_(**makers: Callable[[Task, int], Any]) -> Strategies:
     return lambda task, seed: {**defaults(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
 
 
+def every(interval: int) -> Strategies:
+    """Return the defaults with more or fewer rounds."""
+    return lambda task, seed: {"schedule": Schedule(warmup=task.warmup, interval=interval)}
+
+
 def gentle(task: Task, seed: int) -> Dict[str, Any]:
     """Return smaller updates, earlier and more often: the teacher averages the student's noise out."""
     update = Guard(MaskedDistillation(learning_rate=2e-4))
@@ -76,12 +81,14 @@ VARIANTS: Dict[str, Variant] = {
     CLDA: Variant("CLDA", "main", defaults),
     "frozen-init": Variant("frozen KD, student initialised", "main", frozen, start="teacher"),
     "clda-init": Variant("CLDA, student initialised", "main", defaults, start="teacher"),
-    "gentle": Variant("CLDA, gentle and frequent", "main", gentle),
     "teacher-longer": Variant("teacher trained on, no student", "control", kind="teacher"),
     "frozen-cotrained": Variant("KD from a co-trained teacher", "cotrained", frozen, cotrained=True),
     "clda-cotrained": Variant("CLDA, teacher co-trained", "cotrained", defaults, cotrained=True),
     "gentle-cotrained": Variant("gentle CLDA, teacher co-trained", "cotrained", gentle, cotrained=True),
     "duda": Variant("DUDA-like: big auxiliary student", "control", kind="duda"),
+    "interval-5": Variant("a round every 5 steps", "schedule", every(5)),
+    "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
+    "gentle": Variant("every 2 steps, a fifth of the learning rate, earlier", "schedule", gentle),
     "select-random": Variant(
         "random layers", "selection", with_(selection=lambda task, seed: RandomFraction(seed=seed))
     ),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from clda_core import CldaError
+from clda_core import CldaError, Schedule
 
 pytest.importorskip("scipy", reason="the benchmarks need scipy, which is no dependency of the package")
 pytest.importorskip("sklearn", reason="the digits benchmark reads scikit-learn's images")
@@ -160,7 +160,7 @@ class TinyDigits(Digits):
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Digits:
     monkeypatch.setattr(runs, "WORK", tmp_path)
     task = TinyDigits()
-    task.steps, task.teacher_steps, task.warmup = 8, 4, 2
+    task.steps, task.teacher_steps, task.warmup = 14, 4, 2
     return task
 
 
@@ -172,6 +172,7 @@ def test_equal_runs_have_equal_figures(tiny: Digits) -> None:
     for key in ("student", "student_ema", "teacher", "curve", "rounds", "teacher_before"):
         assert one[key] == other[key], key
     assert one["rounds"]["made"] == 1
+    assert one["config"]["schedule"]["interval"] == Schedule().interval
     assert json.loads(json.dumps(one)) == one
 
 
