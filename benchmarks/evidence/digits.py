@@ -5,36 +5,22 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Dict
 
-import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.evidence.task import Host, HostLoss, Task
+from benchmarks.evidence.self_training import SelfTrainingHost
+from benchmarks.evidence.task import Host, Task
 from examples.classification.digits_data import LabelledImages, source_digits, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
-from examples.classification.self_training import Batches, HostEma, SelfTraining, forward, self_training_loss
+from examples.classification.self_training import Batch, Batches, SelfTraining
 
 
-class DigitsHost(Host):
+class DigitsHost(SelfTrainingHost):
     def __init__(self, model: nn.Module, batches: Batches, settings: SelfTraining) -> None:
-        self.model, self.batches, self.settings = model, batches, settings
-        self.host_ema = HostEma(model, settings.ema_decay)
-        self.ema = self.host_ema.model
+        super().__init__(model, settings)
+        self.batches = batches
 
-    def loss(self, step: int, steps: int) -> HostLoss:
-        batch = self.batches[step]
-        source_logits, target_logits = forward(self.model, batch)
-        weight = self.settings.target_weight_at(step, steps)
-        loss = self_training_loss(source_logits, target_logits, batch, self.host_ema, weight)
-        return HostLoss(
-            loss,
-            output=lambda: target_logits,
-            images=batch.target,
-            source=batch.images,
-            source_loss=lambda model: F.cross_entropy(model(batch.images), batch.labels),
-        )
-
-    def after_step(self) -> None:
-        self.host_ema.update(self.model)
+    def batch(self, step: int) -> Batch:
+        return self.batches[step]
 
 
 class Digits(Task):

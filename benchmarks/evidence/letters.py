@@ -6,12 +6,12 @@ from functools import lru_cache
 from typing import Dict, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.evidence.task import Host, HostLoss, Task
+from benchmarks.evidence.self_training import SelfTrainingHost
+from benchmarks.evidence.task import Host, Task
 from benchmarks.letters.images import LETTERS, SIZE, source_letters, strong_view, target_letters
-from examples.classification.self_training import Batch, HostEma, SelfTraining, self_training_loss
+from examples.classification.self_training import Batch, SelfTraining
 
 BIG, SMALL = (6, 64), (2, 48)  # blocks, width
 SOURCE, TARGET, EVALUATION = 5000, 4000, 2000
@@ -42,39 +42,23 @@ class Classifier(nn.Module):
         return self.vit((images - 0.3) / 0.35).logits
 
 
-class LettersHost(Host):
+class LettersHost(SelfTrainingHost):
     def __init__(self, model: nn.Module, seed: int, stream: int, settings: SelfTraining) -> None:
-        self.model, self.settings = model, settings
+        super().__init__(model, settings)
         self.seed = 5 * seed + stream
-        self.host_ema = HostEma(model, settings.ema_decay)
-        self.ema = self.host_ema.model
         self.images, self.labels = _source(seed)
         self.target, _ = _target(seed)
 
-    def loss(self, step: int, steps: int) -> HostLoss:
+    def batch(self, step: int) -> Batch:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chosen = torch.randint(len(self.images), (self.settings.batch,), generator=rng)
         target = self.target[torch.randint(len(self.target), (self.settings.batch,), generator=rng)]
-        batch = Batch(
+        return Batch(
             strong_view(self.images[chosen], rng, masked=0.0),
             self.labels[chosen],
             target,
             strong_view(target, rng, masked=self.settings.masked),
         )
-        logits = self.model(torch.cat([batch.images, batch.target_strong]))
-        source_logits, target_logits = logits.chunk(2)
-        weight = self.settings.target_weight_at(step, steps)
-        loss = self_training_loss(source_logits, target_logits, batch, self.host_ema, weight)
-        return HostLoss(
-            loss,
-            output=lambda: target_logits,
-            images=batch.target,
-            source=batch.images,
-            source_loss=lambda model: F.cross_entropy(model(batch.images), batch.labels),
-        )
-
-    def after_step(self) -> None:
-        self.host_ema.update(self.model)
 
 
 class Letters(Task):

@@ -62,7 +62,7 @@ def test_a_run_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(letters, "EVALUATION", 52)
     letters._evaluation.cache_clear()
     task = letters.Letters()
-    task.steps, task.teacher_steps, task.warmup = 6, 1, 0
+    task.steps, task.teacher_steps, task.warmup = 10, 1, 0
     record = runs.run(task, 100, "clda")
     letters._evaluation.cache_clear()
     assert record["rounds"]["made"] == 1
