@@ -128,14 +128,23 @@ def check_reached(found: Mapping[str, Optional[Tensor]]) -> None:
         )
 
 
-def check_steppable(optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]]) -> None:
+def check_steppable(
+    optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]], stepped: Optional[Callable[[], bool]]
+) -> None:
+    if stepped is not None and (scaler is not None or not callable(stepped)):
+        raise problem(
+            "step() cannot ask stepped= whether the step was made",
+            expected="a function without arguments, and no scaler=, whose skipped steps are noticed anyway",
+            received="a scaler beside it" if scaler is not None else type(stepped).__name__,
+            fix="pass one of scaler=scaler and stepped=lambda: not skipped",
+        )
     if step_fn is not None:
         if scaler is not None:
             raise problem(
                 "step() got both scaler= and step_fn=",
                 expected="one of them",
                 received="both",
-                fix="call observe(), your own step and, if it was not skipped, after_step()",
+                fix="let step_fn= do the scaler's step too, and say by stepped= whether it was made",
             )
         if not callable(step_fn):
             raise problem(

@@ -65,6 +65,14 @@ def autocast_off(device_type: str) -> ContextManager[Any]:
         return nullcontext()
 
 
+def load_plain(path: str) -> Any:
+    """Load a file to the CPU, of tensors and plain Python types only where torch can check that: from 1.13 on."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except TypeError:
+        return torch.load(path, map_location="cpu")
+
+
 @contextmanager
 def uncompiled(*models: nn.Module) -> Iterator[None]:
     """Run what ``torch.compile`` or ``Module.compile`` made of these models as it was before."""

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 
-def make_step(optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]]) -> Tuple[Any, bool]:
+def make_step(
+    optimizer: Any,
+    scaler: Any = None,
+    step_fn: Optional[Callable[[], Any]] = None,
+    stepped: Optional[Callable[[], bool]] = None,
+) -> Tuple[Any, bool]:
     """Step, and return what the step returned and whether it was made."""
-    if step_fn is not None:
-        return step_fn(), True
-    if scaler is not None:
+    if scaler is not None and step_fn is None:
         return None, scaler_step(scaler, optimizer)
-    return optimizer.step(), True
+    result = optimizer.step() if step_fn is None else step_fn()
+    if stepped is not None:
+        return result, bool(stepped())
+    # Accelerate's optimizer, which holds the scaler itself, says so by this property.
+    return result, step_fn is not None or not getattr(optimizer, "step_was_skipped", False)
+
+
+def accumulates(optimizer: Any) -> bool:
+    """Return whether the optimizer's ``step()`` waits for further micro-batches, as Accelerate's does."""
+    return not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)
 
 
 def unscale(scaler: Any, optimizer: Any) -> None:
@@ -25,7 +38,15 @@ def unscale(scaler: Any, optimizer: Any) -> None:
 
 
 def scaler_step(scaler: Any, optimizer: Any) -> bool:
-    """Call ``scaler.step(optimizer)`` and return whether the optimizer really stepped.
+    """Call ``scaler.step(optimizer)`` and return whether the optimizer really stepped."""
+    with watching(optimizer) as stepped:
+        scaler.step(optimizer)
+    return stepped()
+
+
+@contextmanager
+def watching(optimizer: Any) -> Iterator[Callable[[], bool]]:
+    """Watch an optimizer that a GradScaler steps; what is yielded returns whether it did.
 
     A GradScaler skips the step after an overflow without saying so, so ``optimizer.step`` is watched for the call; it
     is the instance's own again afterwards. A fused optimizer is called all the same and skips on the device, by the
@@ -42,10 +63,9 @@ def scaler_step(scaler: Any, optimizer: Any) -> bool:
 
     optimizer.step = watched
     try:
-        scaler.step(optimizer)
+        yield lambda: bool(overflows) and not any(overflow is not None and bool(overflow) for overflow in overflows)
     finally:
         if own is None:
             del optimizer.step
         else:
             optimizer.step = own
-    return bool(overflows) and not any(overflow is not None and bool(overflow) for overflow in overflows)

@@ -23,7 +23,7 @@ from ._checks import (
 from ._config import describe
 from ._models import evaluating
 from ._projectors import Projectors
-from ._stepping import make_step, unscale
+from ._stepping import accumulates, make_step, unscale
 from .distillation import Distillation, KLDistillation, check_values, distillation_loss
 from .errors import CldaError, check_choice, problem
 from .layers import LayerGrouping, group_layers
@@ -187,15 +187,23 @@ class CollaborativeLearner:
         return loss
 
     def step(
-        self, optimizer: Any = None, *, scaler: Any = None, step_fn: Optional[Callable[[], Any]] = None
+        self,
+        optimizer: Any = None,
+        *,
+        scaler: Any = None,
+        step_fn: Optional[Callable[[], Any]] = None,
+        stepped: Optional[Callable[[], bool]] = None,
     ) -> Optional[Any]:
         """Observe, step the optimizer, and make a round if one is due: sugar over :meth:`observe`, :meth:`after_step`.
 
+        A step that is skipped is no step for the learner either.
+
         Args:
-            optimizer: Anything with ``step()``.
-            scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. A
-                step that it skips is no step for the learner either.
+            optimizer: Anything with ``step()``. Accelerate's says itself when it skips a step or accumulates.
+            scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. It
+                is noticed when it skips a step.
             step_fn: Does the step instead, for optimizers that need more than ``step()`` (SAM, LBFGS closures).
+            stepped: Asked after the step whether it was made, for an ``optimizer`` or ``step_fn`` that may skip it.
 
         Returns:
             What the optimizer's ``step()`` or ``step_fn`` returned.
@@ -204,25 +212,22 @@ class CollaborativeLearner:
             CldaError: If there is nothing to step, a SAM optimizer comes without ``step_fn``, or the optimizer raises
                 (its exception is the cause); the learner is then as before.
         """
-        check_steppable(optimizer, scaler, step_fn)
-        if not self.enabled:
+        check_steppable(optimizer, scaler, step_fn, stepped)
+        if not self.enabled or (step_fn is None and accumulates(optimizer)):
             return make_step(optimizer, scaler, step_fn)[0]
         if "target" not in self._observed:
             if scaler is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaler, optimizer)
             self.observe()
         try:
-            result, stepped = make_step(optimizer, scaler, step_fn)
+            result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:
             self._forget_step()
             raise CldaError(
                 f"the optimizer step raised {type(error).__name__}: {error}. The learner has not counted this step. "
                 "Fix: see the exception that caused this one"
             ) from error
-        if stepped:
-            self.after_step()
-        else:
-            self._forget_step()
+        self.after_step(stepped=made)
         return result
 
     # -------------------------------------------------------------------------------------------- the two halves
@@ -252,8 +257,12 @@ class CollaborativeLearner:
                 self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
         self._observed.add(domain)
 
-    def after_step(self) -> None:
+    def after_step(self, *, stepped: bool = True) -> None:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
+
+        Args:
+            stepped: ``False`` if the step was skipped, by a GradScaler for example: nothing is counted then, and what
+                was observed for it is dropped.
 
         Raises:
             CldaError: If :meth:`observe` was not called for this step, an update raised (its exception is the cause),
@@ -269,6 +278,9 @@ class CollaborativeLearner:
                 received="after_step() alone",
                 fix="call learner.observe() after backward(), or use learner.step(optimizer)",
             )
+        if not stepped:
+            self._forget_step()
+            return
         self._steps += 1
         try:
             self._projectors.step()

@@ -46,6 +46,7 @@ from clda_core.update import (
 
 MODULES = [
     "clda_core",
+    "clda_core.checkpoint",
     "clda_core.distillation",
     "clda_core.relation",
     "clda_core.saliency",
@@ -142,13 +143,16 @@ NOT_STRATEGIES = {
     "Threshold": "a protocol",
     "Update": "a protocol",
     "UpdateResult": "data",
+    "atomically": "a context for files: test_checkpoint.py",
     "check_values": "a check",
     "derivatives": "a function on models: saliency/test_base.py",
     "distillation_loss": "calls a loss",
     "group_layers": "a function on models: test_layers.py",
     "init_student": "a function on models: update/test_initialise.py",
     "layer_saliency_rates": "a function of a histogram: test_selection.py",
+    "load": "reads a file: test_checkpoint.py",
     "linear_cka": "a function of features: test_relation.py",
+    "save": "writes a file: test_checkpoint.py",
 }
 
 

@@ -296,6 +296,9 @@ def test_a_step_fn_or_scaler_that_is_none() -> None:
     attempt(learner, optimizer, lambda: learner.step(step_fn=3), "step_fn cannot be called")
     attempt(learner, optimizer, lambda: learner.step(optimizer, scaler=1024.0), "scaler cannot step")
     attempt(learner, optimizer, lambda: learner.step(optimizer, scaler=optimizer, step_fn=print), "both scaler=")
+    attempt(learner, optimizer, lambda: learner.step(optimizer, stepped=True), "cannot ask stepped=.*received bool")
+    scaled = lambda: learner.step(optimizer, scaler=optimizer, stepped=print)  # noqa: E731
+    attempt(learner, optimizer, scaled, "cannot ask stepped=.*received a scaler beside it")
 
 
 def test_step_without_distill() -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Dict, Tuple
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clda_core import CollaborativeLearner, Outputs
+from clda_core import CollaborativeLearner, Outputs, Schedule, checkpoint
 from clda_core._config import describe
 from clda_core.relation import ModelView, RelatedLayers
 from clda_core.saliency import Histogram
@@ -26,7 +27,6 @@ from tests.helpers import (
     networks,
     no_traces,
     random_states,
-    saved,
     seeded,
     sgd,
     train,
@@ -88,9 +88,9 @@ def plain_features(logits: Tensor) -> Outputs:
     return Outputs(torch.stack([logits, 2 * logits], dim=2), (logits.unsqueeze(1).expand(-1, 2, -1),))
 
 
-def learner_with(role: str, strategy: Any) -> Tuple[CollaborativeLearner, Any]:
+def learner_with(role: str, strategy: Any, **options: Any) -> Tuple[CollaborativeLearner, Any]:
     teacher, student = networks()
-    learner = make_learner(teacher, student, **{"selection": AllLayers(), **options_for(role, strategy)})
+    learner = make_learner(teacher, student, **{"selection": AllLayers(), **options_for(role, strategy), **options})
     return learner, sgd(student)
 
 
@@ -138,27 +138,31 @@ def test_works_in_a_learner_without_a_trace(name: str, role: str, make: Any) -> 
 
 
 @every_case
-def test_saved_and_resumed_the_next_step_is_the_same(name: str, role: str, make: Any) -> None:
-    torch.manual_seed(1)
-    learner, optimizer = learner_with(role, make())
-    for step in range(2):
-        advance(learner, optimizer, step)
-    models = learner.teacher.state_dict(), learner.student.state_dict()
-    data = saved((*models, optimizer.state_dict(), learner.state_dict(), torch.get_rng_state()))
-    advance(learner, optimizer, 2)
+def test_interrupted_and_resumed_is_uninterrupted(name: str, role: str, make: Any, tmp_path: Path) -> None:
+    """Two rounds of two steps and two observations each; interrupted between the observations, and after a round."""
 
-    resumed, its_optimizer = learner_with(role, make())
-    teacher, student, optimizer_state, state, rng = loaded(data)
-    resumed.teacher.load_state_dict(teacher)
-    resumed.student.load_state_dict(student)
-    its_optimizer.load_state_dict(optimizer_state)
-    resumed.load_state_dict(state)
-    torch.set_rng_state(rng)
-    advance(resumed, its_optimizer, 2)
-    for one, other in ((learner.teacher, resumed.teacher), (learner.student, resumed.student)):
-        assert values(one) == values(other)
-    assert bits(learner.state_dict()) == bits(resumed.state_dict())
-    assert bits(optimizer.state_dict()) == bits(its_optimizer.state_dict())
+    def training() -> Tuple[CollaborativeLearner, Any]:
+        schedule = {} if role == "schedule" else {"schedule": Schedule(warmup=0, interval=2, observations=2)}
+        return learner_with(role, make(), **schedule)
+
+    def outcome(learner: CollaborativeLearner, optimizer: Any) -> Any:
+        models = values(learner.teacher), values(learner.student)
+        return models, bits(learner.state_dict()), bits(optimizer.state_dict()), bits(torch.get_rng_state())
+
+    torch.manual_seed(1)
+    learner, optimizer = training()
+    for step in range(4):
+        file = tmp_path / f"{step}.pt"
+        checkpoint.save(file, learner, optimizer=optimizer, rng=torch.get_rng_state())
+        assert bits(loaded(file.read_bytes())["learner"]) == bits(learner.state_dict())
+        advance(learner, optimizer, step)
+    uninterrupted = outcome(learner, optimizer)
+    for start in (1, 2):
+        resumed, its_optimizer = training()
+        torch.set_rng_state(checkpoint.load(tmp_path / f"{start}.pt", resumed, optimizer=its_optimizer)["rng"])
+        for step in range(start, 4):
+            advance(resumed, its_optimizer, step)
+        assert outcome(resumed, its_optimizer) == uninterrupted, f"interrupted after {start} steps"
 
 
 @every_case

@@ -25,6 +25,7 @@ from clda_core.selection import AllLayers, DomainShift, LowestFraction, Referenc
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
 from tests import distributed_worker
 from tests.helpers import (
+    FakeScaler,
     Net,
     Segmenter,
     batch,
@@ -407,6 +408,76 @@ def test_05_a_step_that_the_scaler_skips_is_none(make_scaler: Any, unscaled_by_h
         scaler.update()
     assert skipped == [False, True, False]
     assert learner.report().steps == 2
+
+
+class Wrapper:
+    """An optimizer wrapper as engines have it: it owns the scaler and the accumulation, and says what it did."""
+
+    def __init__(self, optimizer: Any, scaler: Any) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+        self.step_was_skipped = False
+        self.gradient_state = type("GradientState", (), {"sync_gradients": True})()
+
+    def step(self) -> None:
+        if self.gradient_state.sync_gradients:
+            before = bits(self.optimizer.state_dict())
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.step_was_skipped = bits(self.optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("make_scaler", scalers())
+@pytest.mark.parametrize("way", ["the wrapper says so", "step_fn and stepped", "the halves"])
+def test_05_a_step_that_a_wrapper_skips_is_none(make_scaler: Any, way: str) -> None:
+    """Neither counters nor observations, projectors nor teacher; the next round is as if the step had not been."""
+    outcomes = []
+    for overflow in (False, True):
+        teacher, student = networks()
+        student.eval()  # without dropout, which a skipped step draws for as well
+        wrapper = Wrapper(sgd(student), make_scaler())
+        options = options_for("distillation", FeatureDistillation())
+        learner = make_learner(teacher, student, **{**options, "schedule": every_step(interval=2, observations=2)})
+        for step in [0, 1, 99, 2, 3] if overflow else [0, 1, 2, 3]:
+            wrapper.optimizer.zero_grad()
+            loss = learner.distill(student(batch(step)), batch(step))
+            wrapper.scaler.scale(loss).backward()
+            before = values(teacher), values(student), bits(learner.state_dict())
+            if step == 99:
+                student.head.weight.grad.fill_(float("inf"))
+            if way == "the wrapper says so":
+                learner.step(wrapper)
+            elif way == "step_fn and stepped":
+                learner.step(step_fn=wrapper.step, stepped=lambda w=wrapper: not w.step_was_skipped)
+            else:
+                learner.observe()
+                wrapper.step()
+                learner.after_step(stepped=not wrapper.step_was_skipped)
+            if step == 99:
+                assert (values(teacher), values(student), bits(learner.state_dict())) == before
+        outcomes.append((learner.report().steps, [dict(record.rates) for record in learner.report().rounds]))
+    assert outcomes[0][0] == 4
+    assert outcomes[0][1]
+    assert outcomes[0] == outcomes[1]
+
+
+def test_05_micro_batches_of_a_wrapper_that_accumulates_are_not_counted() -> None:
+    runs = []
+    for accumulate in (False, True):
+        torch.manual_seed(0)  # dropout
+        teacher, student = networks()
+        wrapper = Wrapper(sgd(student), FakeScaler(1.0))
+        learner = make_learner(teacher, student, **options_for("distillation", FeatureDistillation()))
+        for step in range(4):
+            sync = step % 2 == 1
+            wrapper.gradient_state.sync_gradients = sync
+            (learner.distill(student(batch(step)), batch(step)) / 2).backward()
+            if accumulate or sync:
+                learner.step(wrapper)
+            if sync:
+                wrapper.optimizer.zero_grad()
+        runs.append((values(teacher), values(student), bits(learner.state_dict())))
+        assert learner.report().steps == 2
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("make_scaler", scalers())

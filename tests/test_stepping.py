@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._stepping import make_step, scaler_step, unscale
+from clda_core._stepping import accumulates, make_step, scaler_step, unscale
 
 
 class FakeScaler:
@@ -110,6 +110,42 @@ def test_without_a_scaler() -> None:
     assert value(optimizer) == 0.5
     assert make_step(optimizer, FakeScaler(overflow=True), lambda: "made") == ("made", True)
     assert value(optimizer) == 0.5
+
+
+class Accelerated:
+    """Shaped like Accelerate's optimizer, which steps through a scaler of its own and waits for micro-batches."""
+
+    def __init__(self, skipped: bool = False, sync_gradients: bool = True) -> None:
+        self.step_was_skipped = skipped
+        self.gradient_state = type("GradientState", (), {"sync_gradients": sync_gradients})()
+
+    def step(self) -> str:
+        return "called"
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_an_optimizer_that_says_it_skipped_is_believed(skipped: bool) -> None:
+    assert make_step(Accelerated(skipped)) == ("called", not skipped)
+    assert make_step(Accelerated(skipped), stepped=lambda: True) == ("called", True)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_stepped_is_asked_after_the_step(made: bool) -> None:
+    calls: List[str] = []
+
+    def stepped() -> bool:
+        calls.append("asked")
+        return made
+
+    assert make_step(None, None, lambda: calls.append("stepped"), stepped) == (None, made)
+    assert calls == ["stepped", "asked"]
+
+
+def test_an_optimizer_that_accumulates_is_noticed() -> None:
+    assert accumulates(Accelerated(sync_gradients=False))
+    assert not accumulates(Accelerated())
+    assert not accumulates(sgd())
+    assert not accumulates(None)
 
 
 def scaler_on_cpu() -> Any:

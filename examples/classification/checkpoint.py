@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
 
+from clda_core.checkpoint import atomically
+
 
 class CheckpointError(Exception):
     """A checkpoint that does not fit the run; the message says how to go on."""
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary path)`` and move the result to ``path``, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 class Checkpoint:
@@ -39,7 +28,8 @@ class Checkpoint:
 
     def save(self, state: Dict[str, Any]) -> None:
         """Replace the file by ``state``."""
-        write_atomically(self.path, lambda path: torch.save({"run": self.run, "state": state}, str(path)))
+        with atomically(self.path) as unfinished:
+            torch.save({"run": self.run, "state": state}, unfinished)
 
     def load(self) -> Optional[Dict[str, Any]]:
         """Return the state last saved, on the CPU, or ``None`` if there is none.

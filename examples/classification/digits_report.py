@@ -17,8 +17,7 @@ from tabulate import tabulate
 
 import clda_core
 from clda_core import Report
-
-from .checkpoint import write_atomically
+from clda_core.checkpoint import atomically
 
 
 def versions() -> Dict[str, str]:
@@ -51,7 +50,8 @@ def table(results: Mapping[str, Any]) -> str:
 def save_json(results: Mapping[str, Any], path: Path) -> None:
     """Write everything that was measured; a figure that is not finite becomes ``null``."""
     text = json.dumps(_plain(results), indent=2, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    with atomically(path) as unfinished:
+        Path(unfinished).write_text(text + "\n", encoding="utf-8")
 
 
 def save_figure(results: Mapping[str, Any], path: Path) -> None:
@@ -66,7 +66,8 @@ def save_figure(results: Mapping[str, Any], path: Path) -> None:
         axes.set_title(f"{title}: {axes.get_title()}", fontsize=10)
     _draw_accuracies(figure.add_subplot(1, len(histories) + 1, len(histories) + 1), results)
     figure.tight_layout()
-    write_atomically(path, lambda temporary: figure.savefig(str(temporary), dpi=120, format="png"))
+    with atomically(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
 
 
 def _draw_accuracies(axes: Any, results: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner
+from clda_core.checkpoint import atomically
 from clda_core.errors import problem
 
 from .options import Options
@@ -97,9 +98,8 @@ class Collaboration:
             "random": self.random.state_dict(),
             "local_iter": local_iter,
         }
-        unfinished = f"{path}.unfinished"
-        torch.save(state, unfinished)
-        os.replace(unfinished, path)
+        with atomically(path) as unfinished:
+            torch.save(state, unfinished)
 
     def resume(self, student: nn.Module, folder: str) -> Optional[Dict[str, Any]]:
         """Restore the state that was saved with the student's present weights.

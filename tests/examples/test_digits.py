@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 
 from clda_core import CollaborativeLearner, Never, Schedule
 from examples.classification import digits, digits_training
-from examples.classification.checkpoint import Checkpoint, CheckpointError, write_atomically
+from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import FONTS, glyphs, source_digits, strong_view, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
 from examples.classification.self_training import Batches, HostEma, SelfTraining
@@ -140,20 +140,6 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoint(tmp_path / "a.pt", {"seed": 1}).load()
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

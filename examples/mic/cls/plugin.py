@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner
+from clda_core.checkpoint import atomically
 from clda_core.errors import problem
 
 from .host import Modules
@@ -122,7 +123,8 @@ class Plugin:
         result = original(source, target, **kwargs)
         ours = beside(Path(source))
         if str(source).endswith(".pth") and ours.is_file():
-            _atomically(beside(Path(target)), lambda path: original(str(ours), path))
+            with atomically(beside(Path(target))) as unfinished:
+                original(str(ours), unfinished)
         return result
 
     def _before_ema(self, student: nn.Module) -> None:
@@ -209,7 +211,8 @@ class Plugin:
             "learner": learner.state_dict(),
             "kd_losses": list(self._kd_losses),
         }
-        _atomically(beside(checkpoint), lambda path: save(state, path))
+        with atomically(beside(checkpoint)) as unfinished:
+            save(state, unfinished)
         report = {
             "settings": self.settings,
             "kd_losses": self._kd_losses,
@@ -217,7 +220,8 @@ class Plugin:
             "report": learner.report().to_dict(),
         }
         text = json.dumps(report, indent=1)
-        _atomically(checkpoint.parent.parent / "clda.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        with atomically(checkpoint.parent.parent / "clda.json") as unfinished:
+            Path(unfinished).write_text(text, encoding="utf-8")
 
     def _restore(self, learner: CollaborativeLearner, state: Any) -> None:
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
@@ -256,17 +260,6 @@ def _adding(extra: Tensor, count: int) -> Callable[[Tensor], Tensor]:
         return total
 
     return hook
-
-
-def _atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Call ``write(temporary path)`` and move the result to ``path``, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(str(temporary))
-        os.replace(str(temporary), str(path))
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def _unlike(expected: str, received: str) -> Exception:
