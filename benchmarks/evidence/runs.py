@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -33,6 +34,7 @@ def run(task: Task, seed: int, name: str) -> Record:
         name: Of the variant.
     """
     began = time.time()
+    _commit()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = trained_teacher(task, seed)
@@ -98,16 +100,22 @@ def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, 
 
 def versions() -> Dict[str, str]:
     """Return what ran: the commit and the versions that figures may depend on."""
-    commit = subprocess.run(
+    return {
+        "commit": _commit(),
+        "clda_core": clda_core.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    """Return the commit of the first run of a process: the checkout may move on under it."""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "clda_core": clda_core.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    return described.stdout.strip() or "unknown"
