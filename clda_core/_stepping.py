@@ -16,11 +16,16 @@ def make_step(
     """Step, and return what the step returned and whether it was made."""
     if scaler is not None and step_fn is None:
         return None, scaler_step(scaler, optimizer)
-    result = optimizer.step() if step_fn is None else step_fn()
+    watch = StepWatch(optimizer)
+    try:
+        result = optimizer.step() if step_fn is None else step_fn()
+    finally:
+        made = watch.stepped()
     if stepped is not None:
-        return result, bool(stepped())
-    # Accelerate's optimizer, which holds the scaler itself, says so by this property.
-    return result, step_fn is not None or not getattr(optimizer, "step_was_skipped", False)
+        made = bool(stepped())
+    elif step_fn is not None:
+        made = True
+    return result, made
 
 
 def accumulates(optimizer: Any) -> bool:
@@ -69,3 +74,38 @@ def watching(optimizer: Any) -> Iterator[Callable[[], bool]]:
             del optimizer.step
         else:
             optimizer.step = own
+
+
+class StepWatch:
+    """Watches one step of an optimizer that holds its scaler itself, as Accelerate's does, and says when it skips.
+
+    By its ``step_was_skipped``, which takes a fused optimizer's step for made whatever it did, and so by
+    ``found_inf`` as well.
+
+    Args:
+        optimizer: Any optimizer; one that does not say whether it skipped steps is taken for one that does not skip.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._overflows: List[Any] = []
+        self._handle: Any = None
+        register = getattr(getattr(optimizer, "optimizer", None), "register_step_post_hook", None)
+        if hasattr(optimizer, "step_was_skipped") and register is not None:  # which came with torch 2.0
+            self._handle = register(self._note)
+
+    def stepped(self) -> bool:
+        """Return whether the step was made, and watch no more."""
+        if self._handle is not None:
+            self._handle.remove()
+        return not getattr(self._optimizer, "step_was_skipped", False) and not any(map(bool, self._overflows))
+
+    def _note(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if getattr(optimizer, "found_inf", None) is not None:
+            self._overflows.append(optimizer.found_inf)
+
+
+def overflowed(optimizer: Any) -> bool:
+    """Return whether a fused optimizer now steps without effect, because of what a GradScaler handed to it."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

@@ -1,0 +1,57 @@
+"""Accelerate needs nothing of ours: what its optimizer skips or accumulates, the learner notices."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from clda_core import CollaborativeLearner
+from clda_core.selection import AllLayers
+from clda_core.update import Average
+from tests.helpers import batch, every_step, host_loss, networks, sgd, values
+
+accelerate = pytest.importorskip("accelerate", reason="a recipe for Accelerate needs Accelerate")
+
+
+def training(**options: Any) -> Any:
+    teacher, student = networks()
+    accelerator = accelerate.Accelerator(cpu=True, **options)
+    prepared, optimizer = accelerator.prepare(student, sgd(student))
+    assert prepared is student, "in a single process nothing is wrapped"
+    learner = CollaborativeLearner(
+        teacher, student, schedule=every_step(interval=2), update=Average(decay=0.9), selection=AllLayers()
+    )
+    return accelerator, optimizer, learner
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_optimizer_steps_are_counted_not_micro_batches(accumulate: int) -> None:
+    accelerator, optimizer, learner = training(gradient_accumulation_steps=accumulate)
+    for step in range(8):
+        with accelerator.accumulate(learner.student):
+            loss = host_loss(learner.student, step) + learner.distill(learner.student(batch(step)), batch(step))
+            accelerator.backward(loss)
+            learner.step(optimizer)
+            optimizer.zero_grad()
+    assert learner.report().steps == 8 // accumulate
+    assert [record.step for record in learner.report().rounds] == list(range(2, 8 // accumulate + 1, 2))
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="GradScaler works on the CPU from torch 2.3 on")
+@pytest.mark.parametrize("fused", [False, True])  # of which Accelerate itself does not notice that it skipped
+def test_a_step_that_the_scaler_skips_is_none(fused: bool) -> None:
+    _, _, learner = training()
+    adam = torch.optim.Adam(learner.student.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(adam, scaler=scaler)
+    made = []
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = learner.distill(learner.student(batch(step)), batch(step))
+        scaler.scale(loss * (float("inf") if step == 1 else 1.0)).backward()
+        before = values(learner.student)["head.weight"]
+        learner.step(optimizer)
+        made.append(values(learner.student)["head.weight"] != before)
+    assert made == [True, False, True, True]
+    assert learner.report().steps == 3
+    assert not adam._optimizer_step_post_hooks

@@ -1,0 +1,142 @@
+"""Real runs of Lightning's Trainer, on the CPU."""
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from clda_core import CollaborativeLearner, Schedule
+from clda_core.selection import AllLayers
+from clda_core.update import Average
+from tests.helpers import batch, bits, labels, networks, traces, values
+
+pytest.importorskip("lightning", reason="an integration with Lightning needs Lightning")
+import lightning.pytorch as lightning
+from lightning.pytorch.plugins import MixedPrecision
+
+from clda_core.integrations.lightning import CollaborationCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own: few workers, no logger, short epochs
+
+
+class Module(lightning.LightningModule):
+    """A host: a supervised loss on source data, and KD on target data."""
+
+    def __init__(self, learner: CollaborativeLearner, overflow_at: int = -1) -> None:
+        super().__init__()
+        self.student = learner.student
+        self.__dict__["learner"] = learner
+        self.overflow_at = overflow_at
+
+    def training_step(self, data: List[Tensor], index: int) -> Tensor:
+        source, target, classes = data
+        loss = F.cross_entropy(self.student(source), classes) + self.learner.distill(self.student(target), target)
+        return loss * float("inf") if index == self.overflow_at else loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.student.parameters(), lr=0.05, momentum=0.9)
+
+
+def loader() -> DataLoader:
+    return DataLoader(TensorDataset(batch(0, 24), batch(1, 24), labels(2, 24)), batch_size=4)
+
+
+def learner_for(**options: Any) -> CollaborativeLearner:
+    teacher, student = networks()
+    for module in student.modules():  # Lightning does not save the random state that dropout draws from
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    strategies = {"schedule": Schedule(warmup=1, interval=2), "update": Average(decay=0.8), "selection": AllLayers()}
+    return CollaborativeLearner(teacher, student, **{**strategies, **options})
+
+
+def fit(learner: CollaborativeLearner, folder: Path, resume: Any = None, overflow_at: int = -1, **options: Any) -> Any:
+    settings: Dict[str, Any] = {"max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(
+        **{**settings, **options},
+        accelerator="cpu",
+        default_root_dir=str(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[CollaborationCallback(learner)],
+    )
+    trainer.fit(Module(learner, overflow_at), loader(), ckpt_path=resume)
+    return trainer
+
+
+def test_every_optimizer_step_is_one_of_the_learner(tmp_path: Path) -> None:
+    learner = learner_for()
+    before = values(learner.teacher)
+    attributes = traces(learner.student)["stem: attributes"]
+    trainer = fit(learner, tmp_path)
+    assert learner.report().steps == trainer.global_step == 6
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+    assert values(learner.teacher) != before
+    assert traces(learner.student)["stem: attributes"] == attributes
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_a_disabled_learner_leaves_the_host_alone(tmp_path: Path) -> None:
+    learner, alone = learner_for(enabled=False), learner_for(enabled=False)
+    fit(learner, tmp_path)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(Module(alone), loader())
+    assert values(learner.student) == values(alone.student)
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}]
+)
+def test_whatever_the_engine_does_steps_are_counted(options: Dict[str, Any], tmp_path: Path) -> None:
+    learner = learner_for()
+    trainer = fit(learner, tmp_path, **options)
+    steps = 3 if "accumulate_grad_batches" in options else 6
+    assert learner.report().steps == trainer.global_step == steps
+    assert [record.step for record in learner.report().rounds] == [3, 5][: steps // 2]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_none(fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused:
+        optimizer = lambda self: torch.optim.Adam(self.student.parameters(), fused=True)  # noqa: E731
+        monkeypatch.setattr(Module, "configure_optimizers", optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = scaler  # Lightning builds one for fp16 on CUDA only
+    learner = learner_for()
+    trainer = fit(learner, tmp_path, overflow_at=2, plugins=[plugin])
+    assert trainer.global_step == 6, "Lightning counts it"
+    assert learner.report().steps == 5
+    assert learner.report().discarded == 0
+    assert scaler.get_scale() == 512.0
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    whole = learner_for()
+    fit(whole, tmp_path / "whole", max_epochs=2)
+    first = learner_for()
+    trainer = fit(first, tmp_path / "first", enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = learner_for()
+    fit(resumed, tmp_path / "second", tmp_path / "last.ckpt", max_epochs=2)
+    assert values(resumed.teacher) == values(whole.teacher)
+    assert values(resumed.student) == values(whole.student)
+    assert bits(resumed.state_dict()) == bits(whole.state_dict())
+    assert not [name for name in torch.load(tmp_path / "last.ckpt")["state_dict"] if "teacher" in name]
+
+
+def test_metrics_reach_the_loggers(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    learner = learner_for()
+    fit(learner, tmp_path, logger=CSVLogger(str(tmp_path)), log_every_n_steps=2)
+    (file,) = tmp_path.rglob("metrics.csv")
+    header, *lines = file.read_text().splitlines()
+    assert {"clda/kd_loss", "clda/rounds", "clda/lsr_mean"} <= set(header.split(","))
+    assert [line.split(",")[header.split(",").index("step")] for line in lines] == ["2", "4", "6"]

@@ -1,0 +1,142 @@
+"""Real runs of transformers' Trainer, on the CPU."""
+
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clda_core import CldaError, CollaborativeLearner, Schedule
+from clda_core.selection import AllLayers
+from clda_core.update import Average
+from tests.helpers import INPUTS, batch, bits, labels, seeded, values
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs Accelerate")
+pytest.importorskip("transformers", reason="an integration with transformers needs transformers")
+import transformers
+
+from clda_core.integrations.transformers import CollaborationCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the Trainer's own: no pinned memory without a GPU
+
+
+class Classifier(nn.Module):
+    """A model as the Trainer wants it, without dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(INPUTS, width), nn.Linear(width, 3)
+
+    def forward(self, pixel_values: Any, labels: Any = None) -> Dict[str, Any]:
+        logits = self.head(self.body(pixel_values).relu())
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Host(transformers.Trainer):
+    learner: CollaborativeLearner
+    overflow_at = -1
+    logged: Dict[str, float] = {}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(pixel_values=inputs["source"], labels=inputs["labels"])
+        target = {"pixel_values": inputs["target"]}
+        loss = outputs["loss"] + self.learner.distill(model(**target), target)
+        if self.state.global_step == self.overflow_at:
+            loss = loss * float("inf")
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: Dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.learner.metrics()}, *args, **kwargs)
+
+
+def learner_for() -> CollaborativeLearner:
+    teacher, student = (seeded(lambda width=width: Classifier(width), width) for width in (8, 6))
+    return CollaborativeLearner(
+        teacher,
+        student,
+        schedule=Schedule(warmup=1, interval=2),
+        update=Average(decay=0.8),
+        selection=AllLayers(),
+        extract=lambda output: output["logits"],
+    )
+
+
+def trainer_for(learner: CollaborativeLearner, folder: Path, *, host: Any = Host, **options: Any) -> Any:
+    rows = [{"source": x, "target": y, "labels": z} for x, y, z in zip(batch(0, 24), batch(1, 24), labels(2, 24))]
+    settings: Dict[str, Any] = {"max_steps": 6, "save_strategy": "no", "logging_steps": 2}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **{**settings, **options},
+    )
+    callback = CollaborationCallback(learner)
+    trainer = host(model=learner.student, args=arguments, train_dataset=rows, callbacks=[callback])
+    trainer.learner = learner
+    return trainer
+
+
+def test_every_optimizer_step_is_one_of_the_learner_and_the_metrics_are_logged(tmp_path: Path) -> None:
+    learner = learner_for()
+    before = values(learner.teacher)
+    trainer = trainer_for(learner, tmp_path)
+    trainer.train()
+    assert learner.report().steps == trainer.state.global_step == 6
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+    assert values(learner.teacher) != before
+    assert [entry["clda/steps"] for entry in trainer.state.log_history[:3]] == [2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"bf16": True}])
+def test_whatever_the_engine_does_steps_are_counted(options: Dict[str, Any], tmp_path: Path) -> None:
+    learner = learner_for()
+    trainer_for(learner, tmp_path, **options).train()
+    assert learner.report().steps == 6
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_a_step_that_the_scaler_skips_is_none(optim: str, tmp_path: Path) -> None:
+    learner = learner_for()
+    trainer = trainer_for(learner, tmp_path, optim=optim)
+    trainer.overflow_at = 2
+    # fp16 is for GPUs; what Accelerate makes of it is this scaler in its optimizer and in its backward().
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.accelerator.scaler = scaler
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"
+    assert scaler.get_scale() == 512.0
+    assert trainer.state.global_step == 6, "the Trainer counts it"
+    assert learner.report().steps == 5
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    whole = learner_for()
+    trainer_for(whole, tmp_path / "whole").train()
+    trainer_for(learner_for(), tmp_path / "run", save_strategy="steps", save_steps=4).train()
+    assert (tmp_path / "run" / "checkpoint-4" / "clda.pt").is_file()
+    resumed = learner_for()
+    trainer_for(resumed, tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert values(resumed.teacher) == values(whole.teacher)
+    assert values(resumed.student) == values(whole.student)
+    assert bits(resumed.state_dict()) == bits(whole.state_dict())
+
+
+def test_resumed_without_our_file_is_a_clear_error(tmp_path: Path) -> None:
+    trainer_for(learner_for(), tmp_path, save_strategy="steps", save_steps=4).train()
+    (tmp_path / "checkpoint-4" / "clda.pt").unlink()
+    learner = learner_for()
+    trainer = trainer_for(learner, tmp_path)
+    before = values(learner.teacher)
+    with pytest.raises(CldaError, match=r"the Trainer resumes, and the teacher cannot.*resume_from= to the callback"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert values(learner.teacher) == before
