@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, T
 
 from torch import Tensor, nn
 
+from ._sharded import check_sharding
 from .errors import check_number, problem
 from .layers import Layer, canonical_parameters
 from .relation import ModelView, RelatedLayers
@@ -69,6 +70,7 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
                 received=type(model).__name__,
                 fix="call CollaborativeLearner(teacher, student)",
             )
+        check_sharding(whose, model)
     ours = {_identity(parameter) for parameter in canonical_parameters(student).values()}
     shared = [name for name, parameter in canonical_parameters(teacher).items() if _identity(parameter) in ours]
     if shared:

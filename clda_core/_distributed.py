@@ -1,12 +1,29 @@
-"""The one reduction the learner needs, so that every rank takes the same decision."""
+"""What several processes need: reductions by which every rank takes the same decision, and models of wrappers."""
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import problem
+
+_has_data = True
+
+
+@contextmanager
+def adding(has_data: bool) -> Iterator[None]:
+    """Let this rank add to sums and means inside the block only if it has data; it makes every call all the same."""
+    global _has_data
+    before, _has_data = _has_data, has_data
+    try:
+        yield
+    finally:
+        _has_data = before
 
 
 def world_size() -> int:
@@ -15,7 +32,7 @@ def world_size() -> int:
 
 
 def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
-    """Return each tensor summed over all ranks, in one call a dtype; without a process group the tensors themselves."""
+    """Return each tensor summed over the ranks with data, one call a dtype; in one process the tensors themselves."""
     if world_size() == 1:
         return list(tensors)
     summed: List[Tensor] = list(tensors)
@@ -23,6 +40,8 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[index].reshape(-1) for index in chosen])
+        if not _has_data:
+            flat.zero_()
         dist.all_reduce(flat)
         offset = 0
         for index in chosen:
@@ -33,22 +52,60 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
 
 
 def mean_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
-    """Return each tensor averaged over all ranks; without a process group the tensors themselves."""
-    size = world_size()
-    return list(tensors) if size == 1 else [tensor / size for tensor in sum_across_ranks(tensors)]
+    """Return each tensor averaged over the ranks with data; in one process the tensors themselves.
+
+    Raises:
+        CldaError: On every rank, if none has data.
+    """
+    if world_size() == 1:
+        return list(tensors)
+    *summed, ranks = sum_across_ranks([*tensors, tensors[0].new_ones(1)])
+    count = _checked(ranks.item())
+    return [tensor / count for tensor in summed]
 
 
 def mean_where_seen(found: Sequence[Optional[Tensor]], like: Sequence[Tensor]) -> List[Optional[Tensor]]:
     """Average tensors of which some ranks may lack some; the result is ``None`` where every rank lacks it.
 
     Args:
-        found: This rank's tensors, ``None`` where it has none.
-        like: Tensors of the same shapes, which stand in as zeros.
+        found: This rank's tensors, ``None`` where it has none, which counts as zeros.
+        like: Tensors of the same shapes.
+
+    Raises:
+        CldaError: On every rank, if none has data.
     """
     if world_size() == 1:
         return list(found)
-    flags = torch.tensor([tensor is not None for tensor in found], dtype=torch.float32, device=like[0].device)
+    flags = [*[float(tensor is not None) for tensor in found], 1.0]
     filled = [torch.zeros_like(twin) if tensor is None else tensor for tensor, twin in zip(found, like)]
-    summed = sum_across_ranks([*filled, flags])
-    seen = summed.pop().tolist()
-    return [tensor / world_size() if any_rank else None for tensor, any_rank in zip(summed, seen)]
+    summed = sum_across_ranks([*filled, torch.tensor(flags, dtype=torch.float32, device=like[0].device)])
+    *seen, ranks = summed.pop().tolist()
+    count = _checked(ranks)
+    return [tensor / count if any_rank else None for tensor, any_rank in zip(summed, seen)]
+
+
+def share_of_mean(device: torch.device) -> float:
+    """Return by what this rank multiplies its loss, so that a mean over all ranks is one over the ranks with data."""
+    count = _checked(sum_across_ranks([torch.ones(1, device=device)])[0].item())
+    return world_size() / count if _has_data else 0.0
+
+
+def inside_ddp(model: nn.Module) -> nn.Module:
+    """Return the model inside ``DistributedDataParallel``, any other model itself.
+
+    The wrapper's forward pass prepares it for the host's next ``backward()``, and counts on that. A forward pass of
+    ours, after which none comes, would break it or have it skip a broadcast of buffers.
+    """
+    wrapper = getattr(model, "_orig_mod", model)  # torch.compile around the wrapper
+    return wrapper.module if isinstance(wrapper, DistributedDataParallel) else model
+
+
+def _checked(ranks: float) -> float:
+    if not ranks:
+        raise problem(
+            "no rank has data at this step",
+            expected="a batch that is neither empty nor masked out whole on at least one rank",
+            received="none on any rank",
+            fix="skip the step on every rank",
+        )
+    return ranks

@@ -7,6 +7,7 @@ from typing import Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor, nn
 
+from ._sharded import local, sum_over_shards
 from .layers import canonical_parameters
 
 Leftover = Mapping[str, Tuple[Tensor, int]]
@@ -57,5 +58,6 @@ def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
     if not found:
         return {}
     device = next(iter(found.values())).device
-    used: List[bool] = torch.stack([gradient.ne(0).any().to(device) for gradient in found.values()]).tolist()
-    return {name: gradient for (name, gradient), flag in zip(found.items(), used) if flag}
+    used = torch.stack([local(gradient).ne(0).any().to(device) for gradient in found.values()])
+    flags: List[float] = sum_over_shards(used.float(), list(found.values())).tolist()
+    return {name: gradient for (name, gradient), flag in zip(found.items(), flags) if flag}

@@ -8,10 +8,15 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ._sharded import reshard
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode, so that dropout draws nothing and BatchNorm statistics stay; restore every module."""
+    """Put models into eval mode, so that dropout draws nothing and BatchNorm statistics stay; restore every module.
+
+    Parameters that a forward pass gathered from other ranks are given up too.
+    """
     changed = [module for model in models for module in model.modules() if module.training]
     try:
         for module in changed:
@@ -20,6 +25,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = True
+        reshard(*models)
 
 
 @contextmanager

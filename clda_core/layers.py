@@ -9,6 +9,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Uni
 
 from torch import Tensor, nn
 
+from ._sharded import reshard
 from .errors import problem
 
 __all__ = ["Layer", "LayerGrouping", "canonical_buffers", "canonical_name", "canonical_parameters", "group_layers"]
@@ -61,9 +62,12 @@ def canonical_name(name: str) -> str:
 def canonical_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     """Return the model's parameters by canonical name; a tied parameter appears once, under its first name.
 
+    Under FSDP2 they are the sharded ones.
+
     Raises:
         CldaError: If two parameters get the same canonical name.
     """
+    reshard(model)
     named: Dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         _insert(named, name, parameter)

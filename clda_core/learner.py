@@ -21,14 +21,16 @@ from ._checks import (
     check_strength,
 )
 from ._config import describe
+from ._distributed import adding, world_size
 from ._models import evaluating
 from ._projectors import Projectors
 from ._stepping import accumulates, make_step, unscale
 from .distillation import Distillation, KLDistillation, check_values, distillation_loss
+from .distillation.base import leaves_nothing
 from .errors import CldaError, check_choice, problem
 from .layers import LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
-from .outputs import Extract, Outputs, as_outputs, call_model
+from .outputs import Extract, Outputs, as_outputs, call_model, stand_in
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
@@ -129,6 +131,7 @@ class CollaborativeLearner:
         self._observed: Set[str] = set()
         self._inputs: Any = None
         self._mask: Optional[Tensor] = None
+        self._has_data = True
 
     # ------------------------------------------------------------------------------------------------ every step
 
@@ -167,7 +170,11 @@ class CollaborativeLearner:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         check_mask(mask)
-        student = as_outputs(student_output, self.extract, "student")
+        several, in_round = world_size() > 1, self.observing or self.schedule.due(self._steps + 1)
+        student = as_outputs(student_output, self.extract, "student", may_be_empty=several)
+        has_data = not several or self._has_samples(student, mask, in_round)
+        if not has_data:
+            student, inputs, mask = stand_in(student), stand_in(inputs), None
         if teacher_output is None:
             if inputs is None:
                 raise problem(
@@ -178,12 +185,19 @@ class CollaborativeLearner:
                 )
             with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
                 teacher_output = call_model(self.teacher, inputs)
-        teacher = as_outputs(teacher_output, self.extract, "teacher")
+        teacher = as_outputs(teacher_output, self.extract, "teacher", may_be_empty=not has_data)
+        if not has_data:
+            teacher = stand_in(teacher)
         check_values(student.logits, teacher.logits, mask)
         loss = distillation_loss(self.distillation, student, teacher, mask)
+        if not has_data:
+            loss = loss * 0  # with its graph, since the other ranks' backward() waits for this one's
         self._kd_loss = loss.detach()
-        if inputs is not None and (self.observing or self.schedule.due(self._steps + 1)):
-            self._inputs, self._mask = inputs, mask
+        # Of the micro-batches of an accumulated step the last one with data is the round's.
+        if in_round and (has_data or self._inputs is None):
+            self._has_data = has_data
+            if inputs is not None:
+                self._inputs, self._mask = inputs, mask
         return loss
 
     def step(
@@ -252,7 +266,7 @@ class CollaborativeLearner:
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
         if self.observing:
-            with self._keeping_rng():
+            with self._keeping_rng(), adding(self._has_data):
                 elements = self.update.granularity == "parameter"
                 self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
         self._observed.add(domain)
@@ -284,7 +298,7 @@ class CollaborativeLearner:
         self._steps += 1
         try:
             self._projectors.step()
-            with self._keeping_rng():
+            with self._keeping_rng(), adding(self._has_data):
                 if self._observer.commit() and self.schedule.due(self._steps):
                     self._round()
         finally:
@@ -374,6 +388,7 @@ class CollaborativeLearner:
         self._observed = set()
         self._inputs = None
         self._mask = None
+        self._has_data = True
         self._observer.forget_step()
         self._projectors.forget_gradients()
 
@@ -383,6 +398,13 @@ class CollaborativeLearner:
             return torch.random.fork_rng(devices=[])
         devices = {parameter.device for model in (self.teacher, self.student) for parameter in model.parameters()}
         return torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices if d.type == "cuda"))
+
+    @staticmethod
+    def _has_samples(student: Outputs, mask: Optional[Tensor], in_round: bool) -> bool:
+        """Return whether this rank's batch counts; a mask on a device is looked at only in a round, since it waits."""
+        if student.logits.numel() == 0:
+            return False
+        return mask is None or not (in_round or mask.device.type == "cpu") or not leaves_nothing(mask)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Restore a state, whatever raises first leaving the learner's own attributes alone."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_differentiable, check_reached
-from ._distributed import mean_across_ranks, mean_where_seen
+from ._distributed import inside_ddp, mean_across_ranks, mean_where_seen
 from ._gradients import hosts_gradients, leftover_gradients, still_leftover
 from ._models import evaluating, requiring_grad
 from ._observations import Observations
+from ._sharded import gradients, is_sharded, local, sum_over_shards
 from .errors import problem
 from .layers import Layer, canonical_parameters
 from .relation import ModelView
@@ -40,11 +41,15 @@ def score_layers(
         CldaError: If the estimator returns something else than scores.
     """
     device = next(iter(parameters.values())).device
-    histogram = Histogram.empty(len(layers), device)
+    histogram, of_shards = Histogram.empty(len(layers), device), Histogram.empty(len(layers), device)
     for index, layer in enumerate(layers):
         for name in layer.parameters:
             if found[name] is not None or estimator.order == 0:
-                histogram.add(index, _scores(estimator, name, parameters[name], found[name]).to(device))
+                scores = _scores(estimator, name, parameters[name], found[name]).to(device)
+                (of_shards if is_sharded(parameters[name]) else histogram).add(index, scores)
+    sharded = list(parameters.values())
+    if any(map(is_sharded, sharded)):
+        histogram.merge(Histogram(sum_over_shards(of_shards.counts, sharded), sum_over_shards(of_shards.sums, sharded)))
     return histogram
 
 
@@ -54,9 +59,12 @@ def non_salient_elements(
     found: Mapping[str, Optional[Tensor]],
     threshold: Tensor,
 ) -> Dict[str, Tensor]:
-    """Return, by parameter name, True where the saliency does not exceed the threshold; False where it is unknown."""
+    """Return, by parameter name, True where the saliency does not exceed the threshold; False where it is unknown.
+
+    Of a sharded parameter it is this rank's part.
+    """
     return {
-        name: torch.zeros_like(parameters[name], dtype=torch.bool)
+        name: torch.zeros_like(local(parameters[name]), dtype=torch.bool)
         if derivative is None and estimator.order > 0
         else _scores(estimator, name, parameters[name], derivative) <= threshold.to(parameters[name].device)
         for name, derivative in found.items()
@@ -65,7 +73,8 @@ def non_salient_elements(
 
 def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    scores = estimator.score(parameter.detach().to(wide), None if derivative is None else derivative.detach().to(wide))
+    parameter = local(parameter)
+    scores = estimator.score(parameter.to(wide), None if derivative is None else local(derivative).to(wide))
     if not isinstance(scores, Tensor) or scores.shape != parameter.shape:
         received = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise problem(
@@ -208,13 +217,31 @@ class Observer:
                 if loss is None:
                     value = self._probe_loss(domain, inputs, mask)
                 else:
-                    value = loss(self._view.model)
+                    value = loss(inside_ddp(self._view.model))
                     what = "what the function given to observe() returned"
                     check_differentiable(value, what, "return a scalar from it")
+                if any(map(is_sharded, wanted)):
+                    return self._reached(names, self._sharded_gradients(value, wanted))
                 found = self._differentiate(value, wanted, retain_graph=False)
-        by_name = dict(zip(names, mean_where_seen(found, wanted)))
+        if any(map(is_sharded, wanted)):  # the host's own, which FSDP2 has averaged
+            return self._reached(names, found)
+        return self._reached(names, mean_where_seen(found, wanted))
+
+    @staticmethod
+    def _reached(names: Sequence[str], found: Sequence[Optional[Tensor]]) -> Dict[str, Optional[Tensor]]:
+        by_name = dict(zip(names, found))
         check_reached(by_name)
         return by_name
+
+    def _sharded_gradients(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
+        if self._saliency.order == 2:
+            raise problem(
+                f"{type(self._saliency).__name__} needs second derivatives, which a sharded teacher does not have",
+                expected="a saliency estimator of order 0 or 1 under FSDP2",
+                received="one of order 2",
+                fix="use Taylor() or Fisher(), or DistributedDataParallel",
+            )
+        return gradients(loss, wanted)
 
     def _differentiate(self, loss: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool) -> List[Optional[Tensor]]:
         samples = int(getattr(self._saliency, "samples", 1))
@@ -225,6 +252,13 @@ class Observer:
     def _derivatives_of(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
         fix = "for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))"
         check_differentiable(loss, "the loss given to observe()", fix)
+        if any(map(is_sharded, wanted)):
+            raise problem(
+                "a loss of a sharded teacher cannot be differentiated before the host's backward()",
+                expected="a function of the teacher, or gradients that the host's backward() left",
+                received="a loss",
+                fix="pass a function: learner.observe(lambda teacher: loss of teacher(x))",
+            )
         try:
             return self._differentiate(loss, wanted, retain_graph=True)
         except RuntimeError as error:

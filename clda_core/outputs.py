@@ -7,6 +7,7 @@ from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Set, Tupl
 import torch
 from torch import Tensor, nn
 
+from ._distributed import inside_ddp
 from .errors import problem
 
 __all__ = ["Extract", "Outputs"]
@@ -28,11 +29,12 @@ Extract = Callable[[Any], Union[Tensor, Outputs]]
 """Turns whatever a model returns into logits, or into :class:`Outputs` where a loss also reads features."""
 
 
-def as_outputs(raw: Any, extract: Extract | None, whose: str) -> Outputs:
+def as_outputs(raw: Any, extract: Extract | None, whose: str, *, may_be_empty: bool = False) -> Outputs:
     """Read :class:`Outputs` from a model's raw output.
 
     Raises:
-        CldaError: If the output is no tensor and no ``extract`` was given, or ``extract`` returned something else.
+        CldaError: If the output is no tensor and no ``extract`` was given, ``extract`` returned something else, or
+            there are no samples and ``may_be_empty`` does not allow that.
     """
     value = raw if extract is None or isinstance(raw, Outputs) else extract(raw)
     if isinstance(value, Tensor):
@@ -52,7 +54,7 @@ def as_outputs(raw: Any, extract: Extract | None, whose: str) -> Outputs:
             received=f"{value.logits.dtype} of shape {tuple(value.logits.shape)}",
             fix="return unnormalised class scores from the model or from extract=",
         )
-    if value.logits.numel() == 0:
+    if value.logits.numel() == 0 and not may_be_empty:
         raise problem(
             f"the {whose}'s logits are empty",
             expected="at least one sample",
@@ -69,12 +71,13 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         CldaError: If the model fails and the inputs are on another device or of another dtype than its parameters;
             any other exception of the model passes.
     """
+    inner = inside_ddp(model)
     try:
         if isinstance(inputs, Mapping):
-            return model(**inputs)
+            return inner(**inputs)
         if isinstance(inputs, (tuple, list)):
-            return model(*inputs)
-        return model(inputs)
+            return inner(*inputs)
+        return inner(inputs)
     except RuntimeError as error:
         given, own = _placement(_tensors_in(inputs)), _placement(model.parameters())
         if not given or not own or given <= own:
@@ -85,6 +88,22 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
             received=", ".join(sorted(given)),
             fix="move the inputs to the model's device and dtype before learner.distill()",
         ) from error
+
+
+def stand_in(value: Any) -> Any:
+    """Return inputs or :class:`Outputs` of an empty batch with one item of zeros in it, still part of their graph.
+
+    A rank without data so makes every call that the others make, and loses nothing: what it adds counts zero.
+    """
+    if isinstance(value, Outputs):
+        return Outputs(stand_in(value.logits), stand_in(value.features))
+    if isinstance(value, Mapping):
+        return {name: stand_in(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(stand_in(item) for item in value)
+    if not isinstance(value, Tensor) or value.dim() == 0 or len(value):
+        return value
+    return torch.cat([value, value.new_zeros((1, *value.shape[1:]))])
 
 
 def _are_tensors(features: Any) -> bool:

@@ -374,7 +374,7 @@ def check_values(student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None
                 received=f"between {mask.min().item():g} and {mask.max().item():g}",
                 fix="pass weights >= 0, for example the confidence of pseudo-labels",
             )
-        if not bool((mask != (0 if floating or mask.dtype == torch.bool else IGNORE_INDEX)).any()):
+        if leaves_nothing(mask):
             raise problem(
                 "all positions are ignored",
                 expected="at least one position that counts",
@@ -393,6 +393,12 @@ def check_values(student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None
                 received=f"{int((~finite).sum())} NaN or infinite of {finite.numel()}",
                 fix=f"look for an overflow in the {name}'s forward pass, or leave these positions out with mask=",
             )
+
+
+def leaves_nothing(mask: Tensor) -> bool:
+    """Return whether a mask ignores every position."""
+    ignored = 0 if mask.is_floating_point() or mask.dtype == torch.bool else IGNORE_INDEX
+    return not bool((mask != ignored).any())
 
 
 def _check_pair(student: Tensor, teacher: Tensor, what: str) -> None:

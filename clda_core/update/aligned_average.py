@@ -13,6 +13,8 @@ from typing_extensions import Literal
 from .._activations import capturing, positions, rows, watching
 from .._config import Strategy
 from .._distributed import sum_across_ranks
+from .._sharded import local as part_here
+from .._sharded import part_for, whole
 from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
 from ..layers import Layer, canonical_buffers, canonical_modules, canonical_parameters, local_names
@@ -109,7 +111,7 @@ class AlignedAverage(Strategy):
         for pair in pairs:
             found = maps.get(pair.name, _NOT_CALLED)
             for local, name in pair.tensors.items():
-                target = of_teacher[name].detach()
+                target = of_teacher[name]
                 source = getattr(pair.theirs, name.rpartition(".")[2], None)
                 reason = found if isinstance(found, str) else None
                 if movable and name in parameters and name not in movable:
@@ -117,10 +119,10 @@ class AlignedAverage(Strategy):
                 elif not isinstance(source, Tensor):
                     reason = f"the student's module {pair.other!r} has no such tensor"
                 elif not isinstance(found, str):
-                    aligned = _expressed(target, source.detach(), found, _is_depthwise(pair.ours))
+                    aligned = _expressed(whole(target), whole(source), found, _is_depthwise(pair.ours))
                     reason = "none of its channels has a counterpart" if aligned is None else None
                     if aligned is not None:
-                        targets[name], sources[name] = target, aligned
+                        targets[name], sources[name] = part_here(target), part_for(aligned, target)
                         updated.append(pair.layer)
                 if reason is not None:
                     skipped[f"{pair.layer}: {local}"] = reason

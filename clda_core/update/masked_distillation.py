@@ -11,6 +11,7 @@ from torch import Tensor
 from .._config import Strategy
 from .._distributed import mean_where_seen
 from .._models import evaluating, requiring_grad
+from .._sharded import as_sharded, gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
 from ..errors import check_choice, check_number, problem
 from ..layers import canonical_parameters
@@ -89,27 +90,23 @@ class MaskedDistillation(Strategy):
             with evaluating(context.teacher), requiring_grad(selected, of=everything.values()):
                 prediction = context.forward(context.teacher, inputs)
                 loss = distillation_loss(self.distillation, prediction, target, context.mask)
-                found = _gradients(loss, selected)
-            gradients = {
-                name: gradient
-                for name, gradient in zip(names, mean_where_seen(found, selected))
-                if gradient is not None
-            }
-            if not gradients:
+                averaged = _averaged_gradients(loss, selected)
+            found = {name: gradient for name, gradient in zip(names, averaged) if gradient is not None}
+            if not found:
                 break
-            if not all_finite(gradients.values()):
+            if not all_finite(found.values()):
                 reason = "a gradient of the round is not finite"
                 break
-            self._step(optimizer, everything, gradients, movable, context.strength)
-            reached.update(gradients)
+            self._step(optimizer, everything, found, movable, context.strength)
+            reached.update(found)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the optimizer's state."""
+        """Return the optimizer's state; under FSDP2 this rank's part of it, as plain tensors."""
         if self._optimizer is None:
             return {} if self._restored is None else dict(self._restored)
-        return {"optimizer": self._optimizer.state_dict(), "base_rates": list(self._base_rates)}
+        return {"optimizer": _without_shards(self._optimizer.state_dict()), "base_rates": list(self._base_rates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the optimizer's state; it is applied when the teacher is at hand."""
@@ -127,7 +124,7 @@ class MaskedDistillation(Strategy):
             _check_held(optimizer, parameters)
             self._base_rates = [group["lr"] for group in optimizer.param_groups]
             if self._restored is not None:
-                optimizer.load_state_dict(dict(self._restored["optimizer"]))
+                optimizer.load_state_dict(_with_shards(self._restored["optimizer"], optimizer))
                 self._base_rates = list(self._restored["base_rates"])
                 self._restored = None
             self._optimizer = optimizer
@@ -138,18 +135,20 @@ class MaskedDistillation(Strategy):
         self,
         optimizer: torch.optim.Optimizer,
         parameters: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
+        found: Mapping[str, Tensor],
         movable: Mapping[str, Tensor],
         strength: float,
     ) -> None:
-        """Step with ``gradients`` alone; the ``.grad`` of every parameter is as before afterwards."""
+        """Step with the gradients ``found`` alone; the ``.grad`` of every parameter is as before afterwards."""
         # Momentum and weight decay move elements without a gradient too, so these are put back after the step.
-        kept = {name: parameters[name].detach().clone() for name in gradients if name in movable}
+        kept = {name: local(parameters[name]).clone() for name in found if name in movable}
         before = [(parameter, parameter.grad) for parameter in parameters.values()]
         try:
             for name, parameter in parameters.items():
-                gradient = gradients.get(name)
-                parameter.grad = gradient * movable[name] if gradient is not None and name in kept else gradient
+                gradient = found.get(name)
+                if gradient is not None and name in kept:
+                    gradient = as_sharded(local(gradient) * movable[name], parameter)
+                parameter.grad = gradient
             for group, rate in zip(optimizer.param_groups, self._base_rates):
                 group["lr"] = rate * strength
             optimizer.step()
@@ -158,18 +157,52 @@ class MaskedDistillation(Strategy):
                 parameter.grad = gradient
         with torch.no_grad():
             for name, copied in kept.items():
-                parameters[name].copy_(torch.where(movable[name], parameters[name], copied))
+                part = local(parameters[name])
+                part.copy_(torch.where(movable[name], part, copied))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether no element is NaN or infinite, with one host-device synchronisation."""
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+    """Return whether no element is NaN or infinite, on any rank, with one host-device synchronisation."""
+    every = list(tensors)
+    wrong = torch.stack([(~torch.isfinite(local(tensor))).any() for tensor in every]).any()
+    return not bool(sum_over_shards(wrong.float(), every))
 
 
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
+def _averaged_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
+    if any(map(is_sharded, parameters)):
+        return gradients(loss, parameters)
     if not loss.requires_grad:  # nothing of what is differentiated by took part
-        return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
+        return mean_where_seen([None] * len(parameters), parameters)
+    return mean_where_seen(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+
+
+def _without_shards(state: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return an optimizer's state with this rank's parts in place of sharded tensors."""
+    held = {
+        index: {key: local(value) if is_sharded(value) else value for key, value in of_one.items()}
+        for index, of_one in state["state"].items()
+    }
+    return {**state, "state": held}
+
+
+def _with_shards(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """Return what :func:`_without_shards` returned with tensors sharded like the optimizer's parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held: Dict[Any, Any] = {}
+    for index, of_one in state["state"].items():
+        held[index] = dict(of_one)
+        for key, value in of_one.items():
+            if is_sharded(parameters[index]) and isinstance(value, Tensor) and value.dim():
+                expected = tuple(local(parameters[index]).shape)
+                if tuple(value.shape) != expected:
+                    raise problem(
+                        "the saved state of the update's optimizer is of other shards",
+                        expected=f"a part of shape {expected}",
+                        received=f"shape {tuple(value.shape)}",
+                        fix="load on every rank what that rank saved, on as many ranks",
+                    )
+                held[index][key] = as_sharded(value, parameters[index])
+    return {**state, "state": held}
 
 
 def _check_held(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import lerp_
+from .._sharded import local, part_for
 from ..layers import Layer, canonical_buffers, canonical_parameters, local_names
 
 __all__ = ["Snapshot", "blend", "pair_tensors", "undone_on_error"]
@@ -26,7 +27,7 @@ class Snapshot:
         parameters, buffers = canonical_parameters(model), canonical_buffers(model)
         tensors: List[Tensor] = [parameters[name] for layer in layers for name in layer.parameters]
         tensors += [buffers[name] for layer in layers for name in layer.buffers]
-        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._copies = [(local(tensor), local(tensor).clone()) for tensor in tensors]
 
     def restore(self) -> None:
         """Write the copies back in place."""
@@ -36,7 +37,7 @@ class Snapshot:
 
     def go_halfway_back(self) -> None:
         """Write the mean of the copies and the present values, in place."""
-        lerp_([tensor.detach() for tensor, _ in self._copies], [copy for _, copy in self._copies], 0.5)
+        lerp_([tensor for tensor, _ in self._copies], [copy for _, copy in self._copies], 0.5)
 
 
 @contextmanager
@@ -91,8 +92,8 @@ def pair_tensors(
         roles: What the reasons call ``target`` and ``source``.
 
     Returns:
-        ``(target tensor, source tensor)`` of equal shape by the target's canonical name, and for what has no
-        counterpart a reason by ``"layer: name"``.
+        ``(target tensor, source tensor)`` of equal shape by the target's canonical name, of sharded ones this rank's
+        part, and for what has no counterpart a reason by ``"layer: name"``.
     """
     kinds: List[Tuple[Tuple[str, ...], Tuple[str, ...], Mapping[str, Tensor], Mapping[str, Tensor]]] = [
         (layer.parameters, related.parameters, canonical_parameters(target), canonical_parameters(source))
@@ -103,14 +104,14 @@ def pair_tensors(
     unpaired: Dict[str, str] = {}
     for target_names, source_names, of_target, of_source in kinds:
         available = local_names(related, source_names)
-        for local, name in local_names(layer, target_names).items():
-            if local not in available:
-                unpaired[f"{layer.name}: {local}"] = f"{roles[1]} layer {related.name!r} has no {local!r}"
+        for short, name in local_names(layer, target_names).items():
+            if short not in available:
+                unpaired[f"{layer.name}: {short}"] = f"{roles[1]} layer {related.name!r} has no {short!r}"
                 continue
-            ours, theirs = of_target[name].detach(), of_source[available[local]].detach()
+            ours, theirs = of_target[name], of_source[available[short]]
             if ours.shape != theirs.shape:
                 shapes = f"{tuple(ours.shape)} in the {roles[0]}, {tuple(theirs.shape)} in the {roles[1]}"
-                unpaired[f"{layer.name}: {local}"] = f"shapes differ: {shapes}"
+                unpaired[f"{layer.name}: {short}"] = f"shapes differ: {shapes}"
             else:
-                pairs[name] = (ours, theirs)
+                pairs[name] = (local(ours), part_for(theirs, ours))
     return pairs, unpaired

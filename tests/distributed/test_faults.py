@@ -1,0 +1,51 @@
+"""Ranks without data, and ranks that raise."""
+
+import pathlib
+from typing import Any, Dict, List
+
+import numpy
+import pytest
+
+from tests.distributed import faults, processes
+from tests.distributed.host import train
+
+PATIENCE = 5.0
+"""Timeout of the process group, in seconds, where a rank raises."""
+
+
+@pytest.fixture(scope="module")
+def incomplete(tmp_path_factory: pytest.TempPathFactory) -> List[Dict[str, Any]]:
+    return processes.run(faults.incomplete, ranks=2, folder=tmp_path_factory.mktemp("incomplete"))
+
+
+@pytest.mark.parametrize("name", faults.INCOMPLETE)
+def test_a_rank_without_data_decides_and_writes_what_the_others_do(incomplete: List[Dict[str, Any]], name: str) -> None:
+    first, last = (rank[name] for rank in incomplete)
+    assert len(first["rounds"]) == faults.INCOMPLETE[name].steps
+    assert last["rounds"] == first["rounds"]
+    assert last["teachers"] == first["teachers"]
+
+
+@pytest.mark.parametrize("name", faults.INCOMPLETE)
+def test_a_rank_without_data_adds_nothing(incomplete: List[Dict[str, Any]], name: str) -> None:
+    here, alone = incomplete[0][name], train(0, 1, faults.INCOMPLETE[name])
+    assert [record["selected"] for record in here["rounds"]] == [record["selected"] for record in alone["rounds"]]
+    for parameter, value in alone["teacher"].items():
+        numpy.testing.assert_allclose(here["teacher"][parameter], value, rtol=0, atol=1e-9, err_msg=parameter)
+
+
+def test_every_rank_says_that_none_has_data(tmp_path: pathlib.Path) -> None:
+    errors = processes.run(faults.all_empty, ranks=2, folder=tmp_path)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("no rank has data at this step: expected a batch")
+
+
+@pytest.mark.parametrize("where", ["probe", "update"])
+def test_a_rank_that_raises_does_not_hang_the_others_beyond_the_timeout(tmp_path: pathlib.Path, where: str) -> None:
+    errors = processes.run(faults.one_raises, where, str(tmp_path), ranks=2, folder=tmp_path, patience=PATIENCE)
+    (own, _, unchanged), (_, waited, others_unchanged) = errors[1].args, errors[0].args
+    assert "one rank's own" in own
+    assert "one rank's own" not in errors[0].args[0]
+    assert waited < 3 * PATIENCE
+    assert unchanged, "the teacher is as before the round"
+    assert others_unchanged, "the teacher is as before the round"
