@@ -7,16 +7,18 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import List, Optional, Tuple
+from functools import partial
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
-from benchmarks.evidence.records import FOLDER, Records, claimed
+from benchmarks.evidence.records import FOLDER, Record, Records, claimed
 from benchmarks.evidence.runs import WORK, run, trained_teacher
 from benchmarks.evidence.tables import runs_of, tables
 from benchmarks.evidence.tasks import TASKS, task
+from benchmarks.evidence.teaching import teach
 from benchmarks.evidence.variants import named
 from clda_core import CldaError
 
@@ -29,7 +31,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             from benchmarks.evidence.report import write_report
 
             return write_report(check=options.check)
-        return _observe(options) if options.observation else _train(options)
+        return _study(options) if options.study else _train(options)
     except CldaError as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2
@@ -94,15 +96,22 @@ def _make(options: argparse.Namespace, records: Records, missing: List[Tuple[int
     return failed
 
 
-def _observe(options: argparse.Namespace) -> int:
-    benchmark = task(options.name)
-    records = Records(options.records / "observation" / f"{options.name}.jsonl")
+def _study(options: argparse.Namespace) -> int:
+    """Make what is missing of a study, in this process."""
+    benchmark, seeds = task(options.name), seeds_in(options.seeds)
+    records = Records(options.records / options.study / f"{options.name}.jsonl")
+    of_seed: Dict[str, Callable[[int], Record]] = {"teaching": partial(teach, benchmark)}
+    if options.study == "observation":
+        of_seed = {
+            f"{network}-{how}": partial(observe, benchmark, network=network, training=how)
+            for network in NETWORKS
+            for how in TRAININGS
+        }
     done = records.done()
-    wanted = [(seed, network, how) for seed in seeds_in(options.seeds) for network in NETWORKS for how in TRAININGS]
-    missing = [(s, n, how) for s, n, how in wanted if (benchmark.setting(), s, f"{n}-{how}") not in done]
+    wanted = [(seed, name) for seed in seeds for name in of_seed if (benchmark.setting(), seed, name) not in done]
     torch.set_num_threads(1)
-    for seed, network, how in tqdm(missing, desc=f"{options.name}: networks", unit="network"):
-        records.add(observe(benchmark, seed, network, how))
+    for seed, name in tqdm(wanted, desc=f"{options.name}: {options.study}", unit="network"):
+        records.add(of_seed[name](seed))
     return 0
 
 
@@ -136,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--records", type=type(FOLDER), default=FOLDER, help="folder of the records")
     parser.add_argument(
-        "--observation", action="store_true", help="record the LSR of both networks, with and without UDA, instead"
+        "--study",
+        choices=["observation", "teaching"],
+        help="LSR of both networks with and without UDA, or which layers a student teaches, instead of variants",
     )
     parser.add_argument("--check", action="store_true", help="report: fail if docs/evidence.md is not up to date")
     return parser

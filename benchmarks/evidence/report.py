@@ -66,6 +66,26 @@ def observation_table(records: Sequence[Record]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def teaching_table(records: Sequence[Record]) -> str:
+    """Return what a fixed student made of the teacher, by the layers that it was allowed to move."""
+    metric = records[0]["metric"]
+    rows = [["(before)", "", *_means([record["before"] for record in records], metric)]]
+    for name in records[0]["after"]:
+        chosen = [record["after"][name] for record in records]
+        share = np.mean([100 * figures["share_of_parameters"] for figures in chosen])
+        rows.append([name, f"{share:.0f}%", *_means(chosen, metric)])
+    student = np.mean([record["student"][metric] for record in records])
+    headers = ["layers by LSR", "of the parameters", "teacher", "KL from the student", "agreement"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return f"Means over {len(records)} seeds; the student's figure is {student:.1f}.\n\n{table}"
+
+
+def _means(figures: Sequence[Record], metric: str) -> List[str]:
+    teacher = np.mean([figure["teacher"][metric] for figure in figures])
+    divergence, agreement = (np.mean([figure[key] for figure in figures]) for key in ("divergence", "agreement"))
+    return [f"{teacher:.1f}", f"{divergence:.3f}", f"{100 * agreement:.1f}%"]
+
+
 def observation_figure(records: Sequence[Record], path: Path) -> None:
     """Draw each layer's LSR on both domains, one panel a network and training."""
     import matplotlib.pyplot as plt
@@ -117,6 +137,10 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
                 observation_figure(records, docs / figure)
             picture = f"![LSR by layer]({figure.as_posix()})"
             parts.append("\n\n".join([f"## The observation: {path.stem}", observation_table(records), picture]))
+    for path in sorted((folder / "teaching").glob("*.jsonl")):
+        records = [record for record in Records(path).read() if record["seed"] in REPORTED]
+        if records:
+            parts.append(f"## One direction alone: {path.stem}\n\n{teaching_table(records)}")
     if not parts:
         raise CldaError(f"no records in {folder.name}/. Fix: python -m benchmarks.evidence digits --seeds 0-9")
     page = docs / "evidence.md"

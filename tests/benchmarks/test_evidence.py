@@ -15,7 +15,7 @@ from clda_core import CldaError, Schedule
 pytest.importorskip("scipy", reason="the benchmarks need scipy, which is no dependency of the package")
 pytest.importorskip("sklearn", reason="the digits benchmark reads scikit-learn's images")
 
-from benchmarks.evidence import observation, runs
+from benchmarks.evidence import observation, runs, teaching
 from benchmarks.evidence.command import main, seeds_in
 from benchmarks.evidence.digits import Digits
 from benchmarks.evidence.records import Records, claimed
@@ -210,6 +210,23 @@ def test_the_observation_measures_both_domains_by_layer(tiny: Digits, monkeypatc
     assert found["own_threshold"]["target"] != found["source_threshold"]["target"]
     assert observation.observe(tiny, 100, "student", "uda")["target"] != found["target"]
     assert observation.overall({"a": 1.0, "b": 0.25}, {"a": 1, "b": 2}) == 0.5
+
+
+def test_a_fixed_student_teaches_copies_of_the_teacher(
+    tiny: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "ROUNDS", 2)
+    monkeypatch.setattr(teaching, "BATCHES", 1)
+    found = teaching.teach(tiny, 100)
+    assert set(found["after"]) == {"lowest", "random", "highest", "all"}
+    assert found["after"]["all"]["share_of_parameters"] == 1
+    assert 0 < found["after"]["highest"]["share_of_parameters"] < found["after"]["lowest"]["share_of_parameters"]
+    for figures in (found["before"], *found["after"].values()):
+        assert figures["divergence"] >= 0
+        assert 0 <= figures["agreement"] <= 1
+    table = pytest.importorskip("benchmarks.evidence.report").teaching_table([found])
+    assert "| highest" in table
+    assert "| (before)" in table
 
 
 def test_command_resumes_where_it_was(
