@@ -42,6 +42,11 @@ ENVIRONMENTS = {
     "host-today": Environment(
         "3.11", "segmentation hosts on today's versions: torch 2.13, mmcv", ("mmcv==1.7.2",), WHAT_MUST_HOLD
     ),
+    "integrations": Environment(
+        "3.11",
+        "Lightning, transformers, Accelerate, mmengine: torch 2.13",
+        tests=("tests/integrations", "tests/docs/test_snippets.py"),
+    ),
     "py39": Environment("3.9", "torch 1.12"),
     "py310": Environment("3.10", "torch 2.1"),
     "py312": Environment("3.12", "torch 2.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Set
 
 import torch
@@ -20,6 +21,7 @@ from ._checks import (
     check_strategies,
     check_strength,
 )
+from ._compat import uncompiled
 from ._config import describe
 from ._distributed import adding, world_size
 from ._models import evaluating
@@ -266,7 +268,7 @@ class CollaborativeLearner:
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
         if self.observing:
-            with self._keeping_rng(), adding(self._has_data):
+            with self._keeping_rng(), adding(self._has_data), uncompiled(self.teacher):
                 elements = self.update.granularity == "parameter"
                 self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
         self._observed.add(domain)
@@ -300,7 +302,9 @@ class CollaborativeLearner:
             self._projectors.step()
             with self._keeping_rng(), adding(self._has_data):
                 if self._observer.commit() and self.schedule.due(self._steps):
-                    self._round()
+                    # Compiled, the models would be compiled anew for every set of selected layers.
+                    with uncompiled(self.teacher, self.student):
+                        self._round()
         finally:
             self._forget_step()
 
@@ -486,12 +490,18 @@ class CollaborativeLearner:
         )
 
     def _apply(self, context: RoundContext) -> UpdateResult:
+        # A guard keeps a copy itself, since it may take the update back.
+        state = None if isinstance(self.update, Guard) else copy.deepcopy(self.update.state_dict())
         try:
             with undone_on_error(self.teacher, context.layers):
                 result = self.update.apply(context)
                 _check_result(result, context)
                 return result
-        except Exception as error:
+        except BaseException as error:
+            if state is not None:
+                self.update.load_state_dict(state)
+            if not isinstance(error, Exception):
+                raise
             raise CldaError(
                 f"the update {type(self.update).__name__} raised {type(error).__name__}: {error}. The teacher is as it "
                 "was before the round. Fix: see the exception that caused this one"

@@ -1,11 +1,13 @@
 """Every Python block of README.md and docs/ runs, page by page, in order and in one namespace."""
 
+import importlib.util
 import re
 import sys
 import textwrap
 import types
+import warnings
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Tuple
 
 import pytest
 import torch
@@ -22,10 +24,13 @@ REASONS = {
     "is part of a class shown above",
 }
 
+# `<!-- needs: MODULE, MODULE -->` right above a block runs it only where these can be imported.
+NEEDS = re.compile(r"<!--\s*needs:\s*(?P<modules>[\w, ]+?)\s*-->\s*\Z")
+
 FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<code>.*?)^(?P=indent)(?P=fence)[ \t]*$", re.M | re.S
 )
-NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>.*?)\s*-->\s*\Z", re.S)
+NOT_RUN = re.compile(r"<!--\s*not run:\s*(?P<reason>[^<>]*?)\s*-->\s*\Z", re.S)
 
 
 class Snippet(NamedTuple):
@@ -34,6 +39,7 @@ class Snippet(NamedTuple):
     line: int
     code: str
     not_run: str
+    needs: Tuple[str, ...] = ()
 
 
 def snippets(page: Path) -> List[Snippet]:
@@ -44,9 +50,10 @@ def snippets(page: Path) -> List[Snippet]:
         language = (block["info"].split() or [""])[0].strip("{}.").lower()
         assert language not in {"py", "python3", "pycon"}, f"{page.name}: name the language 'python', not {language!r}"
         if language == "python":
-            reason = NOT_RUN.search(text[: block.start()])
+            reason, needs = (comment.search(text[: block.start()]) for comment in (NOT_RUN, NEEDS))
             line = text.count("\n", 0, block.start("code"))
-            found.append(Snippet(line, textwrap.dedent(block["code"]), reason["reason"] if reason else ""))
+            modules = tuple(re.split(r",\s*", needs["modules"])) if needs else ()
+            found.append(Snippet(line, textwrap.dedent(block["code"]), reason["reason"] if reason else "", modules))
     return found
 
 
@@ -65,7 +72,11 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(0)
     try:
         for snippet in snippets(page):
-            if not snippet.not_run:
+            if snippet.not_run or any(importlib.util.find_spec(name) is None for name in snippet.needs):
+                continue
+            with warnings.catch_warnings():
+                if snippet.needs:  # engines warn of the machine, and of what they use themselves
+                    warnings.simplefilter("ignore")
                 # Blank lines in front make the line numbers of a traceback those of the page.
                 exec(compile("\n" * snippet.line + snippet.code, str(page), "exec"), module.__dict__)
     finally:
@@ -85,7 +96,13 @@ def test_blocks_are_found_with_their_line_indented_or_not(tmp_path: Path) -> Non
     page = tmp_path / "page.md"
     page.write_text(
         "a\n```python\nx = 1\n```\n\n=== tab\n\n    ``` python title='t'\n    y = 2\n    ```\n\n"
-        "<!-- not run: needs a GPU -->\n\n```python\nz = 3\n```\n\n```bash\nls\n```\n",
+        "<!-- not run: needs a GPU -->\n\n```python\nz = 3\n```\n\n```bash\nls\n```\n"
+        "<!-- needs: torch, no_such -->\n\n```python\nw = 4\n```\n",
         encoding="utf-8",
     )
-    assert snippets(page) == [(2, "x = 1\n", ""), (8, "y = 2\n", ""), (14, "z = 3\n", "needs a GPU")]
+    assert snippets(page) == [
+        (2, "x = 1\n", "", ()),
+        (8, "y = 2\n", "", ()),
+        (14, "z = 3\n", "needs a GPU", ()),
+        (23, "w = 4\n", "", ("torch", "no_such")),
+    ]

@@ -1,0 +1,125 @@
+"""Real runs of mmengine's Runner, on the CPU."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from clda_core.selection import AllLayers
+from clda_core.update import Average
+from tests.helpers import INPUTS, batch, bits, labels, seeded, values
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what it imports of torch is deprecated there
+    pytest.importorskip("mmengine.runner", reason="an integration with mmengine needs mmengine")
+from mmengine.model import BaseModel
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.runner import Runner
+
+from clda_core.integrations.mmengine import CollaborationHook
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # mmengine's own, which is older than torch and Python here
+
+
+class Host(BaseModel):
+    overflow_at = -1
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(INPUTS, width), nn.Linear(width, 3)
+        self.calls = 0
+
+    def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
+        if mode != "loss":
+            return self.head(self.body(inputs).relu())
+        source, target = inputs
+        losses = {"loss_source": F.cross_entropy(self(source), data_samples)}
+        losses["loss_kd"] = self.learner.distill(self(target), target)
+        self.calls += 1
+        if self.calls == self.overflow_at:
+            losses["loss_source"] = losses["loss_source"] * float("inf")
+        return losses
+
+
+class CpuAmpOptimWrapper(AmpOptimWrapper):
+    """The real one refuses to be built without a GPU; with the CPU's scaler it steps all the same."""
+
+    def __init__(self, **options: Any) -> None:
+        OptimWrapper.__init__(self, **options)
+        self._scale_update_param = None
+        self.loss_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def optim_context(self, model: nn.Module) -> Any:
+        return OptimWrapper.optim_context(self, model)
+
+
+def data() -> List[Dict[str, Any]]:
+    rows = zip(batch(0, 32), batch(1, 32), labels(2, 32))
+    return [{"inputs": (source, target), "data_samples": label} for source, target, label in rows]
+
+
+def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, resume: Any = None, **options: Any) -> Any:
+    hook = CollaborationHook(
+        seeded(lambda: Host(8), 8),
+        schedule={"warmup": 1, "interval": 2},
+        update=Average(decay=0.8),
+        selection=AllLayers(),
+        log_interval=1,
+        enabled=options.pop("enabled", True),
+    )
+    student = seeded(lambda: Host(6), 6)
+    student.overflow_at = overflow_at
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    runner = Runner(
+        model=student,
+        work_dir=str(folder),
+        train_dataloader=DataLoader(data(), batch_size=4),
+        train_cfg={"by_epoch": False, "max_iters": 8},
+        optim_wrapper=wrapper(optimizer=optimizer, **options),
+        custom_hooks=[hook],
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 4, "by_epoch": False}},
+        load_from=resume,
+        resume=resume is not None,
+        default_scope="mmengine",
+        experiment_name=f"{folder.name}-{id(hook)}",
+    )
+    runner.train()
+    return runner, hook.learner
+
+
+def test_every_optimizer_step_is_one_of_the_learner(tmp_path: Path) -> None:
+    runner, learner = run(tmp_path)
+    assert learner.report().steps == 8
+    assert [record.step for record in learner.report().rounds] == [3, 5, 7]
+    assert "step" not in vars(runner.optim_wrapper)
+    assert runner.message_hub.get_scalar("train/clda/rounds").current() == 3
+    saved = torch.load(tmp_path / "iter_4.pth", weights_only=False)
+    assert sorted(saved["clda"]) == ["learner", "teacher"]
+    assert sorted(saved["state_dict"]) == ["body.bias", "body.weight", "head.bias", "head.weight"]
+
+
+def test_accumulation_and_clipping(tmp_path: Path) -> None:
+    _, learner = run(tmp_path, accumulative_counts=2, clip_grad={"max_norm": 0.1})
+    assert learner.report().steps == 4
+    assert [record.step for record in learner.report().rounds] == [3]
+
+
+@pytest.mark.parametrize("clip", [None, {"max_norm": 1.0}])
+def test_a_step_that_the_scaler_skips_is_none(clip: Any, tmp_path: Path) -> None:
+    runner, learner = run(tmp_path, wrapper=CpuAmpOptimWrapper, overflow_at=3, clip_grad=clip)
+    assert runner.optim_wrapper.loss_scaler.get_scale() == 512.0
+    assert learner.report().steps == 7
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # mmengine's checkpoints hold more than tensors
+    whole, learner = run(tmp_path / "whole")
+    resumed, other = run(tmp_path / "second", resume=str(tmp_path / "whole" / "iter_4.pth"))
+    assert values(resumed.model) == values(whole.model)
+    assert values(other.teacher) == values(learner.teacher)
+    assert bits(other.state_dict()) == bits(learner.state_dict())
