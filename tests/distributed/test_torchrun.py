@@ -26,7 +26,7 @@ def test_two_ranks_show_and_write_one_result(tmp_path: Path) -> None:
     done = subprocess.run([*torchrun, *job], cwd=str(tmp_path), capture_output=True, timeout=600, check=True, text=True)
     assert done.stdout.count("Accuracy on the 1,797 handwritten digits") == 1
     assert done.stdout.count("written: ") == 1
-    assert done.stderr.count("teacher: 100%") == 1
+    assert done.stderr.count("UDA alone: 100%") == 1
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(results["students"]) == {digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA}
     assert (tmp_path / "checkpoints" / "teacher.pt").exists()
