@@ -167,6 +167,10 @@ class CollaborativeLearner:
                 not finite or every position is masked out. The last two are checked on the CPU only: elsewhere it would
                 cost a synchronisation with the device at every step, so NaN passes into the loss and nothing but
                 masked-out positions gives 0.
+
+        Note:
+            On one of several ranks an empty batch, or a mask that leaves nothing, gives a zero loss instead of an
+            error, and the rank adds nothing to what the ranks average.
         """
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())

@@ -1,6 +1,7 @@
 """Fonts to real handwriting: train a big teacher by UDA, then a small student three ways, and compare them.
 
     python -m examples.classification.digits --seed 0
+    torchrun --nproc-per-node 2 examples/classification/digits.py   # each process takes half of every batch
 
 The three students start from the same weights and see the same batches: UDA alone, with knowledge distillation (KD)
 from the frozen teacher, and with CLDA, which updates the teacher meanwhile. The target's labels are used to evaluate
@@ -22,6 +23,7 @@ if __package__ in (None, ""):  # run as a file: the imports below start at the r
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from clda_core import CldaError, CollaborativeLearner, Never
+from examples.classification import ranks
 from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
@@ -168,15 +170,25 @@ def run_command(
     Returns:
         The exit status.
     """
+    with ranks.joined():
+        return _run_command(program, options, config, if_interrupted, run_options)
+
+
+def _run_command(
+    program: str, options: argparse.Namespace, config: Config, if_interrupted: str, run_options: Dict[str, Any]
+) -> int:
     given = {name: getattr(options, name) for name in ("seed", "steps", "device", "threads")}
     try:
-        results = run(replace(config, **given), **run_options).to_dict()
+        config = replace(config, **given, progress=config.progress and ranks.first())
+        results = run(config, **run_options).to_dict()
     except (CheckpointError, CldaError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{program}: {'; '.join(filter(None, ('interrupted', if_interrupted)))}", file=sys.stderr)
         return 130
+    if not ranks.first():
+        return 0
     save_json(results, options.output / "results.json")
     save_figure(results, options.output / "figure.png")
     print(_summary(results))
@@ -195,11 +207,14 @@ def _run(
     task = _task(config)
     seeds = _seeds(config.seed)
     identity = {key: value for key, value in asdict(config).items() if key not in ("device", "threads", "progress")}
+    if ranks.count() > 1:
+        identity["ranks"] = ranks.count()
     files = {title: None if folder is None else folder / f"{_slug(title)}.pt" for title in ("teacher", *chosen)}
     if not resume:
         for path in files.values():
-            if path is not None and path.exists():
+            if path is not None and path.exists() and ranks.first():
                 path.unlink()
+        ranks.wait()
     if teacher_file is not None:
         files["teacher"] = teacher_file
 

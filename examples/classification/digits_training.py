@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import ranks
 from .checkpoint import Checkpoint
 from .digits_data import LabelledImages, TargetEvaluation, UnlabelledImages
 from .self_training import Batches, HostEma, forward, self_training_loss, set_learning_rate
@@ -128,11 +129,12 @@ def train(
         torch.set_rng_state(state["rng"])
 
     model.train()
+    parallel = ranks.averaging_gradients(model)
     began = time.perf_counter()
     for step in progress(name, start, task):
         set_learning_rate(optimizer, task.host.learning_rate, step, task.steps)
-        batch = batches[step]
-        source_logits, target_logits = forward(model, batch)
+        batch = ranks.part(batches[step])
+        source_logits, target_logits = forward(parallel, batch)
         target_weight = task.host.target_weight_at(step, task.steps)
         loss = self_training_loss(source_logits, target_logits, batch, host_ema, target_weight)
         loss = loss + learner.distill(target_logits, batch.target)  # CLDA 3 of 5
@@ -142,8 +144,9 @@ def train(
         host_ema.update(model)
 
         if task.evaluates_after(step):
+            ranks.share_buffers(model)
             log.add(step + 1, float(loss.detach()), learner.metrics(), time.perf_counter() - began)
-            if checkpoint is not None:
+            if checkpoint is not None and ranks.first():
                 checkpoint.save(
                     {
                         "step": step + 1,

@@ -19,7 +19,7 @@ An exception may be a result, where the ranks are not expected to work together 
 
 
 def run(
-    work: Work, *arguments: Any, ranks: int, folder: pathlib.Path, seconds: float = 300.0, patience: float = 120.0
+    work: Work, *arguments: Any, ranks: int, folder: pathlib.Path, seconds: float = 600.0, patience: float = 300.0
 ) -> List[Any]:
     """Run ``work`` on ``ranks`` processes joined by gloo, and return what each rank returned, in order.
 

@@ -1,0 +1,32 @@
+"""The digits job, started by torchrun."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
+
+from examples.classification import digits
+
+ROOT = Path(digits.__file__).resolve().parents[2]
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (1, 10):
+    pytest.skip("torchrun came with torch 1.10", allow_module_level=True)
+
+
+def test_two_ranks_show_and_write_one_result(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = [str(ROOT / "examples" / "classification" / "digits.py"), "--steps=2", "--threads=1", f"--output={tmp_path}"]
+    done = subprocess.run([*torchrun, *job], cwd=str(tmp_path), capture_output=True, timeout=600, check=True, text=True)
+    assert done.stdout.count("Accuracy on the 1,797 handwritten digits") == 1
+    assert done.stdout.count("written: ") == 1
+    assert done.stderr.count("UDA alone: 100%") == 1
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(results["students"]) == {digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA}
+    assert (tmp_path / "checkpoints" / "teacher.pt").exists()
