@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import subprocess
@@ -20,6 +19,7 @@ from benchmarks.evidence.task import Task
 from benchmarks.evidence.training import Cotraining, train
 from benchmarks.evidence.variants import VARIANTS, frozen
 from clda_core import CollaborativeLearner, init_student
+from clda_core.checkpoint import atomically
 
 WORK = Path("runs/evidence")
 TEACHER_RATE = 0.1  # peak learning rate of a teacher that is trained on, in units of the student's
@@ -61,10 +61,8 @@ def trained_teacher(task: Task, seed: int) -> nn.Module:
     if not path.exists():
         host = task.host(teacher, seed, stream=0)
         train(task, host, steps=task.teacher_steps)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        torch.save(teacher.state_dict(), unfinished)
-        os.replace(unfinished, path)
+        with atomically(path) as unfinished:
+            torch.save(teacher.state_dict(), unfinished)
     teacher.load_state_dict(torch.load(path, map_location="cpu"))
     return teacher.eval().requires_grad_(False)
 

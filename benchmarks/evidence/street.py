@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Dict, Optional, Tuple
@@ -23,6 +22,7 @@ from benchmarks.street.self_training import (
     segmentation_loss,
     upsample,
 )
+from clda_core.checkpoint import atomically
 
 BATCH = 4
 THRESHOLD = 0.9
@@ -109,10 +109,8 @@ def frames(split: str) -> Tuple[Tensor, Tensor]:
         drawn = [draw(index, seed) for index in range(count)]
         images = torch.from_numpy(np.stack([frame.image for frame in drawn]))
         labels = torch.from_numpy(np.stack([frame.labels for frame in drawn]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        torch.save((images.mul(255).round().to(torch.uint8), labels), unfinished)
-        os.replace(unfinished, path)
+        with atomically(path) as unfinished:
+            torch.save((images.mul(255).round().to(torch.uint8), labels), unfinished)
     stored, labels = torch.load(path)
     return stored.to(torch.float32).div(255), labels.to(torch.int64)
 
