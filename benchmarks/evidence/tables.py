@@ -136,7 +136,15 @@ def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
 
 
 def cost_ratio(runs: Runs, name: str) -> Optional[float]:
-    """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock."""
+    """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock.
+
+    Of a run with rounds it is its own overhead over frozen-teacher KD, see
+    :func:`~benchmarks.evidence.training.overhead`.
+    """
+    variant = VARIANTS[name]
+    if variant.strategies is not None and not variant.cotrained and name not in (FROZEN, "frozen-init"):
+        own = [record["overhead"] for record in runs.get(name, {}).values() if record.get("overhead")]
+        return float(np.median(own)) if own else None
     frozen = runs.get(FROZEN, {})
     pairs = [(record, frozen[seed]) for seed, record in runs.get(name, {}).items() if seed in frozen]
     ratios = [

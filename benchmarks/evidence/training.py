@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,11 @@ def train(
         of_teacher = torch.optim.AdamW(parameters, lr=cotraining.learning_rate, weight_decay=0.01)
     teacher = None if learner is None else learner.teacher
     curve: List[Dict[str, Any]] = []
-    seconds = processor_seconds = 0.0
+    seconds, of_steps, in_rounds = 0.0, [], []
     host.model.train()
     for step in range(steps):
         began, began_processor = time.perf_counter(), time.process_time()
+        busy = learner is not None and (learner.observing or learner.schedule.due(step + 1))
         set_learning_rate(optimizer, peak, step, steps)
         of_host = host.loss(step, steps)
         loss = of_host.loss
@@ -86,19 +87,37 @@ def train(
             learner.after_step()
         host.after_step()
         seconds += time.perf_counter() - began
-        processor_seconds += time.process_time() - began_processor
+        of_steps.append(time.process_time() - began_processor)
+        in_rounds.append(busy)
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
             curve.append({"step": step + 1, "student": _figure(task, host.model), "teacher": _figure(task, teacher)})
     return {
         "curve": curve,
         "seconds": seconds,
-        "processor_seconds": processor_seconds,
+        "processor_seconds": sum(of_steps),
+        "overhead": overhead(of_steps, in_rounds),
         "student": task.evaluate(host.model),
         "student_ema": task.evaluate(host.ema),
         "teacher": None if teacher is None else task.evaluate(teacher),
         "rounds": None if learner is None else summary(learner.report()),
         "config": None if learner is None else configuration(learner),
     }
+
+
+def overhead(seconds: Sequence[float], in_rounds: Sequence[bool]) -> Optional[float]:
+    """Return how many times longer a run took because some steps were observed or ended with a round.
+
+    Those steps are compared with the others from the first of them on, so that a machine's changing load matters
+    little; ``None`` without such steps.
+    """
+    if not any(in_rounds):
+        return None
+    first = list(in_rounds).index(True)
+    plain = [of for of, busy in zip(seconds[first:], in_rounds[first:]) if not busy]
+    if not plain:
+        return None
+    ratio = (sum(seconds[first:]) / (len(seconds) - first)) / (sum(plain) / len(plain))
+    return (first + (len(seconds) - first) * ratio) / len(seconds)
 
 
 def probing(images: Tensor) -> Callable[[nn.Module], Tensor]:

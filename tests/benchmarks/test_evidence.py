@@ -20,6 +20,7 @@ from benchmarks.evidence.command import main, seeds_in
 from benchmarks.evidence.digits import Digits
 from benchmarks.evidence.records import Records, claimed
 from benchmarks.evidence.statistics import holm, paired
+from benchmarks.evidence.training import overhead
 from benchmarks.evidence.variants import CLDA, FROZEN, UDA, VARIANTS, named
 from examples.classification.digits_data import TargetEvaluation
 from examples.classification.digits_models import residual_network
@@ -36,6 +37,7 @@ def record(seed: int = 0, variant: str = FROZEN, student: float = 80.0, teacher:
         "teacher_before": {"accuracy": 81.0},
         "seconds": 10.0,
         "processor_seconds": 10.0,
+        "overhead": 1.05 if variant == CLDA else None,
         "versions": {"torch": "2.0", "commit": "abc"},
     }
 
@@ -174,6 +176,12 @@ def test_equal_runs_have_equal_figures(tiny: Digits) -> None:
     assert one["rounds"]["made"] == 1
     assert one["config"]["schedule"]["interval"] == Schedule().interval
     assert json.loads(json.dumps(one)) == one
+
+
+def test_overhead_compares_the_steps_of_rounds_with_those_between() -> None:
+    assert overhead([1.0] * 10, [False] * 10) is None
+    # After five steps that are slow for another reason every second step is a round of twice the time.
+    assert overhead([9.0] * 5 + [2.0, 1.0] * 5, [False] * 5 + [True, False] * 5) == pytest.approx((5 + 10 * 1.5) / 15)
 
 
 def test_variants_start_from_the_same_teacher_and_differ_as_they_say(tiny: Digits) -> None:
