@@ -99,12 +99,14 @@ def contrasts(runs: Runs) -> List[str]:
 
 
 def per_class(runs: Runs) -> List[str]:
-    """Return a table of the mean IoU of each class, where the records have it."""
+    """Return a table of the mean IoU of each class over the seeds that all have, where the records have it."""
+    names = [name for name in (UDA, FROZEN, CLDA) if name in runs]
+    seeds = set.intersection(*(set(runs[name]) for name in names)) if names else set()
     columns = [
-        (f"{VARIANTS[name].title}: {role}", [record[role] for record in runs[name].values()])
-        for name in (UDA, FROZEN, CLDA)
+        (f"{VARIANTS[name].title}: {role}", [runs[name][seed][role] for seed in sorted(seeds)])
+        for name in names
         for role in ("student", "teacher")
-        if name in runs and all(record[role] for record in runs[name].values())
+        if seeds and all(runs[name][seed][role] for seed in seeds)
     ]
     classes = [key for key in (columns[0][1][0] if columns else ()) if key.startswith("IoU ")]
     if not classes:
@@ -113,7 +115,9 @@ def per_class(runs: Runs) -> List[str]:
         [key[4:], *(f"{np.mean([figures[key] for figures in every]):.1f}" for _, every in columns)] for key in classes
     ]
     headers = ["IoU", *(title for title, _ in columns)]
-    return [f"### By class\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"]
+    return [
+        f"### By class, over {len(seeds)} seeds\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"
+    ]
 
 
 def _figure(record: Record, role: str) -> Optional[float]:
