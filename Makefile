@@ -13,7 +13,7 @@ EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick test test-oldest test-matrix lint format types docs wheel import-time ci clean
+.PHONY: help venv demo evidence-quick cost test test-oldest test-matrix lint format types docs wheel import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -60,6 +60,9 @@ wheel: venv  ## build dist/ and check what the wheel holds
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+cost: venv  ## times and memory against their budgets, up to 5 minutes (ARGS="--parts saliency")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --quick $(ARGS)
 
 import-time: venv  ## what `import clda_core` costs over `import torch`
 	$(BIN)/python .ci/import_time.py

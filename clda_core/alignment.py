@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,8 @@ def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
         chosen = linear_assignment(-values - 1e-6 * torch.eye(values.shape[0], dtype=values.dtype))
     else:
         chosen = values.argmax(1).tolist() if values.shape[1] else [-1] * values.shape[0]
-    return [column if column >= 0 and values[row, column] > minimum else -1 for row, column in enumerate(chosen)]
+    table = values.tolist()
+    return [column if column >= 0 and table[row][column] > minimum else -1 for row, column in enumerate(chosen)]
 
 
 def linear_assignment(cost: Tensor) -> List[int]:
@@ -120,42 +122,44 @@ def linear_assignment(cost: Tensor) -> List[int]:
     size = values.shape[0]
     if size == 0:
         return []
-    lowest = values.min(1)[0]
-    column_price = (values - lowest[:, None]).min(0)[0]
-    column_of, row_of = _greedy(values - lowest[:, None] - column_price)
+    costs = values.numpy()  # the steps below are too small for torch, whose calls take several times as long
+    lowest = costs.min(1)
+    column_price = (costs - lowest[:, None]).min(0)
+    column_of, row_of = _greedy(costs - lowest[:, None] - column_price)
     row_price = lowest.tolist()
     for start in range(size):
         if column_of[start] < 0:
-            _augment(start, values, row_price, column_price, column_of, row_of)
+            _augment(start, costs, row_price, column_price, column_of, row_of)
     return column_of
 
 
-def _greedy(reduced: Tensor) -> Tuple[List[int], List[int]]:
+def _greedy(reduced: Any) -> Tuple[List[int], List[int]]:
     """Assign rows and columns that meet at a reduced cost of zero, as long as both are free."""
     size = reduced.shape[0]
     column_of, row_of = [-1] * size, [-1] * size
-    for row, column in torch.nonzero(reduced <= 0, as_tuple=False).tolist():
+    for row, column in np.argwhere(reduced <= 0).tolist():
         if column_of[row] < 0 and row_of[column] < 0:
             column_of[row], row_of[column] = column, row
     return column_of, row_of
 
 
 def _augment(
-    start: int, cost: Tensor, row_price: List[float], column_price: Tensor, column_of: List[int], row_of: List[int]
+    start: int, cost: Any, row_price: List[float], column_price: Any, column_of: List[int], row_of: List[int]
 ) -> None:
     """Assign one more row along the shortest path of reduced costs from it to a free column (Dijkstra)."""
     infinity = float("inf")
-    distance = torch.full_like(column_price, infinity)
-    closed = torch.zeros_like(column_price)
-    via = torch.zeros_like(column_price, dtype=torch.long)
+    distance = np.full_like(column_price, infinity)
+    closed = np.zeros_like(column_price)
+    via = np.zeros_like(column_price, dtype=np.int64)
     visited: List[Tuple[int, float]] = []
     row, reached = start, 0.0
     while True:
-        candidate = (cost[row] - column_price).add_(reached - row_price[row]).add_(closed)
-        via.masked_fill_(candidate < distance, row)
-        distance = torch.min(distance, candidate)
-        nearest, index = distance.min(0)
-        reached, column = float(nearest), int(index)
+        candidate = cost[row] - column_price
+        candidate += closed + (reached - row_price[row])
+        via[candidate < distance] = row
+        np.minimum(distance, candidate, out=distance)
+        column = int(distance.argmin())
+        reached = float(distance[column])
         if row_of[column] < 0:
             break
         visited.append((column, reached))

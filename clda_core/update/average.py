@@ -10,7 +10,7 @@ from typing_extensions import Literal
 from .._config import Strategy
 from ..errors import check_choice, check_number
 from .base import Granularity, RoundContext, UpdateResult
-from .writing import blend, pair_tensors
+from .writing import blend, pair_tensors, tensors_of
 
 __all__ = ["Average"]
 
@@ -59,6 +59,7 @@ class Average(Strategy):
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the related student layers into the selected teacher layers, in place."""
         movable = context.movable(self.granularity)
+        of_teacher, of_student = tensors_of(context.teacher), tensors_of(context.student)
         targets: Dict[str, Tensor] = {}
         sources: Dict[str, Tensor] = {}
         updated: List[str] = []
@@ -67,9 +68,8 @@ class Average(Strategy):
             if layer.name not in context.related:
                 skipped[layer.name] = "no related student layer"
                 continue
-            pairs, unpaired = pair_tensors(
-                context.teacher, layer, context.student, context.related[layer.name], self.buffers == "average"
-            )
+            related = context.related[layer.name]
+            pairs, unpaired = pair_tensors(of_teacher, layer, of_student, related, self.buffers == "average")
             skipped.update(unpaired)
             targets.update({name: target for name, (target, _) in pairs.items()})
             sources.update({name: source for name, (_, source) in pairs.items()})

@@ -11,7 +11,7 @@ from ..errors import problem
 from ..layers import Layer, LayerGrouping, group_layers
 from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .base import UpdateResult
-from .writing import pair_tensors, undone_on_error
+from .writing import pair_tensors, tensors_of, undone_on_error
 
 __all__ = ["init_student"]
 
@@ -75,6 +75,7 @@ def init_student(
             sources.setdefault(related.pairs[layer.name].name, []).append(layer)
     updated: List[str] = []
     skipped: Dict[str, str] = {}
+    targets, origins = tensors_of(student), tensors_of(teacher)
     with undone_on_error(student, of_student), torch.no_grad():
         for layer in of_student:
             if layer.name not in sources:
@@ -82,7 +83,7 @@ def init_student(
                 continue
             peers = [other.name for other in of_student if other.stage == layer.stage and other.name in sources]
             source = _at_relative_place(sources[layer.name], peers.index(layer.name), len(peers))
-            pairs, unpaired = pair_tensors(student, layer, teacher, source, True, ("student", "teacher"))
+            pairs, unpaired = pair_tensors(targets, layer, origins, source, True, ("student", "teacher"))
             skipped.update(unpaired)
             for target, value in pairs.values():
                 target.copy_(value)

@@ -12,7 +12,7 @@ from .._compat import lerp_
 from .._sharded import local, part_for
 from ..layers import Layer, canonical_buffers, canonical_parameters, local_names
 
-__all__ = ["Snapshot", "blend", "pair_tensors", "undone_on_error"]
+__all__ = ["Snapshot", "blend", "pair_tensors", "tensors_of", "undone_on_error"]
 
 
 class Snapshot:
@@ -73,10 +73,15 @@ def blend(
         lerp_([targets[name].detach() for name in names], masked, weight)
 
 
+def tensors_of(model: nn.Module) -> Dict[str, Tensor]:
+    """Return all parameters and persistent floating-point buffers by canonical name; it walks the whole model."""
+    return {**canonical_parameters(model), **canonical_buffers(model)}
+
+
 def pair_tensors(
-    target: nn.Module,
+    targets: Mapping[str, Tensor],
     layer: Layer,
-    source: nn.Module,
+    sources: Mapping[str, Tensor],
     related: Layer,
     with_buffers: bool,
     roles: Tuple[str, str] = ("teacher", "student"),
@@ -84,31 +89,29 @@ def pair_tensors(
     """Pair the tensors of a layer with those of its related layer in the other model by local name.
 
     Args:
-        target: The model about to be written.
-        layer: A layer of ``target``.
-        source: The model to be read.
-        related: A layer of ``source``.
+        targets: :func:`tensors_of` the model about to be written.
+        layer: A layer of that model.
+        sources: :func:`tensors_of` the model to be read.
+        related: A layer of that model.
         with_buffers: Whether persistent floating-point buffers are paired too.
-        roles: What the reasons call ``target`` and ``source``.
+        roles: What the reasons call the two models.
 
     Returns:
         ``(target tensor, source tensor)`` of equal shape by the target's canonical name, of sharded ones this rank's
         part, and for what has no counterpart a reason by ``"layer: name"``.
     """
-    kinds: List[Tuple[Tuple[str, ...], Tuple[str, ...], Mapping[str, Tensor], Mapping[str, Tensor]]] = [
-        (layer.parameters, related.parameters, canonical_parameters(target), canonical_parameters(source))
-    ]
+    kinds = [(layer.parameters, related.parameters)]
     if with_buffers:
-        kinds.append((layer.buffers, related.buffers, canonical_buffers(target), canonical_buffers(source)))
+        kinds.append((layer.buffers, related.buffers))
     pairs: Dict[str, Tuple[Tensor, Tensor]] = {}
     unpaired: Dict[str, str] = {}
-    for target_names, source_names, of_target, of_source in kinds:
+    for target_names, source_names in kinds:
         available = local_names(related, source_names)
         for short, name in local_names(layer, target_names).items():
             if short not in available:
                 unpaired[f"{layer.name}: {short}"] = f"{roles[1]} layer {related.name!r} has no {short!r}"
                 continue
-            ours, theirs = of_target[name], of_source[available[short]]
+            ours, theirs = targets[name], sources[available[short]]
             if ours.shape != theirs.shape:
                 shapes = f"{tuple(ours.shape)} in the {roles[0]}, {tuple(theirs.shape)} in the {roles[1]}"
                 unpaired[f"{layer.name}: {short}"] = f"shapes differ: {shapes}"

@@ -1,0 +1,29 @@
+"""What importing the package costs over importing torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Iterator
+
+from benchmarks.cost.figures import Figure, figure
+from benchmarks.cost.timing import spread
+
+_SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "import_time.py"
+
+
+def imports(repeats: int) -> Iterator[Figure]:
+    """Measure as ``make import-time`` does, in processor time."""
+    script = _loaded()
+    found = spread([script.alone()[1] for _ in range(repeats)])
+    note = "processor time, in processes that have imported torch"
+    yield figure("imports", "import clda_core", "", found, unit="ms", at_most=script.BUDGET_MS, note=note)
+
+
+def _loaded() -> Any:
+    spec = importlib.util.spec_from_file_location("import_time", _SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,217 @@
+"""A training iteration with CLDA against the same with frozen-teacher KD, amortised over the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cost.figures import Figure, figure
+from benchmarks.cost.settings import Forced, Host, Setting
+from benchmarks.cost.timing import Spread, Times, interleaved, ratio, spread
+from clda_core import CollaborativeLearner, Never, Schedule
+from clda_core.layers import canonical_parameters
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, RoundContext, Update, UpdateResult
+from clda_core.update.guard import consensus
+
+STEPS = 10_000
+"""Of the training over which the rounds are spread."""
+
+AVERAGING, DEFAULTS, FUNCTIONAL, OFF = 1.03, 1.10, 1.05, 1.005
+
+_EXPECTED = "as if the guard accepted every update at once"
+_WORST = "as if the guard rejected every update, after two backtracks"
+_AMORTISED = (
+    "the schedule's defaults (a round every 10 steps, observed every 5 rounds) after a warm-up of half the training; "
+    "both sides train the student on two batches, run the host EMA and the teacher, and load no data"
+)
+
+
+def iteration(setting: Setting, device: torch.device, repeats: int) -> Iterator[Figure]:
+    """Measure whole iterations, then rounds, then what a functional update costs over what it needs."""
+    host = Host(setting, device)
+    frozen = CollaborativeLearner(host.teacher, host.student, schedule=Never())
+    off = CollaborativeLearner(host.teacher, host.student, enabled=False)
+    outside = CollaborativeLearner(host.teacher, host.student, schedule=Forced())
+    times = interleaved(
+        {
+            "host": host.alone,
+            "off": lambda: host.with_learner(off),
+            "plain": host.with_plain_kd,
+            "frozen": lambda: host.with_learner(frozen),
+            "outside": lambda: host.with_learner(outside),
+        },
+        repeats=repeats,
+        device=device,
+    )
+    rounds = _rounds(host, device, max(3, repeats // 3))
+    yield from _off(host, off, times, setting.name, repeats, device)
+    yield figure("iteration", "KD by the learner / KD by hand", setting.name, ratio(times, "frozen", "plain"))
+    for name, (_, budget, note) in _updates().items():
+        found = _amortised(times, rounds, name)
+        what = f"CLDA, {name} / frozen-teacher KD"
+        yield figure("iteration", what, setting.name, found, at_most=budget, note=note or _AMORTISED)
+    yield from _functional(host, setting.name, repeats, device)
+
+
+def shares(schedule: Schedule, steps: int) -> Tuple[float, float]:
+    """Return the shares of the steps that end with an observed round and with one that goes by earlier rates."""
+    due = [step for step in range(1, steps + 1) if schedule.due(step)]
+    observed = [step for step in due if schedule.observes(step)]
+    return len(observed) / steps, (len(due) - len(observed)) / steps
+
+
+def _updates() -> Dict[str, Tuple[Update, float, str]]:
+    return {
+        "Average": (Average(), AVERAGING, ""),
+        "AlignedAverage": (AlignedAverage(), AVERAGING, ""),
+        "defaults": (Guard(MaskedDistillation(), criterion=_judging(0.0)), DEFAULTS, _EXPECTED),
+        "defaults, all rejected": (Guard(MaskedDistillation(), criterion=_judging(math.nan)), DEFAULTS, _WORST),
+    }
+
+
+def _judging(score: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the default criterion, at its cost, with another result."""
+    return lambda *logits: torch.full_like(consensus(*logits), score)
+
+
+def _rounds(host: Host, device: torch.device, repeats: int) -> Times:
+    """Time what a learner does at a step that ends with a round beyond what it does at any step."""
+    tasks: Dict[str, Callable[[], None]] = {}
+    with torch.no_grad():
+        output, target = host.student(host.mixed), host.teacher(host.mixed)
+    for name, (update, _, _) in _updates().items():
+        schedule = Forced()
+        learner = CollaborativeLearner(host.teacher, host.student, update=update, schedule=schedule)
+        step = functools.partial(_step, learner, schedule, output, target, host.mixed)
+        step(True, True)  # the rounds without an observation go by the rates of this one
+        tasks[f"{name} observed"] = functools.partial(step, True, True)
+        tasks[f"{name} round"] = functools.partial(step, True, False)
+    tasks["nothing"] = functools.partial(step, False, False)
+    return interleaved(tasks, repeats=repeats, device=device)
+
+
+def _step(
+    learner: CollaborativeLearner,
+    schedule: Forced,
+    output: Tensor,
+    target: Tensor,
+    images: Tensor,
+    round_: bool,
+    observed: bool,
+) -> None:
+    """Make the learner's part of a step, with both models' outputs at hand and nothing to optimise."""
+    schedule.round, schedule.observed = round_, observed
+    learner.distill(output, images, teacher_output=target)
+    learner.step(step_fn=lambda: None)
+
+
+def _amortised(times: Times, rounds: Times, name: str) -> Spread:
+    """Return the cost of steps outside rounds, and of the rounds in their shares, over frozen-teacher KD's."""
+    observed, due = shares(Schedule(warmup=STEPS // 2), STEPS)
+    outside, unit = ratio(times, "outside", "frozen"), spread(times["frozen"]).median
+    idle = spread(rounds["nothing"]).median
+    parts = [(observed, spread(rounds[f"{name} observed"])), (due, spread(rounds[f"{name} round"]))]
+    extra = [sum(share * (taken[which] - idle) for share, taken in parts) / unit for which in range(3)]
+    return Spread(*(base + more for base, more in zip(outside, extra)))
+
+
+def _off(
+    host: Host, off: CollaborativeLearner, times: Times, where: str, repeats: int, device: torch.device
+) -> Iterator[Figure]:
+    """Judge by the calls alone: whole iterations vary by more than the budget."""
+    start = torch.zeros((), device=device, requires_grad=True)
+    output = torch.zeros(2, 2, device=device)
+
+    def without() -> None:
+        (start * 1.0).backward()
+
+    def with_calls() -> None:
+        (start * 1.0 + off.distill(output, host.mixed)).backward()
+        off.step(step_fn=lambda: None)
+
+    calls = interleaved({"with": with_calls, "without": without}, repeats=repeats, device=device)
+    unit = spread(times["host"]).median
+    found = spread([1.0 + (more - less) / unit for more, less in zip(calls["with"], calls["without"])])
+    note = "the time of the calls on their own beside an iteration of the host; below it whole iterations"
+    yield figure("iteration", "CLDA off / host alone", where, found, at_most=OFF, note=note)
+    yield figure("iteration", "CLDA off / host alone, whole iterations", where, ratio(times, "off", "host"))
+
+
+class _Watched:
+    """An update that keeps what the round handed to it."""
+
+    needs_relation, granularity = False, "layer"
+
+    def __init__(self) -> None:
+        self.context: Optional[RoundContext] = None
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        self.context = context
+        return UpdateResult(())
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def context_of_a_round(host: Host) -> RoundContext:
+    """Return what an update is handed in a round with the default saliency and selection."""
+    watched, schedule = _Watched(), Forced()
+    learner = CollaborativeLearner(host.teacher, host.student, update=watched, schedule=schedule)
+    with torch.no_grad():
+        output, target = host.student(host.mixed), host.teacher(host.mixed)
+    _step(learner, schedule, output, target, host.mixed, True, True)
+    assert watched.context is not None
+    return watched.context
+
+
+def _functional(host: Host, where: str, repeats: int, device: torch.device) -> Iterator[Figure]:
+    context = context_of_a_round(host)
+    update = MaskedDistillation()
+    parameters = canonical_parameters(host.teacher)
+    selected = [parameters[name] for layer in context.layers for name in layer.parameters]
+    prediction = context.student_outputs().logits
+
+    def teacher_alone() -> None:
+        for parameter in selected:
+            parameter.requires_grad_(True)
+        logits = host.teacher(host.mixed)
+        loss = F.kl_div(F.log_softmax(logits, 1), F.softmax(prediction, 1), reduction="sum")
+        torch.autograd.grad(loss * (logits.shape[1] / logits.numel()), selected)
+        for parameter in selected:
+            parameter.requires_grad_(False)
+
+    def bare() -> None:
+        host.student.eval()
+        with torch.no_grad():
+            host.student(host.mixed)
+        host.student.train()
+        teacher_alone()
+
+    times = interleaved(
+        {
+            "update": lambda: update.apply(dataclasses.replace(context, _cache={})),
+            "update, predictions at hand": lambda: update.apply(context),
+            "bare": bare,
+            "teacher alone": teacher_alone,
+        },
+        repeats=repeats,
+        device=device,
+    )
+    note = (
+        "bare: the forward pass and the backward pass to the selected layers, by hand with F.kl_div; the update also "
+        "steps its optimizer"
+    )
+    what = "MaskedDistillation / bare forward of both models + backward of the teacher"
+    yield figure("iteration", what, where, ratio(times, "update", "bare"), at_most=FUNCTIONAL, note=note)
+    what = "MaskedDistillation, student's predictions at hand / bare forward + backward of the teacher"
+    found = ratio(times, "update, predictions at hand", "teacher alone")
+    yield figure("iteration", what, where, found, at_most=FUNCTIONAL, note=note)

@@ -1,0 +1,80 @@
+"""Times of functions that run in turns, on a machine that may do other things too."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+
+Times = Dict[str, List[float]]
+
+
+class Spread(NamedTuple):
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return Spread(float(median), float(low), float(high))
+
+
+def ratio(times: Times, of: str, to: str) -> Spread:
+    """Return the ratio of two functions' times, each pair of the same repeat: what slows one down slows the other."""
+    return spread([ours / theirs for ours, theirs in zip(times[of], times[to])])
+
+
+def interleaved(
+    tasks: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device, at_least: float = 0.02
+) -> Times:
+    """Return seconds a call of each function, measured once a repeat, in turns.
+
+    Args:
+        tasks: Functions by name. Each is called twice before.
+        repeats: Samples of each.
+        device: Where they work.
+        at_least: Seconds a sample lasts; quick functions are called several times for it.
+    """
+    clock = clock_of(device)
+    calls = {}
+    for name, task in tasks.items():
+        task()
+        calls[name] = max(1, min(10_000, math.ceil(at_least / max(_sample(task, 1, clock), 1e-7))))
+    times: Times = {name: [] for name in tasks}
+    names = list(tasks)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_sample(tasks[name], calls[name], clock))
+    return times
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return a clock in seconds: processor time where one thread of the CPU does all the work, else wall-clock time."""
+    if device.type == "cuda":
+        return _cuda_clock
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _cuda_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _sample(task: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        began = clock()
+        for _ in range(calls):
+            task()
+        return (clock() - began) / calls
+    finally:
+        gc.enable()
