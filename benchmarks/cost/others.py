@@ -44,8 +44,8 @@ def other_versions() -> Dict[str, str]:
 def declare_operators() -> None:
     """Let torchvision be imported beside a torch that its compiled half was not built for.
 
-    timm imports torchvision, and so does transformers where it is installed; its Python half looks for an operator of
-    the compiled half, which does not load beside a CPU build of torch. None of its operators is called here.
+    timm imports torchvision, and so does transformers where it is installed; its Python half looks for operators of
+    the compiled half, which does not load beside a CPU build of torch. None of them is called here.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -55,7 +55,8 @@ def declare_operators() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         _declared.append(torch.library.Library("torchvision", "DEF"))
-        _declared[0].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for operator in ("nms", "qnms"):
+            _declared[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
 
 

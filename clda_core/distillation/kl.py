@@ -14,7 +14,7 @@ from .base import LogitDistillation, align_logits, computing_dtype
 
 __all__ = ["KLDistillation", "kl_distillation"]
 
-_CHUNK = 1 << 21
+_CHUNK = 1 << 20
 """Elements worked on at a time; the temporaries are a few times this."""
 
 
