@@ -108,7 +108,7 @@ def _provenance(options: argparse.Namespace, device: torch.device) -> Dict[str, 
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"
     return {
-        "run": " ".join(["python -m benchmarks.cost", *sys.argv[1:]]),
+        "run": " ".join(["python -m benchmarks.cost", *_asked(options)]),
         "device": device.type,
         "machine": machine,
         "load": round(os.getloadavg()[0], 1),
@@ -116,6 +116,15 @@ def _provenance(options: argparse.Namespace, device: torch.device) -> Dict[str, 
         "versions": {**versions(), **other_versions()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _asked(options: argparse.Namespace) -> List[str]:
+    """Return the options that the figures depend on."""
+    asked = ["--quick"] if options.quick else []
+    for name in ("device", "models", "parts", "crop", "repeats", "threads"):
+        value = getattr(options, name)
+        asked += [f"--{name} {value}"] if value not in (None, _parser().get_default(name)) else []
+    return asked
 
 
 def _processor() -> str:
