@@ -6,6 +6,7 @@ from .learner import CollaborativeLearner
 from .outputs import Outputs
 from .report import Report, RoundRecord
 from .schedule import Never, Schedule
+from .teaching import teach
 from .update import init_student
 
 __version__ = "0.1.0"
@@ -21,4 +22,5 @@ __all__ = [
     "Schedule",
     "group_layers",
     "init_student",
+    "teach",
 ]

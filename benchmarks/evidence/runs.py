@@ -8,7 +8,7 @@ import subprocess
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import nn
@@ -17,12 +17,14 @@ import clda_core
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.training import Cotraining, train
-from benchmarks.evidence.variants import VARIANTS, frozen
+from benchmarks.evidence.variants import VARIANTS, Variant, frozen
 from clda_core import CollaborativeLearner, init_student
 from clda_core.checkpoint import atomically
 
 WORK = Path("runs/evidence")
 TEACHER_RATE = 0.1  # peak learning rate of a teacher that is trained on, in units of the student's
+
+TEACHING_ROUNDS = 40  # in a turn; the teacher is at the student's level after ten or twenty
 
 
 def run(task: Task, seed: int, name: str) -> Record:
@@ -69,11 +71,21 @@ def trained_teacher(task: Task, seed: int) -> nn.Module:
 
 def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, Any]:
     variant = VARIANTS[name]
-    if variant.kind == "teacher":
-        teacher.requires_grad_(True)
-        host = task.host(teacher, seed, stream=2)
-        figures = train(task, host, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate)
-        return {**figures, "teacher": figures["student"], "student": None, "student_ema": None}
+    if variant.after_turn is not None:
+        return _in_turns(task, seed, variant, teacher)
+    if variant.kind in ("teacher", "after-teacher"):
+        host = task.host(teacher.requires_grad_(True), seed, stream=2)
+        of_teacher = train(task, host, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate)
+        teacher.eval().requires_grad_(False)
+        if variant.kind == "teacher":
+            return {**of_teacher, "teacher": of_teacher["student"], "student": None, "student_ema": None}
+        of_student = _student(task, seed, variant, teacher)
+        both = of_teacher["processor_seconds"] + of_student["processor_seconds"]
+        return {**of_student, "processor_seconds": both}
+    return _student(task, seed, variant, teacher)
+
+
+def _student(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dict[str, Any]:
     student = task.student(seed)
     if variant.start == "teacher":
         init_student(student, teacher)
@@ -90,10 +102,45 @@ def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, 
     return train(
         task,
         task.host(student, seed, stream=1),
-        steps=task.steps,
+        steps=variant.length * task.steps,
         learner=learner,
         cotraining=cotraining,
     )
+
+
+def _in_turns(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dict[str, Any]:
+    """Train one student after another, each from the same start, and let each change the next one's teacher."""
+    assert variant.after_turn is not None
+    big, turns, seconds = teacher, [], 0.0
+    for turn in range(variant.turns):
+        if turn == 0:
+            student, figures = first_student(task, seed, teacher)
+        else:
+            student = task.student(seed)
+            learner = variant.learner(task, teacher, student, seed)
+            figures = train(task, task.host(student, seed, stream=1), steps=task.steps, learner=learner)
+        student.eval()
+        host = task.host(student, seed, stream=3 + turn)
+        batches = [host.loss(step, TEACHING_ROUNDS).images for step in range(TEACHING_ROUNDS)]
+        began = time.process_time()
+        teacher = variant.after_turn(teacher, student, batches, seed)
+        seconds += figures["processor_seconds"] + time.process_time() - began
+        turns.append({"student": figures["student"], "teacher": task.evaluate(big)})
+    return {**figures, "teacher": turns[-1]["teacher"], "turns": turns, "processor_seconds": seconds}
+
+
+def first_student(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module, Dict[str, Any]]:
+    """Return the student of the seed's frozen teacher, trained once and then read from a file, and its figures."""
+    student = task.student(seed)
+    path = WORK / task.setting() / f"student-{seed}.pt"
+    if not path.exists():
+        learner = CollaborativeLearner(teacher, student, **frozen(task, seed))
+        figures = train(task, task.host(student, seed, stream=1), steps=task.steps, learner=learner)
+        with atomically(path) as unfinished:
+            torch.save({"weights": student.state_dict(), "figures": figures}, unfinished)
+    stored = torch.load(path, map_location="cpu")
+    student.load_state_dict(stored["weights"])
+    return student, stored["figures"]
 
 
 def versions() -> Dict[str, str]:

@@ -9,12 +9,13 @@ from tabulate import tabulate
 
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.statistics import Difference, holm, paired
-from benchmarks.evidence.variants import CLDA, FROZEN, UDA, VARIANTS
+from benchmarks.evidence.variants import CLDA, FROZEN, TURNS, UDA, VARIANTS, frozen
 
 REPORTED = range(10)
 Runs = Dict[str, Dict[int, Record]]
 GROUPS = {
     "main": "The main comparison",
+    "in-turns": "In turns: a trained student teaches the teacher of the next",
     "control": "Controls: is it the student, or just more training?",
     "cotrained": "With a teacher that the host trains on",
     "schedule": "How often",
@@ -29,6 +30,13 @@ CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
     (CLDA, "select-all", ("student", "teacher")),
     (CLDA, "select-highest", ("student", "teacher")),
     (CLDA, "teacher-longer", ("teacher",)),
+    (TURNS, "frozen-twice", ("student", "teacher")),
+    (TURNS, "born-again", ("student",)),
+    (TURNS, "frozen-longer", ("student",)),
+    (TURNS, "teacher-longer", ("teacher",)),
+    (TURNS, "turns-random", ("student", "teacher")),
+    (TURNS, "turns-highest", ("student", "teacher")),
+    (TURNS, "turns-all", ("student", "teacher")),
     ("clda-init", "frozen-init", ("student", "teacher")),
     ("clda-cotrained", "frozen-cotrained", ("student", "teacher")),
 )
@@ -146,11 +154,11 @@ def cost_ratio(runs: Runs, name: str) -> Optional[float]:
     :func:`~benchmarks.evidence.training.overhead`.
     """
     variant = VARIANTS[name]
-    if variant.strategies is not None and not variant.cotrained and name not in (FROZEN, "frozen-init"):
+    if variant.strategies not in (None, frozen) and not variant.cotrained:
         own = [record["overhead"] for record in runs.get(name, {}).values() if record.get("overhead")]
         return float(np.median(own)) if own else None
-    frozen = runs.get(FROZEN, {})
-    pairs = [(record, frozen[seed]) for seed, record in runs.get(name, {}).items() if seed in frozen]
+    baseline = runs.get(FROZEN, {})
+    pairs = [(record, baseline[seed]) for seed, record in runs.get(name, {}).items() if seed in baseline]
     ratios = [
         ours["processor_seconds"] / theirs["processor_seconds"]
         for ours, theirs in pairs

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.evidence.task import Task
-from clda_core import CldaError, CollaborativeLearner, Never, Schedule
+from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
 from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, DISTDistillation
 from clda_core.saliency import Fisher, Hessian, Magnitude
-from clda_core.selection import AllLayers, DomainShift, HighestFraction, RandomFraction
+from clda_core.selection import AllLayers, DomainShift, HighestFraction, LowestFraction, RandomFraction, Selection
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
 
 Strategies = Callable[[Task, int], Dict[str, Any]]
+AfterTurn = Callable[[nn.Module, nn.Module, Sequence[Tensor], int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Variant:
         strategies: From task and seed to arguments of :class:`~clda_core.CollaborativeLearner`, made anew for each run;
             ``None`` trains without a learner.
         start: ``"own"`` weights of the student, or ``"teacher"``: initialised from the teacher's related layers.
-        kind: What is trained: a ``"student"``, the ``"teacher"`` for as many steps more, or ``"duda"``: DUDA-like.
+        kind: What is trained: a ``"student"``, the ``"teacher"`` for as many steps more, a student of that
+            (``"after-teacher"``), or ``"duda"``: DUDA-like.
         cotrained: Whether the host's UDA loss goes on updating the teacher between rounds.
         dense: Whether it needs logits with positions.
+        length: Optimizer steps, in units of the task's.
+        turns: Students trained one after another, each from the same start and on the same batches.
+        after_turn: Called after each turn with teacher, trained student, batches and seed; returns the next's teacher.
     """
 
     title: str
@@ -39,6 +44,9 @@ class Variant:
     kind: str = "student"
     cotrained: bool = False
     dense: bool = False
+    length: int = 1
+    turns: int = 1
+    after_turn: Optional[AfterTurn] = None
 
     def learner(self, task: Task, teacher: nn.Module, student: nn.Module, seed: int) -> Optional[CollaborativeLearner]:
         """Return the learner of a run, or ``None``."""
@@ -73,7 +81,27 @@ def gentle(task: Task, seed: int) -> Dict[str, Any]:
     return {"update": update, "schedule": Schedule(warmup=task.warmup * 2 // 3, interval=2)}
 
 
-UDA, FROZEN, CLDA = "uda", "frozen", "clda"
+def taught(selection: Callable[[int], Selection]) -> AfterTurn:
+    """Return what ends a turn: the student teaches the teacher, with a selection made from the seed."""
+
+    def after(teacher: nn.Module, student: nn.Module, batches: Sequence[Tensor], seed: int) -> nn.Module:
+        teach(teacher, student, batches, selection=selection(seed))
+        return teacher
+
+    return after
+
+
+def born_again(teacher: nn.Module, student: nn.Module, batches: Sequence[Tensor], seed: int) -> nn.Module:
+    """Return the student as the next turn's teacher (Furlanello et al., Born-Again Neural Networks, ICML 2018)."""
+    return student.requires_grad_(False)
+
+
+def in_turns(title: str, after: AfterTurn, *, turns: int = 2) -> Variant:
+    """Return KD in turns, each from a teacher that does not change meanwhile, and what happens after each."""
+    return Variant(title, "in-turns", frozen, turns=turns, after_turn=after)
+
+
+UDA, FROZEN, CLDA, TURNS = "uda", "frozen", "clda", "turns"
 
 VARIANTS: Dict[str, Variant] = {
     UDA: Variant("UDA alone", "main"),
@@ -81,7 +109,16 @@ VARIANTS: Dict[str, Variant] = {
     CLDA: Variant("CLDA", "main", defaults),
     "frozen-init": Variant("frozen KD, student initialised", "main", frozen, start="teacher"),
     "clda-init": Variant("CLDA, student initialised", "main", defaults, start="teacher"),
+    TURNS: in_turns("CLDA in two turns", taught(lambda seed: LowestFraction())),
+    "turn": in_turns("CLDA in one turn", taught(lambda seed: LowestFraction()), turns=1),
+    "turns-3": in_turns("CLDA in three turns", taught(lambda seed: LowestFraction()), turns=3),
+    "turns-random": in_turns("two turns, random layers", taught(lambda seed: RandomFraction(seed=seed))),
+    "turns-highest": in_turns("two turns, highest LSR", taught(lambda seed: HighestFraction())),
+    "turns-all": in_turns("two turns, all layers", taught(lambda seed: AllLayers())),
+    "born-again": in_turns("two turns, the first student teaches the second", born_again),
+    "frozen-twice": Variant("frozen KD, twice as many steps", "in-turns", frozen, length=2),
     "teacher-longer": Variant("teacher trained on, no student", "control", kind="teacher"),
+    "frozen-longer": Variant("KD from the teacher trained on", "control", frozen, kind="after-teacher"),
     "frozen-cotrained": Variant("KD from a co-trained teacher", "cotrained", frozen, cotrained=True),
     "clda-cotrained": Variant("CLDA, teacher co-trained", "cotrained", defaults, cotrained=True),
     "gentle-cotrained": Variant("gentle CLDA, teacher co-trained", "cotrained", gentle, cotrained=True),

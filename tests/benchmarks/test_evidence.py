@@ -4,24 +4,25 @@ import json
 import multiprocessing
 import warnings
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import pytest
 import torch
 
-from clda_core import CldaError, Schedule
+from clda_core import CldaError, Schedule, teach
+from clda_core.update import MaskedDistillation
 
 pytest.importorskip("scipy", reason="the benchmarks need scipy, which is no dependency of the package")
 pytest.importorskip("sklearn", reason="the digits benchmark reads scikit-learn's images")
 
-from benchmarks.evidence import observation, runs, teaching
+from benchmarks.evidence import observation, runs, teaching, variants
 from benchmarks.evidence.command import main, seeds_in
 from benchmarks.evidence.digits import Digits
 from benchmarks.evidence.records import Records, claimed
 from benchmarks.evidence.statistics import holm, paired
-from benchmarks.evidence.training import overhead
-from benchmarks.evidence.variants import CLDA, FROZEN, UDA, VARIANTS, named
+from benchmarks.evidence.training import overhead, train
+from benchmarks.evidence.variants import CLDA, FROZEN, TURNS, UDA, VARIANTS, named
 from examples.classification.digits_data import TargetEvaluation
 from examples.classification.digits_models import residual_network
 
@@ -195,6 +196,43 @@ def test_variants_start_from_the_same_teacher_and_differ_as_they_say(tiny: Digit
     assert made["teacher-longer"]["student"] is None
     assert made["frozen-init"]["curve"] != made[FROZEN]["curve"]
     assert made["frozen-cotrained"]["curve"] != made[FROZEN]["curve"]
+
+
+def test_turns_start_alike_and_each_has_the_teacher_that_the_one_before_left(
+    tiny: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: List[Tuple[float, ...]] = []
+
+    def watched(task: Digits, host: Any, **options: Any) -> Dict[str, Any]:
+        started.append(tuple(_fingerprint(model) for model in (options["learner"].teacher, host.model)))
+        return train(task, host, **options)
+
+    runs.trained_teacher(tiny, 100)
+    monkeypatch.setattr(runs, "train", watched)
+    monkeypatch.setattr(runs, "TEACHING_ROUNDS", 3)
+    # Unguarded: networks as little trained as these agree on too little for a guard to go by.
+    monkeypatch.setattr(variants, "teach", lambda *models, **rest: teach(*models, update=MaskedDistillation(), **rest))
+    frozen = runs.run(tiny, 100, FROZEN)
+    one, two, again = (runs.run(tiny, 100, name) for name in ("turn", TURNS, "born-again"))
+    of_frozen, first, second, second_again = started  # the first turn is trained once
+    assert first == of_frozen
+    assert len({student for _, student in started}) == 1
+    assert len({teacher for teacher, _ in (first, second, second_again)}) == 3
+    assert one["student"] == two["turns"][0]["student"] == again["turns"][0]["student"] == frozen["student"]
+    assert one["teacher"] == two["turns"][0]["teacher"]
+    assert again["teacher"] == again["teacher_before"]
+    assert two["processor_seconds"] > one["processor_seconds"]
+
+
+def test_longer_runs_take_more_steps(tiny: Digits) -> None:
+    assert runs.run(tiny, 100, "frozen-twice")["curve"][-1]["step"] == 2 * tiny.steps
+    trained_on = runs.run(tiny, 100, "frozen-longer")
+    assert trained_on["curve"][-1]["step"] == tiny.steps
+    assert trained_on["processor_seconds"] > runs.run(tiny, 100, FROZEN)["processor_seconds"]
+
+
+def _fingerprint(model: torch.nn.Module) -> float:
+    return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))

@@ -1,0 +1,65 @@
+"""The student's turn: trained and still, it teaches the teacher."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable
+
+import torch
+from torch import nn
+
+from ._models import evaluating
+from .errors import problem
+from .learner import CollaborativeLearner
+from .outputs import call_model
+from .report import Report
+from .schedule import Schedule
+
+__all__ = ["teach"]
+
+
+def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **strategies: Any) -> Report:
+    """Let a trained student update the teacher's non-salient layers, one round a batch; nothing else is trained.
+
+    This is the student's half of training *in turns*: distil from the teacher until the student is trained, ``teach``,
+    and train a new student of the better teacher. While it trains, a student is noisy and ends where its learning rate
+    does; here it is at its best, and the next one has the better teacher from its first step. The paper speaks of both
+    models improving in turns; how it spreads them over the training is not public, and this is ours.
+
+    Args:
+        teacher: The big model, updated in place.
+        student: The small model, trained; never changed.
+        batches: Of target images without labels, each as the teacher is called: a tensor, a tuple of arguments or a
+            mapping of keyword arguments. A few dozen batches suffice; see docs/turns.md.
+        strategies: Of :class:`~clda_core.CollaborativeLearner`, for example ``update=`` or ``selection=``. Its schedule
+            makes a round every batch, observed every fifth time, unless you pass one.
+
+    Returns:
+        The rounds, as :meth:`CollaborativeLearner.report` gives them.
+
+    Raises:
+        CldaError: As :class:`~clda_core.CollaborativeLearner` does, and if there are no batches.
+
+    Example:
+        >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> report = teach(teacher, student, (torch.randn(8, 4) for _ in range(10)))
+        >>> len(report.rounds)
+        10
+    """
+    strategies.setdefault("schedule", Schedule(warmup=0, interval=1))
+    learner = CollaborativeLearner(teacher, student, **strategies)
+    empty = True
+    for inputs in batches:
+        empty = False
+        with evaluating(student), torch.no_grad():
+            output = call_model(student, inputs)
+        # Nothing is distilled into the student here: its own output saves a pass of the teacher.
+        learner.distill(output, inputs, teacher_output=output)
+        learner.step(step_fn=lambda: None)
+    if empty:
+        raise problem(
+            "there is nothing to teach on",
+            expected="at least one batch of target images",
+            received="none",
+            fix="pass batches as a list or a fresh iterator: one that was read to its end gives nothing",
+        )
+    return learner.report()

@@ -1,0 +1,102 @@
+"""Teaching: a trained student updates the teacher, a round a batch, and nothing else changes."""
+
+import copy
+from typing import Any, List
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clda_core import CldaError, Schedule, group_layers, teach
+from clda_core.selection import AllLayers
+from clda_core.update import MaskedDistillation
+
+UNGUARDED = MaskedDistillation  # the guard has nothing to go by where random networks agree on little
+
+
+def network(width: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 4)
+        )
+
+
+def images(batches: int, seed: int = 0) -> List[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, 6, generator=generator) for _ in range(batches)]
+
+
+def states(*models: nn.Module) -> List[Any]:
+    return [copy.deepcopy(model.state_dict()) for model in models]
+
+
+def equal(one: Any, other: Any) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_teacher_comes_nearer_to_the_student_and_the_student_stays() -> None:
+    teacher, student = network(32, 0).train(), network(8, 1).train()
+    (student_before,) = states(student)
+    held_out = torch.cat(images(4, seed=1))
+
+    def divergence() -> float:
+        teacher.eval(), student.eval()
+        with torch.no_grad():
+            ours, theirs = teacher(held_out).log_softmax(1), student(held_out).log_softmax(1)
+        teacher.train(), student.train()
+        return float((theirs.exp() * (theirs - ours)).sum(1).mean())
+
+    before, state = divergence(), torch.get_rng_state()
+    report = teach(teacher, student, images(60), selection=AllLayers(), update=UNGUARDED(learning_rate=1e-2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(report.rounds) == 60
+    assert divergence() < 0.5 * before
+    assert equal(student.state_dict(), student_before)
+    assert student.training
+    assert teacher.training
+    assert all(parameter.grad is None for model in (teacher, student) for parameter in model.parameters())
+
+
+def test_only_selected_layers_move_and_statistics_stay() -> None:
+    teacher, student = network(32, 0), network(8, 1)
+    (before,) = states(teacher)
+    report = teach(teacher, student, images(3), update=UNGUARDED())
+    after = teacher.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    updated = {layer for record in report.rounds for layer in record.updated}
+    of_updated = {name for layer in group_layers(teacher) if layer.name in updated for name in layer.parameters}
+    assert moved
+    assert moved == of_updated
+    assert len(of_updated) < len(list(teacher.parameters()))
+
+
+def test_batches_are_read_once_and_may_be_arguments() -> None:
+    teacher, student = network(32, 0), network(8, 1)
+    read = []
+
+    def stream() -> Any:
+        for batch in images(4):
+            read.append(len(batch))
+            yield (batch,)
+
+    report = teach(teacher, student, stream(), schedule=Schedule(warmup=0, interval=2))
+    assert len(read) == 4
+    assert [record.step for record in report.rounds] == [2, 4]
+
+
+def test_without_batches_it_says_so_and_changes_nothing() -> None:
+    teacher, student = network(32, 0), network(8, 1)
+    before = states(teacher, student)
+    with pytest.raises(CldaError, match="nothing to teach on"):
+        teach(teacher, student, [])
+    assert all(equal(was, now) for was, now in zip(before, states(teacher, student)))
+
+
+def test_an_error_in_the_middle_leaves_whole_rounds() -> None:
+    teacher, student = network(32, 0), network(8, 1)
+    once = copy.deepcopy(teacher)
+    teach(once, student, images(1), update=UNGUARDED())
+    with pytest.raises(RuntimeError):
+        teach(teacher, student, [*images(1), torch.randn(16, 7)], update=UNGUARDED())
+    assert equal(teacher.state_dict(), once.state_dict())
