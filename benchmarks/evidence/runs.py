@@ -17,7 +17,7 @@ import clda_core
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.training import Cotraining, train
-from benchmarks.evidence.variants import VARIANTS, Variant, frozen
+from benchmarks.evidence.variants import FROZEN, VARIANTS, Variant, frozen
 from clda_core import CollaborativeLearner, init_student
 from clda_core.checkpoint import atomically
 
@@ -71,6 +71,8 @@ def trained_teacher(task: Task, seed: int) -> nn.Module:
 
 def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, Any]:
     variant = VARIANTS[name]
+    if name == FROZEN:
+        return first_student(task, seed, teacher)[1]
     if variant.after_turn is not None:
         return _in_turns(task, seed, variant, teacher)
     if variant.kind in ("teacher", "after-teacher"):

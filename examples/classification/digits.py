@@ -1,10 +1,11 @@
-"""Fonts to real handwriting: train a big teacher by UDA, then a small student three ways, and compare them.
+"""Fonts to real handwriting: train a big teacher by UDA, then a small student four ways, and compare them.
 
     python -m examples.classification.digits --seed 0
     torchrun --nproc-per-node 2 examples/classification/digits.py   # each process takes half of every batch
 
-The three students start from the same weights and see the same batches: UDA alone, with knowledge distillation (KD)
-from the frozen teacher, and with CLDA, which updates the teacher meanwhile. The target's labels are used to evaluate
+The students start from the same weights and see the same batches: UDA alone, with knowledge distillation (KD) from the
+frozen teacher, with CLDA, which updates the teacher meanwhile, and with CLDA in two turns: the student of the frozen
+teacher teaches it, and a second student is trained of that. The target's labels are used to evaluate
 only; see ``digits_data.py``. ``runs/digits`` then holds ``results.json``, ``figure.png`` and the checkpoints.
 """
 
@@ -15,14 +16,15 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
+from torch import Tensor, nn
 
 if __package__ in (None, ""):  # run as a file: the imports below start at the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clda_core import CldaError, CollaborativeLearner, Never
+from clda_core import CldaError, CollaborativeLearner, Never, teach
 from examples.classification import ranks
 from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
@@ -38,7 +40,7 @@ class Config:
 
     Attributes:
         seed: Of the source's rendering, both networks' starts, and the order of the data.
-        steps: Optimizer steps of each of the four trainings.
+        steps: Optimizer steps of each training.
         device: Where the networks run.
         threads: CPU threads of torch; the last digits of the figures may depend on it.
         teacher_blocks: Residual blocks of the teacher, by stage.
@@ -81,10 +83,12 @@ class Results:
 
 
 UDA_ALONE, FROZEN_KD, CLDA = "UDA alone", "UDA + KD from the frozen teacher", "UDA + CLDA"
+IN_TURNS = "UDA + CLDA in two turns"
+TEACHING_ROUNDS = 40  # the teacher is at the student's level after ten or twenty
 
 
 def learners() -> Dict[str, MakeLearner]:
-    """Return the three ways, which differ in one argument: no learner, KD without rounds, and all defaults."""
+    """Return the ways that differ in one argument: no learner, KD without rounds, and all defaults."""
     return {
         UDA_ALONE: lambda teacher, student: CollaborativeLearner(teacher, student, enabled=False),
         FROZEN_KD: lambda teacher, student: CollaborativeLearner(teacher, student, schedule=Never()),
@@ -103,9 +107,11 @@ def run(
 ) -> Results:
     """Train the teacher, then a student for each learner, every one with its own copy of that teacher.
 
+    Where one of them is frozen-teacher KD, its student then teaches its teacher, of which a second one is trained.
+
     Args:
         config: The run.
-        make_learners: By title, a function from teacher and student to a learner; the three ways by default.
+        make_learners: By title, a function from teacher and student to a learner; those of :func:`learners` by default.
         train: The host's training of one network, with the signature of ``digits_training.train``.
         folder: Where to keep checkpoints; ``None`` keeps none.
         resume: Whether to go on from the checkpoints in ``folder``, instead of starting anew.
@@ -127,7 +133,7 @@ def run(
 
 def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None) -> int:
     """Run the job from the command line, which overrides ``config``; return the exit status."""
-    parser = options_of("digits", "Fonts to handwritten digits: a teacher, and a student trained three ways.")
+    parser = options_of("digits", "Fonts to handwritten digits: a teacher, and a student trained four ways.")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     options = parser.parse_args(arguments)
     return run_command(
@@ -209,7 +215,9 @@ def _run(
     identity = {key: value for key, value in asdict(config).items() if key not in ("device", "threads", "progress")}
     if ranks.count() > 1:
         identity["ranks"] = ranks.count()
-    files = {title: None if folder is None else folder / f"{_slug(title)}.pt" for title in ("teacher", *chosen)}
+    files = {
+        title: None if folder is None else folder / f"{_slug(title)}.pt" for title in ("teacher", *chosen, IN_TURNS)
+    }
     if not resume:
         for path in files.values():
             if path is not None and path.exists() and ranks.first():
@@ -227,14 +235,12 @@ def _run(
 
     trained = residual_network(config.teacher_blocks, seed=seeds["teacher"]).to(config.device)
     of_teacher = train("teacher", trained, task, seed=seeds["teacher batches"], checkpoint=checkpoint("teacher"))
-    students: Dict[str, Stage] = {}
-    for title, make_learner in chosen.items():
-        teacher = residual_network(config.teacher_blocks, seed=seeds["teacher"]).to(config.device)
-        teacher.load_state_dict(trained.state_dict())
+
+    def of_student(title: str, teacher: nn.Module, make_learner: MakeLearner) -> Tuple[nn.Module, Stage]:
         student = residual_network(config.student_blocks, seed=seeds["student"]).to(config.device)
         # A learner that draws random numbers must find the same state however many stages came before.
         torch.manual_seed(seeds["student"])
-        students[title] = train(
+        stage = train(
             title,
             student,
             task,
@@ -243,7 +249,34 @@ def _run(
             make_learner=make_learner,
             checkpoint=checkpoint(title),
         )
+        return student, stage
+
+    students: Dict[str, Stage] = {}
+    for title, make_learner in chosen.items():
+        teacher = residual_network(config.teacher_blocks, seed=seeds["teacher"]).to(config.device)
+        teacher.load_state_dict(trained.state_dict())
+        student, students[title] = of_student(title, teacher, make_learner)
+        if title == FROZEN_KD:
+            first_turn = teacher, student
+    if FROZEN_KD in chosen:
+        teacher, student = first_turn
+        teach(teacher, student, _target_batches(task, seeds["first teaching"]))
+        student, second = of_student(IN_TURNS, teacher, chosen[FROZEN_KD])
+        teach(teacher, student, _target_batches(task, seeds["second teaching"]))
+        first = students[FROZEN_KD]
+        students[IN_TURNS] = replace(
+            second,
+            teacher_before=first.teacher_before,
+            teacher_after=task.evaluation.accuracy(teacher),
+            seconds={part: first.seconds[part] + second.seconds[part] for part in second.seconds},
+        )
     return Results(config, of_teacher, students)
+
+
+def _target_batches(task: Task, seed: int) -> Iterator[Tensor]:
+    images, generator = task.target.images, torch.Generator().manual_seed(seed)
+    for _ in range(TEACHING_ROUNDS):
+        yield images[torch.randint(len(images), (task.host.batch,), generator=generator).to(images.device)]
 
 
 def _task(config: Config) -> Task:
@@ -263,9 +296,10 @@ def _task(config: Config) -> Task:
 
 
 def _seeds(seed: int) -> Dict[str, int]:
-    """Spread one seed over everything random; the three students share theirs."""
+    """Spread one seed over everything random; the students share theirs."""
     names = ("source", "teacher", "teacher batches", "student", "student batches")
-    return {name: seed * len(names) + index for index, name in enumerate(names)}
+    of_training = {name: seed * len(names) + index for index, name in enumerate(names)}
+    return {**of_training, "first teaching": 2**31 + 2 * seed, "second teaching": 2**31 + 2 * seed + 1}
 
 
 def _slug(title: str) -> str:

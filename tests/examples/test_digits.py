@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Iterable
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.Capture
     results = json.loads((output / "results.json").read_text())
     assert results["config"]["steps"] == 3
     assert {"python", "torch", "numpy", "scikit-learn", "clda_core"} <= set(results["versions"])
-    assert list(results["students"]) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA]
+    assert list(results["students"]) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA, digits.IN_TURNS]
     for stage in (results["teacher"], *results["students"].values()):
         assert [point["step"] for point in stage["curve"]] == [0, 1, 2, 3]
         assert stage["curve"][-1]["accuracy"] == stage["accuracy"]
@@ -173,10 +174,31 @@ def test_students_start_alike_and_uda_alone_ignores_the_teacher() -> None:
     assert students["a"].curve[-1]["loss"] != students["kd"].curve[-1]["loss"]
 
 
+def test_the_second_turn_starts_as_the_first_from_a_teacher_that_was_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = []
+
+    def watched(teacher: torch.nn.Module, student: torch.nn.Module, batches: Iterable[Tensor]) -> None:
+        taught.append((len(list(batches)), student.state_dict()))
+        with torch.no_grad():
+            teacher.fc.bias.zero_()
+            teacher.fc.weight.zero_()
+
+    monkeypatch.setattr(digits, "teach", watched)
+    one = {digits.FROZEN_KD: digits.learners()[digits.FROZEN_KD]}
+    students = digits.run(quick(evaluations=1), make_learners=one).students
+    first, second = students[digits.FROZEN_KD], students[digits.IN_TURNS]
+    assert [count for count, _ in taught] == [digits.TEACHING_ROUNDS] * 2
+    assert first.curve[0]["accuracy"] == second.curve[0]["accuracy"]
+    assert first.curve[-1]["loss"] != second.curve[-1]["loss"]
+    assert second.teacher_before == first.teacher_before
+    assert second.teacher_after == second.curve[-1]["teacher"] != second.teacher_before
+    assert second.seconds["training"] > first.seconds["training"]
+
+
 def resumable() -> dict:
     early = Schedule(warmup=1, interval=2)
     return {
-        "kd": lambda teacher, student: CollaborativeLearner(teacher, student, schedule=Never()),
+        digits.FROZEN_KD: lambda teacher, student: CollaborativeLearner(teacher, student, schedule=Never()),
         "clda": lambda teacher, student: CollaborativeLearner(teacher, student, schedule=early),
     }
 
@@ -186,7 +208,9 @@ def uninterrupted() -> dict:
     return without_seconds(digits.run(quick(), make_learners=resumable()))
 
 
-@pytest.mark.parametrize("stop_after", [4, 8, 17], ids=["in the teacher", "before a checkpoint", "in CLDA"])
+@pytest.mark.parametrize(
+    "stop_after", [4, 8, 17, 22], ids=["in the teacher", "before a checkpoint", "in CLDA", "in the second turn"]
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict, stop_after: int
 ) -> None:
