@@ -227,7 +227,7 @@ class CollaborativeLearner:
         Args:
             optimizer: Anything with ``step()``. Accelerate's says itself when it skips a step or accumulates.
             scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. It
-                is noticed when it skips a step.
+                is noticed when it skips a step. Accelerate's optimizer has its own.
             step_fn: Does the step instead, for optimizers that need more than ``step()`` (SAM, LBFGS closures).
             stepped: Asked after the step whether it was made, for an ``optimizer`` or ``step_fn`` that may skip it.
 
@@ -245,6 +245,7 @@ class CollaborativeLearner:
             if scaler is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaler, optimizer)
             self.observe()
+        self._projectors.unscale(getattr(optimizer, "scaler", None) if scaler is None else scaler)
         try:
             result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:
@@ -258,12 +259,18 @@ class CollaborativeLearner:
 
     # -------------------------------------------------------------------------------------------- the two halves
 
-    def observe(self, loss: Optional[LossOrFunction] = None, *, domain: Literal["target", "source"] = "target") -> None:
+    def observe(
+        self,
+        loss: Optional[LossOrFunction] = None,
+        *,
+        domain: Literal["target", "source"] = "target",
+        scaler: Any = None,
+    ) -> None:
         """Observe the teacher's gradients; call it after ``backward()`` and before the optimizer step.
 
-        Does nothing unless :attr:`observing`. The gradients are, in this order: those of ``loss`` if given; those that
-        the host left on a co-trained teacher's parameters (left-overs from before the learner was built do not count);
-        those of the probe on this step's ``inputs``.
+        Observes nothing unless :attr:`observing`. The gradients are, in this order: those of ``loss`` if given; those
+        that the host left on a co-trained teacher's parameters (left-overs from before the learner was built do not
+        count); those of the probe on this step's ``inputs``.
 
         Args:
             loss: A scalar with a graph to the teacher, or a function of the teacher that returns one, for example
@@ -271,6 +278,9 @@ class CollaborativeLearner:
                 only when needed, and works for a frozen teacher.
             domain: Whether the batch is target or source data; source observations serve
                 :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.selection.ReferenceThreshold`.
+            scaler: The GradScaler that scaled the host's loss, if :meth:`step` does not get it: it does not know the
+                parameters of a KD loss, whose gradients are unscaled here. Those of a co-trained teacher are yours to
+                unscale before.
 
         Raises:
             CldaError: If there is nothing to observe, or the loss cannot be differentiated by the teacher.
@@ -281,6 +291,8 @@ class CollaborativeLearner:
             with self._keeping_rng(), adding(self._has_data), uncompiled(self.teacher):
                 elements = self.update.granularity == "parameter"
                 self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
+        if self.enabled:
+            self._projectors.unscale(scaler)
         self._observed.add(domain)
 
     def after_step(self, *, stepped: bool = True) -> None:

@@ -460,6 +460,59 @@ def test_05_a_step_that_a_wrapper_skips_is_none(make_scaler: Any, way: str) -> N
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("make_scaler", scalers())
+@pytest.mark.parametrize("way", ["scaler=", "scaler=, unscaled by the host", "the wrapper's own", "the halves", "both"])
+def test_05_projectors_train_with_unscaled_gradients(make_scaler: Any, way: str) -> None:
+    """Bit for bit, since scales are powers of two; a scale that grows half-way is felt by Adam's moments otherwise."""
+
+    def run(scaler: Any) -> Any:
+        teacher, student = networks()
+        student.eval()
+        learner = make_learner(teacher, student, **options_for("distillation", FeatureDistillation()))
+        optimizer = sgd(student)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = learner.distill(student(batch(step)), batch(step))
+            if scaler is None:
+                loss.backward()
+                learner.step(optimizer)
+                continue
+            scaler.scale(loss).backward()
+            if way == "scaler=, unscaled by the host":
+                scaler.unscale_(optimizer)
+            if way in ("the halves", "both"):
+                learner.observe(lambda net: net(batch(9)).pow(2).sum(), domain="source", scaler=scaler)
+                learner.observe(scaler=scaler)
+            if way == "the halves":
+                scaler.step(optimizer)
+                scaler.update(4096.0 if step == 1 else None)
+                learner.after_step()
+            elif way == "the wrapper's own":
+                learner.step(Wrapper(optimizer, scaler))
+            else:
+                learner.step(optimizer, scaler=scaler)
+                scaler.update(4096.0 if step == 1 else None)
+        return bits(learner.state_dict()["projectors"])
+
+    assert run(make_scaler()) == run(None)
+
+
+def test_05_an_overflow_in_the_projectors_alone_spares_them_and_their_moments() -> None:
+    teacher, student = networks()
+    loss = FeatureDistillation()
+    learner = make_learner(teacher, student, **options_for("distillation", loss))
+    optimizer, scaler = sgd(student), FakeScaler()
+    for step in range(2):
+        scaler.scale(learner.distill(student(batch(step)), batch(step))).backward()
+        if step == 1:
+            for projector in loss.parameters():
+                projector.grad.fill_(float("inf"))
+        learner.step(optimizer, scaler=scaler)
+        scaler.update()
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in loss.parameters())
+    assert learner.report().steps == 2
+
+
 def test_05_micro_batches_of_a_wrapper_that_accumulates_are_not_counted() -> None:
     runs = []
     for accumulate in (False, True):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import INPUTS, batch, bits, labels, seeded, values
+from tests.helpers import INPUTS, WithParameter, batch, bits, labels, seeded, values
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it imports of torch is deprecated there
@@ -71,6 +71,7 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
         selection=AllLayers(),
         log_interval=1,
         enabled=options.pop("enabled", True),
+        distillation=options.pop("distillation", None),
     )
     student = seeded(lambda: Host(6), 6)
     student.overflow_at = overflow_at
@@ -114,6 +115,12 @@ def test_a_step_that_the_scaler_skips_is_none(clip: Any, tmp_path: Path) -> None
     runner, learner = run(tmp_path, wrapper=CpuAmpOptimWrapper, overflow_at=3, clip_grad=clip)
     assert runner.optim_wrapper.loss_scaler.get_scale() == 512.0
     assert learner.report().steps == 7
+
+
+def test_parameters_of_the_loss_train_with_unscaled_gradients(tmp_path: Path) -> None:
+    _, scaled = run(tmp_path / "scaled", wrapper=CpuAmpOptimWrapper, distillation=WithParameter())
+    _, plain = run(tmp_path / "plain", distillation=WithParameter())
+    assert WithParameter.moments(scaled) == pytest.approx(WithParameter.moments(plain), rel=1e-3)
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
