@@ -23,7 +23,7 @@ from clda_core.distillation import FeatureDistillation, KLDistillation
 from clda_core.relation import ByName, BySimilarity
 from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
-from tests import distributed_worker
+from tests.distributed import processes, unlike
 from tests.helpers import (
     FakeScaler,
     Net,
@@ -791,10 +791,10 @@ def test_09_names_of_a_compiled_model_are_the_models_own() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> List[Dict[str, Any]]:
     """Run every scenario on two processes with different data, and return what each rank got."""
-    return distributed_worker.run(tmp_path_factory.mktemp("ranks"))
+    return processes.run(unlike.work, ranks=2, folder=tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("scenario", distributed_worker.SCENARIOS)
+@pytest.mark.parametrize("scenario", unlike.SCENARIOS)
 def test_10_every_rank_decides_alike(ranks: List[Dict[str, Any]], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert first["data"] != second["data"], "the ranks see different data"
@@ -809,7 +809,7 @@ def test_10_every_rank_decides_alike(ranks: List[Dict[str, Any]], scenario: str)
 def test_10_a_layer_seen_on_one_rank_only_is_known_on_all(ranks: List[Dict[str, Any]]) -> None:
     for rank in ranks:
         assert "unused" in rank["a head used on one rank"]["rounds"][0]["rates"]
-        assert "unused" not in rank["masked distillation"]["rounds"][0]["rates"]
+        assert "unused" not in rank["domain shift"]["rounds"][0]["rates"]
 
 
 # -------------------------------------------------------------------------------------------------------- 11 resume
