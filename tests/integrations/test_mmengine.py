@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
@@ -75,6 +76,9 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
     )
     student = seeded(lambda: Host(6), 6)
     student.overflow_at = overflow_at
+    hooked = options.pop("hooked", True)
+    if not hooked:
+        student.learner = SimpleNamespace(distill=lambda output, images: output.sum() * 0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     runner = Runner(
         model=student,
@@ -82,7 +86,7 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
         train_dataloader=DataLoader(data(), batch_size=4),
         train_cfg={"by_epoch": False, "max_iters": 8},
         optim_wrapper=wrapper(optimizer=optimizer, **options),
-        custom_hooks=[hook],
+        custom_hooks=[hook] if hooked else [],
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 4, "by_epoch": False}},
         load_from=resume,
         resume=resume is not None,
@@ -91,6 +95,13 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
     )
     runner.train()
     return runner, hook.learner
+
+
+def test_a_disabled_learner_leaves_the_host_alone(tmp_path: Path) -> None:
+    disabled, learner = run(tmp_path / "disabled", enabled=False)
+    alone, _ = run(tmp_path / "alone", hooked=False)
+    assert values(disabled.model) == values(alone.model)
+    assert learner.report().steps == 0
 
 
 def test_every_optimizer_step_is_one_of_the_learner(tmp_path: Path) -> None:
