@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Iterator, List, Optional, Sequence
 
 import torch
@@ -12,18 +13,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import problem
 
-_has_data = True
+_has_data: ContextVar[bool] = ContextVar("_has_data", default=True)
 
 
 @contextmanager
 def adding(has_data: bool) -> Iterator[None]:
     """Let this rank add to sums and means inside the block only if it has data; it makes every call all the same."""
-    global _has_data
-    before, _has_data = _has_data, has_data
+    token = _has_data.set(has_data)
     try:
         yield
     finally:
-        _has_data = before
+        _has_data.reset(token)
 
 
 def world_size() -> int:
@@ -40,7 +40,7 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[index].reshape(-1) for index in chosen])
-        if not _has_data:
+        if not _has_data.get():
             flat.zero_()
         dist.all_reduce(flat)
         offset = 0
@@ -87,7 +87,7 @@ def mean_where_seen(found: Sequence[Optional[Tensor]], like: Sequence[Tensor]) -
 def share_of_mean(device: torch.device) -> float:
     """Return by what this rank multiplies its loss, so that a mean over all ranks is one over the ranks with data."""
     count = _checked(sum_across_ranks([torch.ones(1, device=device)])[0].item())
-    return world_size() / count if _has_data else 0.0
+    return world_size() / count if _has_data.get() else 0.0
 
 
 def inside_ddp(model: nn.Module) -> nn.Module:

@@ -23,9 +23,22 @@ class Projectors:
         self.module: Optional[nn.Module] = distillation if isinstance(distillation, nn.Module) else None
         self._optimizer: Optional[torch.optim.Optimizer] = None
         self._restored: Optional[Mapping[str, Any]] = None
+        self._unscaled = False
+
+    def unscale(self, scaler: Any) -> None:
+        """Divide this step's gradients by the scale of a GradScaler, once; it does not know these parameters."""
+        parameters = self._parameters()
+        scale = getattr(scaler, "get_scale", None)
+        if scale is None or self._unscaled or not parameters:
+            return
+        inverse = 1.0 / float(scale())
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(inverse)
+        self._unscaled = True
 
     def step(self) -> None:
-        """Step with the gradients that the host's ``backward()`` left, averaged over ranks."""
+        """Step with the gradients that the host's ``backward()`` left, unscaled before, averaged over ranks."""
         parameters = self._parameters()
         if not parameters:
             return
@@ -46,6 +59,7 @@ class Projectors:
         """Drop the gradients of the step that is over."""
         for parameter in self._parameters():
             parameter.grad = None
+        self._unscaled = False
 
     def state_dict(self) -> Dict[str, Any]:
         """Return a copy of the parameters, and the optimizer's state."""

@@ -26,15 +26,16 @@ from ._config import describe
 from ._distributed import adding, world_size
 from ._models import evaluating
 from ._projectors import Projectors
+from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
 from .distillation import Distillation, KLDistillation, check_values, distillation_loss
 from .distillation.base import leaves_nothing
-from .errors import CldaError, check_choice, problem
+from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
 from .outputs import Extract, Outputs, as_outputs, call_model, stand_in
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
-from .report import Report, RoundRecord
+from .report import Earlier, Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
 from .schedule import RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
@@ -43,7 +44,6 @@ from .update.writing import undone_on_error
 
 __all__ = ["CollaborativeLearner"]
 
-STATE_VERSION = 1
 _ROLES = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
 
 
@@ -71,6 +71,8 @@ class CollaborativeLearner:
         probe: Loss on the teacher's logits whose gradient is observed when the host trains no teacher;
             cross-entropy against the teacher's own hard pseudo-labels by default.
         extract: Reads logits, or :class:`~clda_core.outputs.Outputs`, from what the models return.
+        keep_rounds: How many of the last rounds :meth:`report` and :meth:`state_dict` hold one by one, >= 1; of those
+            before they hold sums.
 
     Raises:
         CldaError: If the models share parameters, or no layer can be related although the update needs it.
@@ -104,8 +106,10 @@ class CollaborativeLearner:
         layers: Optional[LayerGrouping] = None,
         probe: Optional[Probe] = None,
         extract: Optional[Extract] = None,
+        keep_rounds: int = 1000,
     ) -> None:
         check_models(teacher, student)
+        check_number("keep_rounds", keep_rounds, at_least=1, integer=True)
         self.teacher = teacher
         self.student = student
         self.saliency: SaliencyEstimator = Taylor() if saliency is None else saliency
@@ -117,6 +121,7 @@ class CollaborativeLearner:
         self.enabled = enabled
         self.probe: Probe = PseudoLabelCrossEntropy() if probe is None else probe
         self.extract = extract
+        self.keep_rounds = keep_rounds
         check_strategies({role: getattr(self, role) for role in _ROLES})
         check_callable("extract", extract)
         self._teacher_view = ModelView(teacher, group_layers(teacher, layers))
@@ -128,6 +133,7 @@ class CollaborativeLearner:
         self._projectors = Projectors(self.distillation)
         self._steps = 0
         self._history: List[RoundRecord] = []
+        self._earlier = Earlier()
         self._kd_loss: Optional[Tensor] = None
         # What belongs to the optimizer step in the making.
         self._observed: Set[str] = set()
@@ -221,7 +227,7 @@ class CollaborativeLearner:
         Args:
             optimizer: Anything with ``step()``. Accelerate's says itself when it skips a step or accumulates.
             scaler: A GradScaler, whose ``step(optimizer)`` is then called; ``scaler.update()`` stays yours to call. It
-                is noticed when it skips a step.
+                is noticed when it skips a step. Accelerate's optimizer has its own.
             step_fn: Does the step instead, for optimizers that need more than ``step()`` (SAM, LBFGS closures).
             stepped: Asked after the step whether it was made, for an ``optimizer`` or ``step_fn`` that may skip it.
 
@@ -239,6 +245,7 @@ class CollaborativeLearner:
             if scaler is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaler, optimizer)
             self.observe()
+        self._projectors.unscale(getattr(optimizer, "scaler", None) if scaler is None else scaler)
         try:
             result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:
@@ -252,12 +259,18 @@ class CollaborativeLearner:
 
     # -------------------------------------------------------------------------------------------- the two halves
 
-    def observe(self, loss: Optional[LossOrFunction] = None, *, domain: Literal["target", "source"] = "target") -> None:
+    def observe(
+        self,
+        loss: Optional[LossOrFunction] = None,
+        *,
+        domain: Literal["target", "source"] = "target",
+        scaler: Any = None,
+    ) -> None:
         """Observe the teacher's gradients; call it after ``backward()`` and before the optimizer step.
 
-        Does nothing unless :attr:`observing`. The gradients are, in this order: those of ``loss`` if given; those that
-        the host left on a co-trained teacher's parameters (left-overs from before the learner was built do not count);
-        those of the probe on this step's ``inputs``.
+        Observes nothing unless :attr:`observing`. The gradients are, in this order: those of ``loss`` if given; those
+        that the host left on a co-trained teacher's parameters (left-overs from before the learner was built do not
+        count); those of the probe on this step's ``inputs``.
 
         Args:
             loss: A scalar with a graph to the teacher, or a function of the teacher that returns one, for example
@@ -265,6 +278,9 @@ class CollaborativeLearner:
                 only when needed, and works for a frozen teacher.
             domain: Whether the batch is target or source data; source observations serve
                 :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.selection.ReferenceThreshold`.
+            scaler: The GradScaler that scaled the host's loss, if :meth:`step` does not get it: it does not know the
+                parameters of a KD loss, whose gradients are unscaled here. Those of a co-trained teacher are yours to
+                unscale before.
 
         Raises:
             CldaError: If there is nothing to observe, or the loss cannot be differentiated by the teacher.
@@ -275,6 +291,8 @@ class CollaborativeLearner:
             with self._keeping_rng(), adding(self._has_data), uncompiled(self.teacher):
                 elements = self.update.granularity == "parameter"
                 self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
+        if self.enabled:
+            self._projectors.unscale(scaler)
         self._observed.add(domain)
 
     def after_step(self, *, stepped: bool = True) -> None:
@@ -320,12 +338,14 @@ class CollaborativeLearner:
         It holds counters, observations, history, the relation, the configuration, and the state of the update's and the
         projectors' optimizers. The models are not in it: save the teacher beside the student, since it changes.
         """
+        report = self.report().to_dict()
         return {
             "version": STATE_VERSION,
             "config": self._config(),
             "steps": self._steps,
             "observer": self._observer.state_dict(),
-            "history": self.report().to_dict()["rounds"],
+            "history": report["rounds"],
+            "earlier": report["earlier"],
             "relation": None if self._related is None else _relation_as_dict(self._related),
             "update": self.update.state_dict(),
             "projectors": self._projectors.state_dict(),
@@ -334,10 +354,14 @@ class CollaborativeLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, into a learner of the same architecture and configuration.
 
+        States of all former versions of the format are read.
+
         Raises:
-            CldaError: If the state is of another version, architecture or configuration; nothing is changed then.
+            CldaError: If the state is of a newer version, another architecture or configuration; nothing is changed
+                then.
         """
         own = self.state_dict()
+        state = migrated(state)
         # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
         check_state(state, {**own, "relation": None} if self.relation.needs_inputs else own)
         try:
@@ -359,13 +383,14 @@ class CollaborativeLearner:
             unrelated={} if self._related is None else dict(self._related.unrelated),
             steps=self._steps,
             discarded=self._observer.discarded,
+            earlier=self._earlier,
         )
 
     def metrics(self) -> Dict[str, float]:
         """Return the latest figures as a flat dict for any logger; the KD loss costs one synchronisation."""
         figures: Dict[str, float] = {
             "clda/steps": float(self._steps),
-            "clda/rounds": float(len(self._history)),
+            "clda/rounds": float(self._earlier.rounds + len(self._history)),
             "clda/discarded": float(self._observer.discarded),
         }
         if self._kd_loss is not None:
@@ -418,13 +443,15 @@ class CollaborativeLearner:
         """Restore a state, whatever raises first leaving the learner's own attributes alone."""
         steps = int(state["steps"])
         history = [RoundRecord.from_dict(record) for record in state["history"]]
+        earlier = Earlier(**state["earlier"])
         related = self._related
         if self.relation.needs_inputs:
             related = None if state["relation"] is None else self._relation_from(state["relation"])
         self._observer.load_state_dict(state["observer"])
         self._projectors.load_state_dict(state["projectors"])
         self.update.load_state_dict(state["update"])
-        self._steps, self._history, self._related = steps, history, related
+        self._steps, self._history, self._earlier, self._related = steps, history, earlier, related
+        self._sum_up()
         self._forget_step()
 
     def _relation_from(self, saved: Mapping[str, Mapping[str, str]]) -> RelatedLayers:
@@ -492,6 +519,12 @@ class CollaborativeLearner:
                 score_after=result.score_after,
             )
         )
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Keep the last rounds one by one, and of those before the sums."""
+        while len(self._history) > self.keep_rounds:
+            self._earlier = self._earlier.and_then(self._history.pop(0))
 
     def _apply(self, context: RoundContext) -> UpdateResult:
         # A guard keeps a copy itself, since it may take the update back.

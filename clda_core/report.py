@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, cast
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, Optional, Tuple, cast
 
 from .errors import CldaError
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "RoundRecord"]
+__all__ = ["Earlier", "Report", "RoundRecord"]
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,51 @@ class RoundRecord:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """What is known of rounds that are not kept one by one any more.
+
+    Attributes:
+        rounds: How many.
+        judged: How many of them a guard judged.
+        accepted: How many of these it accepted.
+        first_rates: By layer, its LSR on target data in the first of them where that was known.
+        last_rates: The same in the last.
+        selected: By layer, in how many it was selected.
+        updated: By layer, in how many it was changed.
+    """
+
+    rounds: int = 0
+    judged: int = 0
+    accepted: int = 0
+    first_rates: Mapping[str, float] = field(default_factory=dict)
+    last_rates: Mapping[str, float] = field(default_factory=dict)
+    selected: Mapping[str, int] = field(default_factory=dict)
+    updated: Mapping[str, int] = field(default_factory=dict)
+
+    def and_then(self, record: RoundRecord) -> Earlier:
+        """Return what is known with one more round, the next one."""
+        return Earlier(
+            rounds=self.rounds + 1,
+            judged=self.judged + (record.accepted is not None),
+            accepted=self.accepted + bool(record.accepted),
+            first_rates={**record.rates, **self.first_rates},
+            last_rates={**self.last_rates, **record.rates},
+            selected=_counted(self.selected, record.selected),
+            updated=_counted(self.updated, record.updated),
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """The history of a learner; ``print(report)`` shows a table.
 
     Attributes:
         layers: Names of all teacher layers, in the model's order.
-        rounds: The rounds made, oldest first.
+        rounds: The last rounds, oldest first: as many as the learner keeps.
         unrelated: By teacher layer, why it has no student layer.
         steps: Optimizer steps counted.
         discarded: Observations discarded because a gradient was not finite.
+        earlier: The rounds before these, in sums.
     """
 
     layers: Tuple[str, ...]
@@ -65,6 +101,12 @@ class Report:
     unrelated: Mapping[str, str]
     steps: int
     discarded: int
+    earlier: Earlier = field(default_factory=Earlier)
+
+    @property
+    def made(self) -> int:
+        """Rounds made in all, those included that are not kept one by one."""
+        return self.earlier.rounds + len(self.rounds)
 
     def to_dict(self) -> Dict[str, Any]:
         """Return everything as plain Python data, fit for JSON."""
@@ -77,37 +119,45 @@ class Report:
             "unrelated": dict(self.unrelated),
             "steps": self.steps,
             "discarded": self.discarded,
+            "earlier": asdict(self.earlier),
         }
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> Report:
         """Read what :meth:`to_dict` returned, from JSON for example."""
         rounds = tuple(RoundRecord.from_dict(record) for record in report["rounds"])
-        return cls(**{**report, "layers": tuple(report["layers"]), "rounds": rounds})
+        earlier = Earlier(**report.get("earlier", {}))
+        return cls(**{**report, "layers": tuple(report["layers"]), "rounds": rounds, "earlier": earlier})
 
     def __str__(self) -> str:
-        """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched."""
-        accepted = [record.accepted for record in self.rounds if record.accepted is not None]
+        """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched.
+
+        It is of all rounds, whether or not they are kept one by one.
+        """
+        total = self.earlier
+        for record in self.rounds:
+            total = total.and_then(record)
         lines = [
-            f"CLDA after {self.steps} optimizer steps: {len(self.rounds)} rounds"
-            + (f", guard accepted {sum(accepted)} of {len(accepted)}" if accepted else "")
+            f"CLDA after {self.steps} optimizer steps: {self.made} rounds"
+            + (f" (the last {len(self.rounds)} kept one by one)" if self.earlier.rounds else "")
+            + (f", guard accepted {total.accepted} of {total.judged}" if total.judged else "")
             + (f", {self.discarded} observations discarded (non-finite)" if self.discarded else "")
         ]
-        if not self.rounds:
+        if not self.made:
             return "\n".join([*lines, *(f"{name}: unrelated: {reason}" for name, reason in self.unrelated.items())])
         width = max(len(name) for name in (*self.layers, "layer"))
         lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
         for name in self.layers:
-            seen = [record.rates[name] for record in self.rounds if name in record.rates]
-            first, last = (f"{seen[0]:9.3f}", f"{seen[-1]:8.3f}") if seen else ("  unknown", " unknown")
-            selected = sum(name in record.selected for record in self.rounds)
-            updated = sum(name in record.updated for record in self.rounds)
+            first, last = "  unknown", " unknown"
+            if name in total.first_rates:
+                first, last = f"{total.first_rates[name]:9.3f}", f"{total.last_rates[name]:8.3f}"
+            selected, updated = total.selected.get(name, 0), total.updated.get(name, 0)
             note = f"unrelated: {self.unrelated[name]}" if name in self.unrelated else ""
             lines.append(f"{name:<{width}}  {first}  {last}  {selected:8d}  {updated:7d}  {note}".rstrip())
         return "\n".join(lines)
 
     def plot(self, axes: Optional[Axes] = None) -> Figure:
-        """Draw LSR by layer over rounds, with a dot where a layer was updated.
+        """Draw LSR by layer over the rounds that are kept, with a dot where a layer was updated.
 
         Args:
             axes: Matplotlib axes to draw into; a new figure by default.
@@ -142,6 +192,10 @@ class Report:
         axes.set_title("LSR of the teacher (dots: updated)", fontsize=10)
         figure.tight_layout()
         return figure
+
+
+def _counted(counts: Mapping[str, int], names: Iterable[str]) -> Dict[str, int]:
+    return {**counts, **{name: counts.get(name, 0) + 1 for name in names}}
 
 
 def _new_axes(height: float) -> Axes:

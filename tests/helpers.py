@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Schedule
+from clda_core.distillation import kl_distillation
 
 INPUTS, CLASSES = 5, 3
 
@@ -294,6 +295,9 @@ class FakeScaler:
         self.factor = scale
         self.unscaled: Dict[int, bool] = {}
 
+    def get_scale(self) -> float:
+        return self.factor
+
     def scale(self, loss: Tensor) -> Tensor:
         return loss * self.factor
 
@@ -310,8 +314,25 @@ class FakeScaler:
             self.unscale_(optimizer)
         return optimizer.step() if self.unscaled[id(optimizer)] else None
 
-    def update(self) -> None:
+    def update(self, new_scale: Optional[float] = None) -> None:
+        self.factor = self.factor if new_scale is None else new_scale
         self.unscaled.clear()
+
+
+class WithParameter(nn.Module):
+    """A KD loss that owns a parameter; its optimizer's moments tell at which scale the gradients came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        return self.factor * kl_distillation(student, teacher, mask=mask)
+
+    @staticmethod
+    def moments(learner: CollaborativeLearner) -> List[float]:
+        (state,) = learner.state_dict()["projectors"]["optimizer"]["state"].values()
+        return [float(state["exp_avg"]), float(state["exp_avg_sq"])]
 
 
 def scalers() -> List[Callable[[], Any]]:

@@ -615,7 +615,13 @@ WRONG_STATES: Dict[str, Any] = {
     "a list": (lambda: [1], "cannot be read"),
     "empty": (dict, "cannot be read"),
     "of a model": (lambda: networks()[0].state_dict(), "cannot be read"),
-    "another version": (lambda: changed(state_after(), "version", 99), "cannot be read.*version 99"),
+    "of a newer version": (
+        lambda: changed(state_after(), "version", 99),
+        "written by a newer clda-core.*from version 1 to version 2.*received version 99. Fix: pip install --upgrade",
+    ),
+    "of version 0": (lambda: changed(state_after(), "version", 0), "cannot be read.*received version 0"),
+    "of no version": (lambda: without(state_after(), "version"), "cannot be read.*received version None"),
+    "of version 1, with nothing in it": (lambda: {"version": 1}, "cannot be read.*version 1.*KeyError: 'config'"),
     "a key too few": (lambda: without(state_after(), "observer"), "cannot be read"),
     "a key too many": (lambda: changed(state_after(), "more", 1), "cannot be read"),
     "another architecture": (

@@ -78,7 +78,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         torch.save(
             {**state, "teacher": learner.teacher.state_dict(), "student": learner.student.state_dict()}, unfinished
         )
-    refused("the state cannot be read")
+    refused("the state was written by a newer clda-core")
 
 
 def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from clda_core.distillation import FeatureDistillation, KLDistillation
 from clda_core.relation import ByName, BySimilarity
 from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
-from tests import distributed_worker
+from tests.distributed import processes, unlike
 from tests.helpers import (
     FakeScaler,
     Net,
@@ -460,6 +460,59 @@ def test_05_a_step_that_a_wrapper_skips_is_none(make_scaler: Any, way: str) -> N
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("make_scaler", scalers())
+@pytest.mark.parametrize("way", ["scaler=", "scaler=, unscaled by the host", "the wrapper's own", "the halves", "both"])
+def test_05_projectors_train_with_unscaled_gradients(make_scaler: Any, way: str) -> None:
+    """Bit for bit, since scales are powers of two; a scale that grows half-way is felt by Adam's moments otherwise."""
+
+    def run(scaler: Any) -> Any:
+        teacher, student = networks()
+        student.eval()
+        learner = make_learner(teacher, student, **options_for("distillation", FeatureDistillation()))
+        optimizer = sgd(student)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = learner.distill(student(batch(step)), batch(step))
+            if scaler is None:
+                loss.backward()
+                learner.step(optimizer)
+                continue
+            scaler.scale(loss).backward()
+            if way == "scaler=, unscaled by the host":
+                scaler.unscale_(optimizer)
+            if way in ("the halves", "both"):
+                learner.observe(lambda net: net(batch(9)).pow(2).sum(), domain="source", scaler=scaler)
+                learner.observe(scaler=scaler)
+            if way == "the halves":
+                scaler.step(optimizer)
+                scaler.update(4096.0 if step == 1 else None)
+                learner.after_step()
+            elif way == "the wrapper's own":
+                learner.step(Wrapper(optimizer, scaler))
+            else:
+                learner.step(optimizer, scaler=scaler)
+                scaler.update(4096.0 if step == 1 else None)
+        return bits(learner.state_dict()["projectors"])
+
+    assert run(make_scaler()) == run(None)
+
+
+def test_05_an_overflow_in_the_projectors_alone_spares_them_and_their_moments() -> None:
+    teacher, student = networks()
+    loss = FeatureDistillation()
+    learner = make_learner(teacher, student, **options_for("distillation", loss))
+    optimizer, scaler = sgd(student), FakeScaler()
+    for step in range(2):
+        scaler.scale(learner.distill(student(batch(step)), batch(step))).backward()
+        if step == 1:
+            for projector in loss.parameters():
+                projector.grad.fill_(float("inf"))
+        learner.step(optimizer, scaler=scaler)
+        scaler.update()
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in loss.parameters())
+    assert learner.report().steps == 2
+
+
 def test_05_micro_batches_of_a_wrapper_that_accumulates_are_not_counted() -> None:
     runs = []
     for accumulate in (False, True):
@@ -738,10 +791,10 @@ def test_09_names_of_a_compiled_model_are_the_models_own() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> List[Dict[str, Any]]:
     """Run every scenario on two processes with different data, and return what each rank got."""
-    return distributed_worker.run(tmp_path_factory.mktemp("ranks"))
+    return processes.run(unlike.work, ranks=2, folder=tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("scenario", distributed_worker.SCENARIOS)
+@pytest.mark.parametrize("scenario", unlike.SCENARIOS)
 def test_10_every_rank_decides_alike(ranks: List[Dict[str, Any]], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert first["data"] != second["data"], "the ranks see different data"
@@ -756,7 +809,7 @@ def test_10_every_rank_decides_alike(ranks: List[Dict[str, Any]], scenario: str)
 def test_10_a_layer_seen_on_one_rank_only_is_known_on_all(ranks: List[Dict[str, Any]]) -> None:
     for rank in ranks:
         assert "unused" in rank["a head used on one rank"]["rounds"][0]["rates"]
-        assert "unused" not in rank["masked distillation"]["rounds"][0]["rates"]
+        assert "unused" not in rank["domain shift"]["rounds"][0]["rates"]
 
 
 # -------------------------------------------------------------------------------------------------------- 11 resume

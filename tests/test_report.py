@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import sys
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 from clda_core import CldaError, Report, RoundRecord
+from clda_core.report import Earlier
 
 
 def report(**options: Any) -> Report:
@@ -55,6 +57,41 @@ def test_the_table() -> None:
     assert str(report()) == TABLE
 
 
+EARLIER = Earlier(
+    rounds=3,
+    judged=2,
+    accepted=1,
+    first_rates={"conv1": 0.75},
+    last_rates={"conv1": 0.625, "classifier": 0.5},
+    selected={"conv1": 3},
+    updated={"conv1": 2},
+)
+
+
+def test_the_table_counts_rounds_that_are_not_kept_one_by_one() -> None:
+    first = RoundRecord(step=100, rates={"conv1": 0.75}, selected=("conv1",), updated=("conv1",))
+    then = RoundRecord(step=110, rates={"classifier": 0.5}, selected=("conv1",), updated=("conv1",), accepted=True)
+    last = RoundRecord(step=120, rates={"conv1": 0.625}, selected=("conv1",), accepted=False)
+    earlier = Earlier().and_then(first).and_then(then).and_then(last)
+    assert earlier == dataclasses.replace(EARLIER, first_rates={"conv1": 0.75, "classifier": 0.5})
+    made = report(earlier=earlier)
+    assert made.made == 5
+    assert str(made).splitlines() == [
+        "CLDA after 225 optimizer steps: 5 rounds (the last 2 kept one by one), guard accepted 2 of 4, "
+        "3 observations discarded (non-finite)",
+        "layer       first LSR  last LSR  selected  updated  note",
+        "conv1           0.750     0.250         4        2",
+        "layer1.0        0.125     1.000         2        1",
+        "classifier      0.500     0.500         0        0  unrelated: no student layer of this name",
+    ]
+
+
+def test_from_dict_reads_a_report_from_before_rounds_were_summed_up() -> None:
+    state = report().to_dict()
+    assert state.pop("earlier") == dataclasses.asdict(Earlier())
+    assert str(Report.from_dict(state)) == TABLE
+
+
 def test_the_table_without_guard_or_rounds() -> None:
     plain = report(rounds=(RoundRecord(step=1, rates={"conv1": 1.0}),), unrelated={}, discarded=0)
     assert str(plain).splitlines()[0] == "CLDA after 225 optimizer steps: 1 rounds"
@@ -63,22 +100,12 @@ def test_the_table_without_guard_or_rounds() -> None:
     assert str(before).splitlines()[1:] == ["conv1: unrelated: no such layer"]
 
 
-@pytest.mark.parametrize("options", [{}, EMPTY])
+@pytest.mark.parametrize("options", [{}, EMPTY, {"earlier": EARLIER}])
 def test_to_dict_is_json_and_holds_everything(options: Any) -> None:
     made = report(**options)
     loaded = json.loads(json.dumps(made.to_dict()))
     assert str(loaded) == str(made.to_dict())
-    rounds = [
-        {**item, "selected": tuple(item["selected"]), "updated": tuple(item["updated"])} for item in loaded["rounds"]
-    ]
-    again = Report(
-        tuple(loaded["layers"]),
-        tuple(RoundRecord(**item) for item in rounds),
-        loaded["unrelated"],
-        loaded["steps"],
-        loaded["discarded"],
-    )
-    assert repr(again) == repr(made)  # not ==, since a score is NaN
+    assert repr(Report.from_dict(loaded)) == repr(made)  # not ==, since a score is NaN
 
 
 def test_to_dict_shares_nothing_with_the_report() -> None:

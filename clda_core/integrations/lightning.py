@@ -52,7 +52,7 @@ class CollaborationCallback(Callback):
         """Observe; gradients are complete and unscaled here."""
         if optimizer is self._counted:
             self._drop_skipped()
-            self.learner.observe()
+            self.learner.observe(scaler=getattr(trainer.precision_plugin, "scaler", None))
             self._observed = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

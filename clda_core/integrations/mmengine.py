@@ -102,5 +102,6 @@ class CollaborationHook(Hook):
 
 
 def _step(learner: CollaborativeLearner, wrapper: OptimWrapper, step: Callable[..., Any], **kwargs: Any) -> None:
+    learner.observe(scaler=getattr(wrapper, "loss_scaler", None))
     with watching(wrapper.optimizer) as stepped:
         learner.step(step_fn=partial(step, **kwargs), stepped=stepped)

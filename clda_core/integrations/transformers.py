@@ -63,8 +63,9 @@ class CollaborationCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Observe; gradients are complete and clipped here."""
-        self.learner.observe()
-        self._watch = StepWatch(kwargs.get("optimizer"))
+        optimizer = kwargs.get("optimizer")
+        self.learner.observe(scaler=getattr(optimizer, "scaler", None))
+        self._watch = StepWatch(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step, unless it was skipped, and make a round if one is due."""

@@ -155,7 +155,10 @@ def options_of(program: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", type=_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)")
     parser.add_argument(
-        "--threads", type=_integer(1), default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)"
+        "--threads",
+        type=_integer(1),
+        default=min(2, ranks.cores()),
+        help="CPU threads a process (default: %(default)s)",
     )
     parser.add_argument("--output", type=_folder, default=Path("runs") / program, help="folder (default: %(default)s)")
     return parser

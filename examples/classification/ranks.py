@@ -31,6 +31,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def cores() -> int:
+    """Return this process's share of the machine's cores, which ranks that all take them all would wait for."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def first() -> bool:
     """Return whether this is the rank that shows and writes what all of them computed."""
     return count() == 1 or dist.get_rank() == 0

@@ -32,7 +32,7 @@ class StateBesideCheckpoint:
         state = clda.resume(dacs.get_model(), self.out_dir)
         if state is None:
             return
-        rounds = len(clda.learner(dacs.get_model()).report().rounds)
+        rounds = clda.learner(dacs.get_model()).report().made
         runner.logger.info(f"clda: teacher and learner resumed, after {rounds} rounds")
         if clda.options.restore_local_iter:
             dacs.local_iter = state["local_iter"]

@@ -80,7 +80,7 @@ class Collaboration:
         """Return what goes into the host's log, with one synchronisation, as each of the host's own losses costs."""
         if self._learner is None or self._loss is None:
             return {}
-        return {"clda.loss_kd": float(self._loss), "clda.rounds": float(len(self._learner.report().rounds))}
+        return {"clda.loss_kd": float(self._loss), "clda.rounds": float(self._learner.report().made)}
 
     def stepping(self, optimizer: Any, student: nn.Module) -> SteppingOptimizer:
         """Return the host's optimizer with a ``step()`` that goes through the learner."""

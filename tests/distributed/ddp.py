@@ -32,6 +32,10 @@ SCENARIOS: Dict[str, Scenario] = {
         spare=True,
     ),
     "static_graph": Scenario(masked_distillation, student={"static_graph": True}, teacher={"static_graph": True}),
+    "find_unused_parameters, bare teacher": Scenario(
+        masked_distillation, student={"find_unused_parameters": True}, spare=True
+    ),
+    "static_graph, bare teacher": Scenario(masked_distillation, student={"static_graph": True}),
     "wrapped teacher": Scenario(masked_distillation, teacher={}),
     "co-trained teacher": Scenario(masked_distillation, teacher={}, co_trained=True),
     "co-trained teacher, static_graph": Scenario(masked_distillation, teacher={"static_graph": True}, co_trained=True),

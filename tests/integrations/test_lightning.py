@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clda_core import CollaborativeLearner, Schedule
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import batch, bits, labels, networks, traces, values
+from tests.helpers import WithParameter, batch, bits, labels, networks, traces, values
 
 pytest.importorskip("lightning", reason="an integration with Lightning needs Lightning")
 import lightning.pytorch as lightning
@@ -115,6 +115,15 @@ def test_a_step_that_the_scaler_skips_is_none(fused: bool, tmp_path: Path, monke
     assert learner.report().steps == 5
     assert learner.report().discarded == 0
     assert scaler.get_scale() == 512.0
+
+
+def test_parameters_of_the_loss_train_with_unscaled_gradients(tmp_path: Path) -> None:
+    scaled, plain = (learner_for(distillation=WithParameter()) for _ in range(2))
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fit(scaled, tmp_path, plugins=[plugin])
+    fit(plain, tmp_path, precision="bf16-mixed")
+    assert WithParameter.moments(scaled) == pytest.approx(WithParameter.moments(plain), rel=0.1)
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path) -> None:

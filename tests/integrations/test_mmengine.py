@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import INPUTS, batch, bits, labels, seeded, values
+from tests.helpers import INPUTS, WithParameter, batch, bits, labels, seeded, values
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it imports of torch is deprecated there
@@ -71,9 +72,13 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
         selection=AllLayers(),
         log_interval=1,
         enabled=options.pop("enabled", True),
+        distillation=options.pop("distillation", None),
     )
     student = seeded(lambda: Host(6), 6)
     student.overflow_at = overflow_at
+    hooked = options.pop("hooked", True)
+    if not hooked:
+        student.learner = SimpleNamespace(distill=lambda output, images: output.sum() * 0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     runner = Runner(
         model=student,
@@ -81,7 +86,7 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
         train_dataloader=DataLoader(data(), batch_size=4),
         train_cfg={"by_epoch": False, "max_iters": 8},
         optim_wrapper=wrapper(optimizer=optimizer, **options),
-        custom_hooks=[hook],
+        custom_hooks=[hook] if hooked else [],
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 4, "by_epoch": False}},
         load_from=resume,
         resume=resume is not None,
@@ -90,6 +95,13 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
     )
     runner.train()
     return runner, hook.learner
+
+
+def test_a_disabled_learner_leaves_the_host_alone(tmp_path: Path) -> None:
+    disabled, learner = run(tmp_path / "disabled", enabled=False)
+    alone, _ = run(tmp_path / "alone", hooked=False)
+    assert values(disabled.model) == values(alone.model)
+    assert learner.report().steps == 0
 
 
 def test_every_optimizer_step_is_one_of_the_learner(tmp_path: Path) -> None:
@@ -114,6 +126,12 @@ def test_a_step_that_the_scaler_skips_is_none(clip: Any, tmp_path: Path) -> None
     runner, learner = run(tmp_path, wrapper=CpuAmpOptimWrapper, overflow_at=3, clip_grad=clip)
     assert runner.optim_wrapper.loss_scaler.get_scale() == 512.0
     assert learner.report().steps == 7
+
+
+def test_parameters_of_the_loss_train_with_unscaled_gradients(tmp_path: Path) -> None:
+    _, scaled = run(tmp_path / "scaled", wrapper=CpuAmpOptimWrapper, distillation=WithParameter())
+    _, plain = run(tmp_path / "plain", distillation=WithParameter())
+    assert WithParameter.moments(scaled) == pytest.approx(WithParameter.moments(plain), rel=1e-3)
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

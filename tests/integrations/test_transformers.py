@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from clda_core import CldaError, CollaborativeLearner, Schedule
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import INPUTS, batch, bits, labels, seeded, values
+from tests.helpers import INPUTS, WithParameter, batch, bits, labels, seeded, values
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs Accelerate")
 pytest.importorskip("transformers", reason="an integration with transformers needs transformers")
@@ -51,7 +51,7 @@ class Host(transformers.Trainer):
         super().log({**logs, **self.learner.metrics()}, *args, **kwargs)
 
 
-def learner_for() -> CollaborativeLearner:
+def learner_for(**options: Any) -> CollaborativeLearner:
     teacher, student = (seeded(lambda width=width: Classifier(width), width) for width in (8, 6))
     return CollaborativeLearner(
         teacher,
@@ -60,6 +60,7 @@ def learner_for() -> CollaborativeLearner:
         update=Average(decay=0.8),
         selection=AllLayers(),
         extract=lambda output: output["logits"],
+        **options,
     )
 
 
@@ -100,11 +101,7 @@ def test_whatever_the_engine_does_steps_are_counted(options: Dict[str, Any], tmp
     assert [record.step for record in learner.report().rounds] == [3, 5]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_a_step_that_the_scaler_skips_is_none(optim: str, tmp_path: Path) -> None:
-    learner = learner_for()
-    trainer = trainer_for(learner, tmp_path, optim=optim)
-    trainer.overflow_at = 2
+def train_scaled(trainer: Any) -> Any:
     # fp16 is for GPUs; what Accelerate makes of it is this scaler in its optimizer and in its backward().
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     trainer.accelerator.scaler = scaler
@@ -114,6 +111,22 @@ def test_a_step_that_the_scaler_skips_is_none(optim: str, tmp_path: Path) -> Non
         trainer.train()
     finally:
         trainer.accelerator.state._mixed_precision = "no"
+    return scaler
+
+
+def test_parameters_of_the_loss_train_with_unscaled_gradients(tmp_path: Path) -> None:
+    scaled, plain = (learner_for(distillation=WithParameter()) for _ in range(2))
+    train_scaled(trainer_for(scaled, tmp_path / "scaled"))
+    trainer_for(plain, tmp_path / "plain").train()
+    assert WithParameter.moments(scaled) == pytest.approx(WithParameter.moments(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_a_step_that_the_scaler_skips_is_none(optim: str, tmp_path: Path) -> None:
+    learner = learner_for()
+    trainer = trainer_for(learner, tmp_path, optim=optim)
+    trainer.overflow_at = 2
+    scaler = train_scaled(trainer)
     assert scaler.get_scale() == 512.0
     assert trainer.state.global_step == 6, "the Trainer counts it"
     assert learner.report().steps == 5

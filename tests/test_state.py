@@ -1,0 +1,180 @@
+"""Checkpoints of former versions are read, those of newer ones refused; none grows with the length of the run."""
+
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+import torch
+
+from clda_core import CldaError, CollaborativeLearner
+from clda_core._state import STATE_VERSION, migrated
+from clda_core.selection import AllLayers
+from clda_core.update import Average
+from tests.helpers import (
+    batch,
+    bits,
+    every_step,
+    loaded,
+    make_learner,
+    networks,
+    nothing_changed,
+    saved,
+    sgd,
+    train,
+    train_step,
+)
+from tests.states import training
+
+STATES = Path(training.__file__).parent
+VERSIONS = range(1, STATE_VERSION + 1)
+
+
+def former(version: int) -> Dict[str, Any]:
+    return loaded((STATES / f"version-{version}.pt").read_bytes())
+
+
+def resumed(checkpoint: Dict[str, Any]) -> Any:
+    learner, optimizer = training.build()
+    learner.teacher.load_state_dict(checkpoint["teacher"])
+    learner.student.load_state_dict(checkpoint["student"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    learner.load_state_dict(checkpoint["learner"])
+    return learner, optimizer
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_checkpoint_of_every_version_goes_on_as_it_did_there(version: int) -> None:
+    checkpoint = former(version)
+    assert checkpoint["learner"]["version"] == version
+    learner, optimizer = resumed(checkpoint)
+    assert learner.report().steps == training.SAVED
+    training.train(learner, optimizer, training.SAVED, training.LAST)
+    here, there = training.outcome(learner), checkpoint["afterwards"]
+    assert [record["step"] for record in here["rounds"]] == [4, 7, 10]
+    for mine, its in zip(here["rounds"], there["rounds"]):
+        for what in ("step", "selected", "updated", "accepted"):
+            assert mine[what] == its[what]
+        assert mine["rates"] == pytest.approx(its["rates"], abs=1e-6)
+    for name, value in there["teacher"].items():
+        # Of float64 parameters; torch's own sums differ a little from version to version.
+        assert torch.allclose(here["teacher"][name], value, rtol=0, atol=1e-9), name
+        assert not torch.equal(value, checkpoint["teacher"][name]) or name not in ("stem.weight", "blocks.0.0.weight")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_migrated_state_is_one_of_today(version: int) -> None:
+    checkpoint = former(version)
+    learner, _ = resumed(checkpoint)
+    before = bits(checkpoint["learner"])
+    state = migrated(checkpoint["learner"])
+    assert bits(checkpoint["learner"]) == before, "what is given stays as it is"
+    assert bits(state) == bits(migrated(state))
+    own = learner.state_dict()
+    assert set(state) == set(own)
+    assert state["config"] == own["config"]
+
+
+def test_the_format_has_not_changed_without_a_new_version() -> None:
+    learner, optimizer = training.build()
+    training.train(learner, optimizer, 0, training.SAVED)
+
+    def form(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: form(item) for key, item in value.items()}
+        return [form(item) for item in value] if isinstance(value, (list, tuple)) else type(value)
+
+    mine, its = form(learner.state_dict()), form(former(STATE_VERSION)["learner"])
+    for state in (mine, its):  # torch's own format
+        del state["update"]["optimizer"], state["projectors"]["optimizer"]
+    assert mine == its
+
+
+def test_a_state_of_a_newer_version_is_refused_and_changes_nothing() -> None:
+    learner, optimizer = resumed(former(STATE_VERSION))
+    newer = {**learner.state_dict(), "version": STATE_VERSION + 1, "something": "new"}
+    match = (
+        f"written by a newer clda-core: expected .* from version 1 to version {STATE_VERSION}, "
+        f"received version {STATE_VERSION + 1}. Fix: pip install --upgrade clda-core"
+    )
+    with nothing_changed(learner, optimizer), pytest.raises(CldaError, match=match):
+        learner.load_state_dict(newer)
+
+
+def test_a_state_of_a_former_version_and_another_configuration_is_refused() -> None:
+    checkpoint = former(1)
+    models, _ = training.build()
+    learner = CollaborativeLearner(
+        models.teacher, models.student, update=models.update, distillation=models.distillation
+    )
+    with nothing_changed(learner), pytest.raises(CldaError, match=r"of another configuration.*'observe_every': 1"):
+        learner.load_state_dict(checkpoint["learner"])
+
+
+# -------------------------------------------------------------------------------------------- how much history
+
+
+def after(steps: int, **options: Any) -> CollaborativeLearner:
+    torch.manual_seed(4)
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=Average(decay=0.9), selection=AllLayers(), **options)
+    train(learner, sgd(student), steps)
+    return learner
+
+
+def test_the_state_does_not_grow_with_the_rounds() -> None:
+    teacher, student = networks()
+    learner = make_learner(
+        teacher, student, update=Average(decay=0.99), schedule=every_step(observe_every=100), keep_rounds=5
+    )
+    sizes = {}
+    for step in range(2000):
+        if learner.observing:
+            learner.distill(student(batch()), batch())
+        learner.step(step_fn=lambda: None)
+        if step + 1 in (20, 2000):
+            sizes[step + 1] = len(saved(learner.state_dict()))
+    assert learner.report().made == 2000
+    assert sizes[2000] <= 1.02 * sizes[20], sizes  # counts have more digits
+
+
+def test_the_report_says_what_is_no_longer_kept_and_its_table_is_of_all_rounds() -> None:
+    everything, last = after(7).report(), after(7, keep_rounds=3).report()
+    assert last.rounds == everything.rounds[-3:]
+    assert (last.made, last.earlier.rounds) == (7, 4)
+    first, *table = str(last).splitlines()
+    first_of_all, *table_of_all = str(everything).splitlines()
+    assert table == table_of_all
+    assert first == first_of_all.replace("7 rounds", "7 rounds (the last 3 kept one by one)")
+    assert after(7, keep_rounds=3).metrics()["clda/rounds"] == 7.0
+
+
+def test_interrupted_and_resumed_with_a_short_history_is_uninterrupted() -> None:
+    teacher, student = networks()
+    learner, optimizer = make_learner(teacher, student, keep_rounds=2), sgd(student)
+    train(learner, optimizer, 4)
+    state = loaded(saved([part.state_dict() for part in (teacher, student, optimizer, learner)]))
+    torch.manual_seed(3)
+    for step in range(4, 7):
+        train_step(learner, optimizer, step)
+    again, its_student = networks(seed=9)
+    other, its_optimizer = make_learner(again, its_student, keep_rounds=2), sgd(its_student)
+    for part, its in zip((again, its_student, its_optimizer, other), state):
+        part.load_state_dict(its)
+    torch.manual_seed(3)
+    for step in range(4, 7):
+        train_step(other, its_optimizer, step)
+    assert other.report().made == 7
+    assert bits(other.state_dict()) == bits(learner.state_dict())
+    assert bits(again.state_dict()) == bits(teacher.state_dict())
+
+
+def test_a_longer_history_is_cut_where_less_is_kept() -> None:
+    long, short = after(6), make_learner(*networks(), update=Average(decay=0.9), selection=AllLayers(), keep_rounds=2)
+    short.load_state_dict(long.state_dict())
+    assert short.report() == after(6, keep_rounds=2).report()
+
+
+@pytest.mark.parametrize("keep", [0, 1.5, None])
+def test_how_many_rounds_to_keep_is_checked(keep: Any) -> None:
+    with pytest.raises(CldaError, match="keep_rounds"):
+        make_learner(*networks(), keep_rounds=keep)
