@@ -26,6 +26,15 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
             target.lerp_(source, weight)
 
 
+def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """Return Adam, on the CPU too without a loop over the parameters in Python, where torch has that."""
+    plain = all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
+    try:
+        return torch.optim.Adam(parameters, lr=learning_rate, foreach=True if plain else None)
+    except TypeError:  # before torch 1.12
+        return torch.optim.Adam(parameters, lr=learning_rate)
+
+
 def leading_bits(values: Tensor, bits: int) -> Tensor:
     """Return the leading ``bits`` bits of each float32 value as a non-negative integer: sign, exponent, top mantissa.
 

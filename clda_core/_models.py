@@ -43,10 +43,12 @@ def requiring_grad(parameters: Iterable[Tensor], *, of: Iterable[Tensor] = ()) -
     before = [(parameter, parameter.requires_grad) for parameter in everyone.values()]
     chosen = {id(parameter) for parameter in wanted}
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
+        for parameter, flag in before:
+            if flag != (id(parameter) in chosen):
+                parameter.requires_grad_(not flag)
         with torch.enable_grad():
             yield
     finally:
         for parameter, flag in before:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, Mapping, Tuple
+from typing import Any, Dict, Iterable, Iterator, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .._compat import lerp_
 from .._sharded import local
 from ..layers import Layer, local_names, named_tensors
 
-__all__ = ["Snapshot", "blend", "pair_tensors", "tensors_of", "undone_on_error"]
+__all__ = ["Snapshot", "blend", "copied", "pair_tensors", "tensors_of", "undone_on_error"]
 
 
 class Snapshot:
@@ -31,12 +32,23 @@ class Snapshot:
     def restore(self) -> None:
         """Write the copies back in place."""
         with torch.no_grad():
-            for tensor, copy in self._copies:
-                tensor.copy_(copy)
+            for tensor, kept in self._copies:
+                tensor.copy_(kept)
 
     def go_halfway_back(self) -> None:
         """Write the mean of the copies and the present values, in place."""
-        lerp_([tensor for tensor, _ in self._copies], [copy for _, copy in self._copies], 0.5)
+        lerp_([tensor for tensor, _ in self._copies], [kept for _, kept in self._copies], 0.5)
+
+
+def copied(state: Any) -> Any:
+    """Return a state of tensors and plain Python types with tensors of its own, faster than ``copy.deepcopy``."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if type(state) is dict:
+        return {key: copied(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)([copied(value) for value in state])
+    return copy.deepcopy(state)
 
 
 @contextmanager
