@@ -10,19 +10,29 @@ import torch
 from torch import Tensor, nn
 
 
-def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *, alike: bool = False) -> None:
     """Move each target in place towards its source: ``target <- target + weight · (source - target)``.
 
-    Fused across tensors where torch has the kernel. Sources are brought to their target's dtype and device.
+    Fused across tensors where torch has the kernel. Sources are brought to their target's dtype and device, unless
+    ``alike`` says that they are of these already.
     """
     with torch.no_grad():
-        matched = [source.to(target) for target, source in zip(targets, sources)]
+        matched = sources if alike else [source.to(target) for target, source in zip(targets, sources)]
         fused = getattr(torch, "_foreach_lerp_", None)
         if fused is not None and matched:
-            fused(list(targets), matched, weight)
+            fused(list(targets), list(matched), weight)
             return
         for target, source in zip(targets, matched):
             target.lerp_(source, weight)
+
+
+def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """Return Adam, on the CPU too without a loop over the parameters in Python, where torch has that."""
+    plain = all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
+    try:
+        return torch.optim.Adam(parameters, lr=learning_rate, foreach=True if plain else None)
+    except TypeError:  # before torch 1.12
+        return torch.optim.Adam(parameters, lr=learning_rate)
 
 
 def leading_bits(values: Tensor, bits: int) -> Tensor:

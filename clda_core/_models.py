@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._sharded import reshard
+from .layers import modules_of
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
     Parameters that a forward pass gathered from other ranks are given up too.
     """
-    changed = [module for model in models for module in model.modules() if module.training]
+    modules = [module for model in models for module in modules_of(model)]
+    changed = [module for module in modules if module.training]
     try:
         for module in changed:
             module.training = False
@@ -25,7 +27,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = True
-        reshard(*models)
+        reshard(modules)
 
 
 @contextmanager
@@ -41,10 +43,12 @@ def requiring_grad(parameters: Iterable[Tensor], *, of: Iterable[Tensor] = ()) -
     before = [(parameter, parameter.requires_grad) for parameter in everyone.values()]
     chosen = {id(parameter) for parameter in wanted}
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
+        for parameter, flag in before:
+            if flag != (id(parameter) in chosen):
+                parameter.requires_grad_(not flag)
         with torch.enable_grad():
             yield
     finally:
         for parameter, flag in before:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)

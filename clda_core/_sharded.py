@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, List, Optional, Sequence
+from typing import Any, Iterable, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,10 @@ def is_sharded(tensor: Optional[Tensor]) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, any other tensor itself: detached, on the same memory."""
     sharded: Any = tensor.detach()
+    if not is_sharded(sharded):
+        return sharded  # type: ignore[no-any-return]
     with torch.no_grad():
-        part: Tensor = sharded.to_local() if is_sharded(sharded) else sharded
+        part: Tensor = sharded.to_local()
     return part
 
 
@@ -95,15 +97,19 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> List[Optional[Tenso
     return found
 
 
-def reshard(*models: nn.Module) -> None:
+def reshard(modules: Iterable[nn.Module]) -> bool:
     """Let the modules of FSDP2 hold their sharded parameters, in place of the gathered ones of a forward pass.
 
     Gathered parameters would not follow what is written to the sharded ones.
+
+    Returns:
+        Whether there are such modules.
     """
     kind = _class("FSDPModule")
-    if kind is not None:
-        for module in {module for model in models for module in model.modules() if isinstance(module, kind)}:
-            module.reshard()
+    found: List[Any] = [] if kind is None else [module for module in modules if isinstance(module, kind)]
+    for module in found:
+        module.reshard()
+    return bool(found)
 
 
 def check_sharding(whose: str, model: nn.Module) -> None:

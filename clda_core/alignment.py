@@ -84,8 +84,8 @@ def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
         chosen = linear_assignment(-values - 1e-6 * torch.eye(values.shape[0], dtype=values.dtype))
     else:
         chosen = values.argmax(1).tolist() if values.shape[1] else [-1] * values.shape[0]
-    table = values.tolist()
-    return [column if column >= 0 and table[row][column] > minimum else -1 for row, column in enumerate(chosen)]
+    table = values.numpy()
+    return [column if column >= 0 and table[row, column] > minimum else -1 for row, column in enumerate(chosen)]
 
 
 def linear_assignment(cost: Tensor) -> List[int]:

@@ -18,7 +18,7 @@ from .layers import Layer, canonical_parameters
 from .relation import ModelView
 from .saliency import Probe, SaliencyEstimator
 from .saliency.base import derivatives
-from .saliency.histogram import Histogram
+from .saliency.histogram import CHUNK, Histogram
 from .selection import Threshold
 
 __all__ = ["LossOrFunction", "Observer", "non_salient_elements", "score_layers"]
@@ -41,16 +41,43 @@ def score_layers(
         CldaError: If the estimator returns something else than scores.
     """
     device = next(iter(parameters.values())).device
-    histogram, of_shards = Histogram.empty(len(layers), device), Histogram.empty(len(layers), device)
+    sharded = [parameter for parameter in parameters.values() if is_sharded(parameter)]
+    of_whole, of_shards = _Gathering(len(layers), device), _Gathering(len(layers), device)
     for index, layer in enumerate(layers):
         for name in layer.parameters:
             if found[name] is not None or estimator.order == 0:
                 scores = _scores(estimator, name, parameters[name], found[name]).to(device)
-                (of_shards if is_sharded(parameters[name]) else histogram).add(index, scores)
-    sharded = list(parameters.values())
-    if any(map(is_sharded, sharded)):
-        histogram.merge(Histogram(sum_over_shards(of_shards.counts, sharded), sum_over_shards(of_shards.sums, sharded)))
+                (of_shards if sharded and is_sharded(parameters[name]) else of_whole).add(index, scores)
+    histogram = of_whole.finish()
+    if sharded:
+        parts = of_shards.finish()
+        histogram.merge(Histogram(sum_over_shards(parts.counts, sharded), sum_over_shards(parts.sums, sharded)))
     return histogram
+
+
+class _Gathering:
+    """Counts scores layer after layer, those of several small parameters at once."""
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self._histogram = Histogram.empty(layers, device)
+        self._layer = 0
+        self._scores: List[Tensor] = []
+        self._size = 0
+
+    def add(self, layer: int, scores: Tensor) -> None:
+        """Take the scores of one parameter."""
+        if layer != self._layer or self._size + scores.numel() > CHUNK:
+            self.finish()
+        self._layer = layer
+        self._scores.append(scores)
+        self._size += scores.numel()
+
+    def finish(self) -> Histogram:
+        """Count what was gathered."""
+        if self._scores:
+            self._histogram.add(self._layer, *self._scores)
+        self._scores, self._size = [], 0
+        return self._histogram
 
 
 def non_salient_elements(
@@ -72,9 +99,12 @@ def non_salient_elements(
 
 
 def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
-    wide = torch.promote_types(parameter.dtype, torch.float32)
     parameter = local(parameter)
-    scores = estimator.score(parameter.to(wide), None if derivative is None else local(derivative).to(wide))
+    derivative = None if derivative is None else local(derivative)
+    if parameter.dtype != torch.float32 or (derivative is not None and derivative.dtype != torch.float32):
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        parameter, derivative = parameter.to(wide), None if derivative is None else derivative.to(wide)
+    scores = estimator.score(parameter, derivative)
     if not isinstance(scores, Tensor) or scores.shape != parameter.shape:
         received = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise problem(

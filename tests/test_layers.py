@@ -1,9 +1,12 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from clda_core.errors import CldaError
-from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers
+from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers, named_tensors
 from tests.models import CNN, Block, ResNet, SegFormer, ViT, Wrapped, mlp
 
 MODELS = {"resnet": ResNet, "vit": ViT, "segformer": SegFormer, "cnn": CNN, "mlp": mlp}
@@ -258,3 +261,84 @@ def test_grouping_leaves_the_model_as_it_was() -> None:
 def test_wrong_input(model, by, match) -> None:
     with pytest.raises(CldaError, match=match):
         group_layers(model, by)
+
+
+def _tied(model: nn.Sequential) -> None:
+    model[1].weight = model[0].weight
+
+
+def _converted(model: nn.Sequential) -> None:
+    parameter = model[0].bias
+    del model[0].bias
+    model[0].register_buffer("bias", parameter)
+
+
+def _renamed(model: nn.Sequential) -> None:
+    model[3].weight_again = model[3].weight
+    del model[3].weight
+
+
+CHANGES = {
+    "a parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(2, 2))),
+    "a removed parameter": lambda model: setattr(model[0], "bias", None),
+    "a new parameter": lambda model: model[2].register_parameter("scale", nn.Parameter(torch.zeros(1))),
+    "a buffer": lambda model: setattr(model[3], "running_mean", torch.ones(2)),
+    "a module": lambda model: model.__setitem__(1, nn.Linear(2, 2)),
+    "an appended module": lambda model: model.add_module("4", nn.Linear(2, 2)),
+    "the order": lambda model: model._modules.update({"0": model[1], "1": model[0]}),
+    "a tie": _tied,
+    "a parameter that becomes a buffer": _converted,
+    "a name": _renamed,
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_tensors_are_named_anew_when_the_model_has_changed(change: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2))
+    before = named_tensors(model)
+    again = named_tensors(model)
+    assert again.state is before.state
+    assert list(again.all()) == list(before.all())
+    CHANGES[change](model)
+    after = named_tensors(model)
+    assert after.state is not before.state
+    walked = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    floating = {name: tensor for name, tensor in walked.items() if tensor.is_floating_point()}
+    assert {name: id(tensor) for name, tensor in after.all().items()} == {
+        name: id(tensor) for name, tensor in floating.items()
+    }
+
+
+def test_values_may_change_without_naming_anew() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = named_tensors(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    model.load_state_dict(model.state_dict())
+    model.double()
+    assert named_tensors(model).state is before.state
+    assert named_tensors(model).parameters["0.weight"].dtype == torch.float64
+
+
+def test_naming_keeps_nothing_alive() -> None:
+    class Cyclic(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+            self.parent = [parent]
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.add_module("1", Cyclic(model))
+    parameter = model[0].weight
+    named_tensors(model)
+    dead = [weakref.ref(model), weakref.ref(model[0])]
+    del model
+    gc.collect()
+    assert [reference() for reference in dead] == [None, None]
+    assert parameter.shape == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_are_named_too() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    assert list(canonical_parameters(model)) == list(canonical_parameters(model)) == ["0.weight", "0.bias"]

@@ -26,6 +26,7 @@ AVERAGING, DEFAULTS, FUNCTIONAL, OFF = 1.03, 1.10, 1.05, 1.005
 
 _EXPECTED = "as if the guard accepted every update at once"
 _WORST = "as if the guard rejected every update, after two backtracks"
+_REALIGNED = 20  # the default of AlignedAverage(realign_every=), whose rounds with and without matching differ by far
 _AMORTISED = (
     "the schedule's defaults (a round every 10 steps, observed every 5 rounds) after a warm-up of half the training; "
     "both sides train the student on two batches, run the host EMA and the teacher, and load no data"
@@ -69,7 +70,7 @@ def shares(schedule: Schedule, steps: int) -> Tuple[float, float]:
 def _updates() -> Dict[str, Tuple[Update, float, str]]:
     return {
         "Average": (Average(), AVERAGING, ""),
-        "AlignedAverage": (AlignedAverage(), AVERAGING, ""),
+        "AlignedAverage": (AlignedAverage(realign_every=1_000_000), AVERAGING, ""),
         "defaults": (Guard(MaskedDistillation(), criterion=_judging(0.0)), DEFAULTS, _EXPECTED),
         "defaults, all rejected": (Guard(MaskedDistillation(), criterion=_judging(math.nan)), DEFAULTS, _WORST),
     }
@@ -85,7 +86,8 @@ def _rounds(host: Host, device: torch.device, repeats: int) -> Times:
     tasks: Dict[str, Callable[[], None]] = {}
     with torch.no_grad():
         output, target = host.student(host.mixed), host.teacher(host.mixed)
-    for name, (update, _, _) in _updates().items():
+    updates = {name: update for name, (update, _, _) in _updates().items()}
+    for name, update in {**updates, "AlignedAverage, realigning": AlignedAverage(realign_every=1)}.items():
         schedule = Forced()
         learner = CollaborativeLearner(host.teacher, host.student, update=update, schedule=schedule)
         step = functools.partial(_step, learner, schedule, output, target, host.mixed)
@@ -116,8 +118,14 @@ def _amortised(times: Times, rounds: Times, name: str) -> Spread:
     observed, due = shares(Schedule(warmup=STEPS // 2), STEPS)
     outside, unit = ratio(times, "outside", "frozen"), spread(times["frozen"]).median
     idle = spread(rounds["nothing"]).median
-    parts = [(observed, spread(rounds[f"{name} observed"])), (due, spread(rounds[f"{name} round"]))]
-    extra = [sum(share * (taken[which] - idle) for share, taken in parts) / unit for which in range(3)]
+    of = {kind: spread(rounds[f"{name} {kind}"]) for kind in ("observed", "round")}
+    extra = [
+        (observed * (of["observed"][which] - idle) + due * (of["round"][which] - idle)) / unit for which in range(3)
+    ]
+    if name == "AlignedAverage":
+        realigned = spread(rounds["AlignedAverage, realigning round"])
+        share = (observed + due) / _REALIGNED / unit
+        extra = [more + share * (realigned[which] - of["round"][which]) for which, more in enumerate(extra)]
     return Spread(*(base + more for base, more in zip(outside, extra)))
 
 

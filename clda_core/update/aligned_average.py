@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
@@ -32,7 +33,7 @@ class AlignedAverage(Strategy):
 
     :math:`\theta_T \leftarrow (1 - s(1 - d))\,\theta_T + s(1 - d)\,\theta'` with ``decay`` :math:`d` and the schedule's
     strength :math:`s`. For each pair of convolutions, linear or norm modules of a teacher layer and its related student
-    layer (paired by local name), the round's target batch gives the correlation of every teacher channel with every
+    layer (paired by local name), a round's target batch gives the correlation of every teacher channel with every
     student channel, once for what goes into the module and once for what comes out; from these
     :func:`~clda_core.alignment.match_channels` chooses the student channels :math:`\mathrm{in}(j)` and
     :math:`\mathrm{out}(i)`, and
@@ -52,6 +53,8 @@ class AlignedAverage(Strategy):
         granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
         minimum: Channels must be correlated by more than this, in [0, 1), to correspond.
         samples: Most samples (images x positions) to correlate over, >= 2; bounds memory.
+        realign_every: Rounds for which channels that were matched stay matched, >= 1. Matching takes far longer than
+            the rest of a round, and a round moves the teacher by a hundredth of the way.
 
     Raises:
         CldaError: If an argument is out of range, or (in :meth:`apply`) the round has no inputs.
@@ -85,31 +88,37 @@ class AlignedAverage(Strategy):
         granularity: Granularity = "layer",
         minimum: float = 0.0,
         samples: int = 2048,
+        realign_every: int = 20,
     ) -> None:
         check_number("decay", decay, at_least=0, at_most=1)
         check_choice("buffers", buffers, ("keep", "average"))
         check_choice("granularity", granularity, ("layer", "parameter"))
         check_number("minimum", minimum, at_least=0, below=1)
         check_number("samples", samples, at_least=2, integer=True)
+        check_number("realign_every", realign_every, at_least=1, integer=True)
         self.decay = decay
         self.buffers = buffers
         self.granularity: Granularity = granularity
         self.minimum = minimum
         self.samples = samples
+        self.realign_every = realign_every
+        self._rounds = 0
+        self._maps: Dict[str, Union[_Maps, str]] = {}
+        self._models: Optional[Tuple[Any, Any]] = None
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the aligned student layers into the selected teacher layers, in place."""
         context.required_inputs()
         movable = context.movable(self.granularity)
         pairs, skipped = _paired_modules(context, self.buffers == "average")
-        maps = _channel_maps(context, pairs, self.samples, self.minimum)
+        maps = self._current_maps(context, pairs)
         parameters = canonical_parameters(context.teacher)
         of_teacher: Dict[str, Tensor] = {**parameters, **canonical_buffers(context.teacher)}
         targets: Dict[str, Tensor] = {}
         sources: Dict[str, Tensor] = {}
         updated: List[str] = []
         for pair in pairs:
-            found = maps.get(pair.name, _NOT_CALLED)
+            found = maps[pair.name]
             for local, name in pair.tensors.items():
                 target = of_teacher[name]
                 source = getattr(pair.theirs, name.rpartition(".")[2], None)
@@ -130,11 +139,44 @@ class AlignedAverage(Strategy):
         return UpdateResult(tuple(dict.fromkeys(updated)), skipped)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return nothing: averaging has no state."""
-        return {}
+        """Return the matched channels, and in how many rounds they were used."""
+        maps = {
+            name: found if isinstance(found, str) else [found.into, found.out] for name, found in self._maps.items()
+        }
+        return {"rounds": self._rounds, "maps": maps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; the next round's models are taken for those it is of."""
+        self._rounds = int(state.get("rounds", 0))
+        maps = state.get("maps", {})
+        self._maps = {
+            name: found if isinstance(found, str) else _Maps(*map(list, found)) for name, found in maps.items()
+        }
+        self._models = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Leave the weak references to the models out of a pickle."""
+        return {**self.__dict__, "_models": None}
+
+    def _current_maps(self, context: RoundContext, pairs: List[_Pair]) -> Dict[str, Union[_Maps, str]]:
+        """Return the maps of the pairs, matching channels where that was not done since the last realignment."""
+        models = context.teacher, context.student
+        if self._models is not None and any(known() is not model for known, model in zip(self._models, models)):
+            self._rounds = 0
+        self._models = weakref.ref(context.teacher), weakref.ref(context.student)
+        if self._rounds % self.realign_every == 0:
+            self._rounds, self._maps = 0, {}
+        missing = [pair for pair in pairs if _key(pair) not in self._maps]
+        if missing:
+            found = _channel_maps(context, missing, self.samples, self.minimum)
+            self._maps.update({_key(pair): found.get(pair.name, _NOT_CALLED) for pair in missing})
+        self._rounds += 1
+        return {pair.name: self._maps[_key(pair)] for pair in pairs}
+
+
+def _key(pair: _Pair) -> str:
+    """Return what a map is kept under: both modules' names."""
+    return f"{pair.name} <- {pair.other}"
 
 
 @dataclass(frozen=True)

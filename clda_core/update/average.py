@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Literal
 
+from .._compat import lerp_
 from .._config import Strategy
+from .._sharded import local, part_for
 from ..errors import check_choice, check_number
+from ..layers import named_tensors
 from .base import Granularity, RoundContext, UpdateResult
-from .writing import blend, pair_tensors, tensors_of
+from .writing import blend, pair_tensors
 
 __all__ = ["Average"]
 
@@ -55,28 +59,26 @@ class Average(Strategy):
         self.decay = decay
         self.buffers = buffers
         self.granularity: Granularity = granularity
+        self._pairs: Optional[_Pairs] = None
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the related student layers into the selected teacher layers, in place."""
         movable = context.movable(self.granularity)
-        of_teacher, of_student = tensors_of(context.teacher), tensors_of(context.student)
-        targets: Dict[str, Tensor] = {}
-        sources: Dict[str, Tensor] = {}
-        updated: List[str] = []
-        skipped: Dict[str, str] = {}
-        for layer in context.layers:
-            if layer.name not in context.related:
-                skipped[layer.name] = "no related student layer"
-                continue
-            related = context.related[layer.name]
-            pairs, unpaired = pair_tensors(of_teacher, layer, of_student, related, self.buffers == "average")
-            skipped.update(unpaired)
-            targets.update({name: target for name, (target, _) in pairs.items()})
-            sources.update({name: source for name, (_, source) in pairs.items()})
-            if pairs:
-                updated.append(layer.name)
-        blend(targets, sources, (1 - self.decay) * context.strength, movable)
-        return UpdateResult(tuple(updated), skipped)
+        weight = (1 - self.decay) * context.strength
+        of_teacher, of_student = named_tensors(context.teacher), named_tensors(context.student)
+        related = [context.related.get(layer.name) for layer in context.layers]
+        made_of = (of_teacher.state, of_student.state, context.layers, related)
+        ours, theirs = of_teacher.all(), of_student.all()
+        pairs = self._pairs
+        if pairs is None or pairs.made_of != made_of or not pairs.where_they_were(ours, theirs):
+            pairs = self._pairs = _pair(made_of, ours, theirs, self.buffers == "average")
+        targets, sources = pairs.of(ours, theirs)
+        if pairs.memory and not movable:
+            lerp_(targets, sources, weight, alike=True)
+        else:
+            parts = {name: part_for(source, target) for name, source, target in zip(pairs.names, sources, targets)}
+            blend({name: local(target) for name, target in zip(pairs.names, targets)}, parts, weight, movable)
+        return UpdateResult(pairs.updated, dict(pairs.skipped))
 
     def state_dict(self) -> Dict[str, Any]:
         """Return nothing: averaging has no state."""
@@ -84,3 +86,58 @@ class Average(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accept what :meth:`state_dict` returned."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which tensors are averaged, by name, so that it need not be found out anew in every round.
+
+    Attributes:
+        made_of: The states of both models, the selected layers and the related ones.
+        names: The student's names by the teacher's.
+        updated: Names of the layers that have pairs.
+        skipped: What has no pair, and why.
+        memory: Addresses of all tensors if each pair is of one dtype and device and none is sharded; else empty.
+            ``Module.to()`` keeps the parameters and gives them other memory.
+    """
+
+    made_of: Tuple[Any, ...]
+    names: Dict[str, str]
+    updated: Tuple[str, ...]
+    skipped: Dict[str, str]
+    memory: List[int]
+
+    def of(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
+        """Return the teacher's tensors, and the student's in the same order."""
+        return [ours[name] for name in self.names], [theirs[name] for name in self.names.values()]
+
+    def where_they_were(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+        """Return whether no tensor was given other memory."""
+        return bool(self.memory) and self.memory == _addresses(*self.of(ours, theirs))
+
+
+def _pair(
+    made_of: Tuple[Any, ...], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], with_buffers: bool
+) -> _Pairs:
+    """Pair the tensors of the selected layers with those of the related ones."""
+    names: Dict[str, str] = {}
+    updated: List[str] = []
+    skipped: Dict[str, str] = {}
+    for layer, related in zip(*made_of[2:]):
+        if related is None:
+            skipped[layer.name] = "no related student layer"
+            continue
+        pairs, unpaired = pair_tensors(ours, layer, theirs, related, with_buffers)
+        names.update(pairs)
+        skipped.update(unpaired)
+        if pairs:
+            updated.append(layer.name)
+    found = _Pairs(made_of, names, tuple(updated), skipped, [])
+    targets, sources = found.of(ours, theirs)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*targets, *sources))
+    alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(targets, sources))
+    return replace(found, memory=_addresses(targets, sources)) if plain and alike else found
+
+
+def _addresses(*tensors: Sequence[Tensor]) -> List[int]:
+    return [address for some in tensors for address in map(Tensor.data_ptr, some)]

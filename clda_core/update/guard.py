@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, Callable, Dict, Mapping, Optional
 
@@ -15,7 +14,7 @@ from ..distillation import kl_distillation
 from ..distillation.base import align_logits
 from ..errors import check_number, problem
 from .base import Granularity, RoundContext, Update, UpdateResult
-from .writing import Snapshot
+from .writing import Snapshot, copied
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
 
@@ -159,7 +158,7 @@ class Guard(Strategy):
     def apply(self, context: RoundContext) -> UpdateResult:
         """Apply the guarded update and accept it or roll it back."""
         snapshot = Snapshot(context.teacher, context.layers)
-        state = copy.deepcopy(self.update.state_dict())
+        state = copied(self.update.state_dict())
         original = context.predict(context.teacher).logits
         before = self._score(context, original, original)
         accepted = False

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import nn
 
+from .._sharded import local, part_for
 from ..errors import problem
 from ..layers import Layer, LayerGrouping, group_layers
 from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
@@ -85,8 +86,8 @@ def init_student(
             source = _at_relative_place(sources[layer.name], peers.index(layer.name), len(peers))
             pairs, unpaired = pair_tensors(targets, layer, origins, source, True, ("student", "teacher"))
             skipped.update(unpaired)
-            for target, value in pairs.values():
-                target.copy_(value)
+            for target, origin in pairs.items():
+                local(targets[target]).copy_(part_for(origins[origin], targets[target]))
             if pairs:
                 updated.append(layer.name)
         if not updated:

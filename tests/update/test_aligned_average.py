@@ -1,4 +1,5 @@
 import copy
+import pickle
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from clda_core.errors import CldaError
 from clda_core.layers import group_layers
+from clda_core.outputs import Outputs
 from clda_core.relation import ByName, ModelView
 from clda_core.update import RoundContext
 from clda_core.update.aligned_average import AlignedAverage, _expressed, _Maps
@@ -299,11 +301,65 @@ def test_refuses_arguments_out_of_range(options: Any) -> None:
         AlignedAverage(**options)
 
 
-def test_has_no_state_and_prints_as_it_was_made() -> None:
-    update = AlignedAverage(decay=0.5)
-    update.load_state_dict(update.state_dict())
-    assert update.state_dict() == {}
-    assert repr(update) == ("AlignedAverage(decay=0.5, buffers='keep', granularity='layer', minimum=0.0, samples=2048)")
+def test_prints_as_it_was_made() -> None:
+    assert repr(AlignedAverage(decay=0.5)) == (
+        "AlignedAverage(decay=0.5, buffers='keep', granularity='layer', minimum=0.0, samples=2048, realign_every=20)"
+    )
+
+
+def _aligned(update: AlignedAverage, teacher: nn.Module, student: nn.Module, seeds: Any) -> List[int]:
+    """Apply rounds with other images and layers each; return how often each ran the teacher."""
+    runs: List[int] = []
+
+    def forward(model: nn.Module, inputs: Any) -> Outputs:
+        runs[-1] += model is teacher
+        return Outputs(model(inputs))
+
+    for seed in seeds:
+        runs.append(0)
+        layers = ["conv1", "conv2"] if seed < 2 else ["conv1", "conv2", "fc"]
+        update.apply(round_context(teacher, student, layers, inputs=images(seed), forward=forward))
+    return runs
+
+
+def test_channels_stay_matched_for_some_rounds_and_new_layers_are_matched_when_they_come() -> None:
+    teacher, student = alive(0), alive(1)
+    update = AlignedAverage(decay=0.9, realign_every=4)
+    assert _aligned(update, teacher, student, range(9)) == [1, 0, 1, 0, 1, 0, 0, 0, 1]
+
+
+def test_matching_in_every_round_equals_an_update_that_knows_nothing_yet() -> None:
+    teacher, twin, student = alive(0), alive(0), alive(1)
+    _aligned(AlignedAverage(decay=0.9, realign_every=1), teacher, student, range(3))
+    for seed in range(3):
+        _aligned(AlignedAverage(decay=0.9), twin, student, [seed])
+    assert not changed(teacher, values(twin))
+
+
+def test_other_models_are_aligned_anew() -> None:
+    update, student = AlignedAverage(decay=0.9), alive(1)
+    _aligned(update, alive(0), student, range(2))
+    teacher, twin = alive(3), alive(3)
+    assert _aligned(update, teacher, student, [0]) == [1]
+    _aligned(AlignedAverage(decay=0.9), twin, student, [0])
+    assert not changed(teacher, values(twin))
+
+
+@pytest.mark.parametrize("how", ["state", "pickle"])
+def test_resumed_it_writes_the_same_bit_for_bit(how: str, tmp_path: Any) -> None:
+    teacher, student = alive(0), alive(1)
+    update = AlignedAverage(decay=0.9, realign_every=4)
+    _aligned(update, teacher, student, range(3))
+    other = copy.deepcopy(teacher)
+    if how == "state":
+        torch.save(update.state_dict(), tmp_path / "state.pt")
+        resumed = AlignedAverage(decay=0.9, realign_every=4)
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    else:
+        resumed = pickle.loads(pickle.dumps(update))
+    assert resumed.state_dict() == update.state_dict()
+    assert _aligned(resumed, other, student, range(3, 7)) == _aligned(update, teacher, student, range(3, 7))
+    assert not changed(other, values(teacher))
 
 
 def test_mlp() -> None:

@@ -1,3 +1,7 @@
+import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -157,3 +161,53 @@ def test_it_has_no_state() -> None:
 def test_bad_options(options: Any, message: str) -> None:
     with pytest.raises(CldaError, match=message):
         Average(**options)
+
+
+def _new_head(model: Any) -> None:
+    model.fc = randomise(copy.deepcopy(model.fc), 7)
+
+
+def _new_weight(model: Any) -> None:
+    model.fc.weight = torch.nn.Parameter(torch.full_like(model.fc.weight, 3.0))
+
+
+def _new_statistics(model: Any) -> None:
+    model.layer1[0].bn1.running_mean = torch.full_like(model.layer1[0].bn1.running_mean, 3.0)
+
+
+@pytest.mark.parametrize("change", [_new_head, _new_weight, _new_statistics, nn.Module.double])
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_later_rounds_follow_a_model_that_was_changed(change: Any, whose: str) -> None:
+    models = {"teacher": randomise(ResNet((2, 1)), 1), "student": randomise(ResNet((2, 1)), 2)}
+    update = Average(decay=0.5, buffers="average")
+    update.apply(round_context(models["teacher"], models["student"]))
+    change(models[whose])
+    twins = copy.deepcopy(models)
+    update.apply(round_context(models["teacher"], models["student"]))
+    Average(decay=0.5, buffers="average").apply(round_context(twins["teacher"], twins["student"]))
+    assert not changed(models["teacher"], values(twins["teacher"]))
+    assert not changed(models["student"], values(twins["student"]))
+
+
+def test_one_update_serves_other_models_layers_and_relations_too() -> None:
+    update, other = Average(decay=0.5), randomise(ResNet((2, 1)), 3)
+    for seed, names in ((1, None), (1, ["fc"]), (2, ["layer1.0", "fc"])):
+        teacher, twin = (randomise(ResNet((2, 1)), seed) for _ in range(2))
+        result = update.apply(round_context(teacher, other, names))
+        expected = Average(decay=0.5).apply(round_context(twin, other, names))
+        assert result == expected
+        assert not changed(teacher, values(twin))
+
+
+def test_it_keeps_no_model_alive_and_can_be_pickled() -> None:
+    update, teacher = Average(), randomise(mlp(), 1)
+    update.apply(round_context(teacher, randomise(mlp(), 2)))
+    dead = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
+    del teacher
+    gc.collect()
+    assert not any(reference() is not None for reference in dead)
+    restored = pickle.loads(pickle.dumps(update))
+    teacher, twin, student = (randomise(mlp(), seed) for seed in (1, 1, 2))
+    restored.apply(round_context(teacher, student))
+    Average().apply(round_context(twin, student))
+    assert not changed(teacher, values(twin))

@@ -9,6 +9,7 @@ from clda_core.distillation import kl_distillation
 from clda_core.errors import CldaError
 from clda_core.layers import canonical_parameters
 from clda_core.update import MaskedDistillation, RoundContext
+from clda_core.update.masked_distillation import all_finite
 from tests.models import ResNet, mlp
 from tests.reference_update import Adam, float64
 from tests.update.rounds import changed, images, randomise, round_context, same_bits, traces, values
@@ -401,3 +402,24 @@ def test_the_context_runs_the_student_once() -> None:
     )
     assert context.student_outputs() is context.student_outputs()
     assert runs == [student]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_element_that_is_not_finite_is_found(value: float) -> None:
+    tensors = [torch.ones(3), torch.full((4, 4), torch.finfo(torch.float32).max), torch.ones(2, dtype=torch.half)]
+    assert all_finite(tensors)
+    tensors[1][2, 3] = value
+    assert not all_finite(tensors)
+    assert not all_finite([torch.tensor([float("inf"), -float("inf")])])
+
+
+def test_a_state_saved_with_the_plain_adam_is_continued_alike() -> None:
+    student = pair()[1]
+    teachers: List[nn.Module] = []
+    for optimizer in (None, lambda parameters: torch.optim.Adam(parameters, lr=1e-3)):
+        teacher, first, then = pair()[0], MaskedDistillation(optimizer=optimizer), MaskedDistillation()
+        first.apply(round_context(teacher, student, inputs=vectors(1)))
+        then.load_state_dict(first.state_dict())
+        then.apply(round_context(teacher, student, inputs=vectors(2)))
+        teachers.append(teacher)
+    assert not changed(teachers[0], values(teachers[1]))
