@@ -8,8 +8,8 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ._named import modules_of
 from ._sharded import reshard
-from .layers import modules_of
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing_extensions import Protocol
 from ._activations import capturing, positions, rows, watching, wide
 from ._config import Strategy
 from ._distributed import mean_across_ranks
+from ._named import canonical_modules
 from .errors import check_number, problem
-from .layers import Layer, canonical_modules
+from .layers import Layer
 from .outputs import call_model
 
 __all__ = [

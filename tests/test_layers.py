@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from clda_core._named import named_tensors
 from clda_core.errors import CldaError
-from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers, named_tensors
+from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers
 from tests.models import CNN, Block, ResNet, SegFormer, ViT, Wrapped, mlp
 
 MODELS = {"resnet": ResNet, "vit": ViT, "segformer": SegFormer, "cnn": CNN, "mlp": mlp}

@@ -14,11 +14,12 @@ from typing_extensions import Literal
 from .._activations import capturing, positions, rows, watching
 from .._config import Strategy
 from .._distributed import sum_across_ranks
+from .._named import canonical_buffers, canonical_modules, canonical_parameters
 from .._sharded import local as part_here
 from .._sharded import part_for, whole
 from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
-from ..layers import Layer, canonical_buffers, canonical_modules, canonical_parameters, local_names
+from ..layers import Layer, local_names
 from .base import Granularity, RoundContext, UpdateResult
 from .writing import blend
 

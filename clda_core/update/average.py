@@ -10,9 +10,9 @@ from typing_extensions import Literal
 
 from .._compat import lerp_
 from .._config import Strategy
+from .._named import named_tensors
 from .._sharded import local, part_for
 from ..errors import check_choice, check_number
-from ..layers import named_tensors
 from .base import Granularity, RoundContext, UpdateResult
 from .writing import blend, pair_tensors
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import lerp_
+from .._named import named_tensors
 from .._sharded import local
-from ..layers import Layer, local_names, named_tensors
+from ..layers import Layer, local_names
 
 __all__ = ["Snapshot", "blend", "copied", "pair_tensors", "tensors_of", "undone_on_error"]
 
