@@ -30,8 +30,8 @@ demo: venv  ## train on the digits and print the table (ARGS="--seed 1")
 	$(BIN)/python -m examples.classification.digits $(ARGS)
 
 evidence-quick: venv  ## one seed of two benchmarks, all main variants, 10-15 minutes (ARGS="--seeds 101")
-	$(EVIDENCE) digits --seeds 100 --records runs/evidence/quick $(ARGS)
-	$(EVIDENCE) street --seeds 100 --records runs/evidence/quick $(ARGS)
+	$(EVIDENCE) digits --seeds 100 --variants main,turns --records runs/evidence/quick $(ARGS)
+	$(EVIDENCE) street --seeds 100 --variants main,turns --records runs/evidence/quick $(ARGS)
 
 test: venv  ## run the tests, the doctests and the snippets of README and docs (ARGS="-k name")
 	$(PYTEST) $(ARGS)

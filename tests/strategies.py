@@ -124,6 +124,7 @@ CASES: Dict[str, List[Case]] = {
 NOT_STRATEGIES = {
     "CldaError": "the error",
     "CollaborativeLearner": "the learner: test_learner.py",
+    "teach": "a function: test_teaching.py",
     "Criterion": "a type",
     "Distillation": "a protocol",
     "Granularity": "a type",

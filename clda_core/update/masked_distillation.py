@@ -113,7 +113,7 @@ class MaskedDistillation(Strategy):
         """Restore the optimizer's state; it is applied when the teacher is at hand."""
         self._optimizer = None
         # Optimizers adopt the tensors they load and then write to them.
-        self._restored = copied(state) if state else None
+        self._restored = copied(dict(state)) if state else None
 
     def _own_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         if self._optimizer is None:

@@ -29,6 +29,6 @@ def test_two_ranks_show_and_write_one_result(tmp_path: Path) -> None:
     assert done.stdout.count("written: ") == 1
     assert done.stderr.count("UDA alone: 100%") == 1
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert set(results["students"]) == {digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA}
+    assert set(results["students"]) == {digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA, digits.IN_TURNS}
     assert results["config"]["threads"] == max(1, min(2, (os.cpu_count() or 1) // 2)), "the ranks share the cores"
     assert (tmp_path / "checkpoints" / "teacher.pt").exists()

@@ -116,7 +116,7 @@ def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.Capture
     assert results["config"]["host"]["conditional"] is True
     assert results["config"]["host"]["entropy"] is False
     assert results["config"]["steps"] == 2
-    assert list(results["students"]) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA]
+    assert list(results["students"]) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA, digits.IN_TURNS]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert f"{results['students'][digits.CLDA]['accuracy']:.1f}" in capsys.readouterr().out
 

@@ -75,7 +75,7 @@ def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.Capture
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["config"]["host"]["rho"] == Masked().rho
     assert results["config"]["steps"] == 2
-    assert list(results["students"]) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA]
+    assert list(results["students"]) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA, digits.IN_TURNS]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert f"{results['students'][digits.CLDA]['accuracy']:.1f}" in capsys.readouterr().out
 
