@@ -9,11 +9,10 @@ from typing import Any, Dict
 import torch
 from torch import nn
 
+import clda_core
 from benchmarks.evidence.records import Record
-from benchmarks.evidence.runs import trained_teacher, versions
+from benchmarks.evidence.runs import first_student, trained_teacher, versions
 from benchmarks.evidence.task import Host, Task
-from benchmarks.evidence.training import train
-from clda_core import CollaborativeLearner, Never, Schedule
 from clda_core.distillation import kl_distillation
 from clda_core.layers import group_layers
 from clda_core.selection import AllLayers, HighestFraction, LowestFraction, RandomFraction, Selection
@@ -30,9 +29,8 @@ def teach(task: Task, seed: int) -> Record:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        teacher, student = trained_teacher(task, seed), task.student(seed)
-        learner = CollaborativeLearner(teacher, student, schedule=Never())
-        train(task, task.host(student, seed, stream=1), steps=task.steps, learner=learner, evaluations=1)
+        teacher = trained_teacher(task, seed)
+        student, _ = first_student(task, seed, teacher)
         student.eval()
         host = task.host(student, seed, stream=3)
         selections: Dict[str, Selection] = {
@@ -56,14 +54,8 @@ def teach(task: Task, seed: int) -> Record:
 
 def _taught(task: Task, original: nn.Module, student: nn.Module, host: Host, selection: Selection) -> Dict[str, Any]:
     teacher = copy.deepcopy(original)
-    learner = CollaborativeLearner(teacher, student, selection=selection, schedule=Schedule(warmup=0, interval=1))
-    for step in range(ROUNDS):
-        images = host.loss(step, ROUNDS).images
-        with torch.no_grad():
-            prediction = student(images)
-        learner.distill(prediction, images)
-        learner.step(step_fn=lambda: None)
-    rounds = learner.report().rounds
+    images = [host.loss(step, ROUNDS).images for step in range(ROUNDS)]
+    rounds = clda_core.teach(teacher, student, images, selection=selection).rounds
     sizes = {layer.name: layer.numel for layer in group_layers(teacher)}
     chosen = sum(sizes[name] for record in rounds for name in record.selected)
     return {
