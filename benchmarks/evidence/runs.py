@@ -8,7 +8,7 @@ import subprocess
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -113,7 +113,9 @@ def _student(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dic
 def _in_turns(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dict[str, Any]:
     """Train one student after another, each from the same start, and let each change the next one's teacher."""
     assert variant.after_turn is not None
-    big, turns, seconds = teacher, [], 0.0
+    big = teacher
+    turns: List[Dict[str, Any]] = []
+    seconds: List[float] = []
     for turn in range(variant.turns):
         if turn == 0:
             student, figures = first_student(task, seed, teacher)
@@ -126,9 +128,15 @@ def _in_turns(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Di
         batches = [host.loss(step, TEACHING_ROUNDS).images for step in range(TEACHING_ROUNDS)]
         began = time.process_time()
         teacher = variant.after_turn(teacher, student, batches, seed)
-        seconds += figures["processor_seconds"] + time.process_time() - began
+        seconds += [figures["processor_seconds"], time.process_time() - began]
         turns.append({"student": figures["student"], "teacher": task.evaluate(big)})
-    return {**figures, "teacher": turns[-1]["teacher"], "turns": turns, "processor_seconds": seconds}
+    return {
+        **figures,
+        "teacher": turns[-1]["teacher"],
+        "turns": turns,
+        "processor_seconds": sum(seconds),
+        "overhead": sum(seconds) / seconds[0],  # the first turn is frozen-teacher KD
+    }
 
 
 def first_student(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module, Dict[str, Any]]:

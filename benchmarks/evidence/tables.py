@@ -150,11 +150,11 @@ def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
 def cost_ratio(runs: Runs, name: str) -> Optional[float]:
     """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock.
 
-    Of a run with rounds it is its own overhead over frozen-teacher KD, see
+    Of a run with rounds or in turns it is its own overhead over frozen-teacher KD, see
     :func:`~benchmarks.evidence.training.overhead`.
     """
     variant = VARIANTS[name]
-    if variant.strategies not in (None, frozen) and not variant.cotrained:
+    if variant.after_turn or (variant.strategies not in (None, frozen) and not variant.cotrained):
         own = [record["overhead"] for record in runs.get(name, {}).values() if record.get("overhead")]
         return float(np.median(own)) if own else None
     baseline = runs.get(FROZEN, {})
