@@ -13,7 +13,7 @@ from tabulate import tabulate
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, overall
 from benchmarks.evidence.records import FOLDER, Record, Records
 from benchmarks.evidence.tables import REPORTED, Runs, cost_ratio, difference, runs_of, tables
-from benchmarks.evidence.variants import VARIANTS
+from benchmarks.evidence.variants import FROZEN, VARIANTS
 from clda_core import CldaError
 
 matplotlib.use("Agg")
@@ -26,21 +26,24 @@ def cost_figure(runs: Runs, path: Path) -> None:
     """Draw the gains of both models against the time a variant takes."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharex=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, constrained_layout=True)
+    colours = plt.get_cmap("tab20").colors
+    shown = {name: cost for name in runs for cost in [cost_ratio(runs, name)] if name != FROZEN and cost is not None}
     for axis, role in zip(axes, ("student", "teacher")):
-        for name in runs:
-            item, cost = difference(runs, name, role), cost_ratio(runs, name)
-            if item is None or cost is None:
-                continue
-            bars = [[item.mean - item.low], [item.high - item.mean]]
-            axis.errorbar([cost], [item.mean], yerr=bars, fmt="o", capsize=2, label=VARIANTS[name].title)
-            axis.annotate(
-                VARIANTS[name].title, (cost, item.mean), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
+        for index, (name, cost) in enumerate(sorted(shown.items(), key=lambda item: item[1])):
+            item = difference(runs, name, role)
+            if item is not None:
+                bars = [[item.mean - item.low], [item.high - item.mean]]
+                style = {"color": colours[index % len(colours)], "marker": "os^"[index // len(colours) % 3]}
+                axis.errorbar(
+                    [cost], [item.mean], yerr=bars, linestyle="", capsize=2, label=VARIANTS[name].title, **style
+                )
         axis.axhline(0, color="0.7", linewidth=0.8)
         axis.axvline(1.1, color="0.7", linewidth=0.8, linestyle=":")
         axis.set_xlabel("time, in units of frozen-teacher KD")
         axis.set_ylabel(f"{role}: points above frozen-teacher KD")
+    labels = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels.keys(), loc="outside right", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
