@@ -43,9 +43,9 @@ def cost_figure(runs: Runs, path: Path) -> None:
         axis.set_xlabel("time, in units of frozen-teacher KD")
         axis.set_ylabel(f"{role}: points above frozen-teacher KD")
     labels = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(labels.values(), labels.keys(), loc="outside right", fontsize=7)
+    figure.legend(labels.values(), labels.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
 
