@@ -1,7 +1,7 @@
-"""Held out: letters in clean and in worn type, vision transformers (ViT), self-training. Nothing of CLDA is tuned on it.
+"""Held out: letters in clean and in worn type, vision transformers (ViT), self-training; nothing of CLDA is tuned here.
 
-The start's spread and the learning rate are what makes the networks learn their *source* within the steps at all (tuning
-seed 100); with the library's usual 0.02 and the digits' 1e-3 they stay at chance.
+The start's spread and the learning rate are what lets the networks learn their *source* within the steps at all (tuning
+seed 100): with transformers' 0.02 and the digits' 1e-3 they stay at chance.
 """
 
 from __future__ import annotations
