@@ -63,7 +63,7 @@ def figure(part: str, what: str, where: str, found: Spread, **options: Any) -> F
 
 def from_dict(record: Dict[str, Any]) -> Figure:
     """Return what :meth:`Figure.to_dict` was made of."""
-    return Figure(**{"value": None, **record})
+    return Figure(**{"value": None, "where": "", **record})
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -52,7 +52,8 @@ def test_a_budget_is_missed_from_one_side_only(value, budget, missed) -> None:
 def test_a_figure_survives_its_record_and_shows_in_the_table() -> None:
     one = Figure("part", "ours / theirs", "street", 1.25, low=1.2, high=1.5, at_most=1.1, note="why")
     other = Figure("part", "ours / absent", "street", None, at_most=1.0, note="absent is not installed")
-    for figure in (one, other):
+    nowhere = Figure("imports", "import", "", 30.0, unit="ms")
+    for figure in (one, other, nowhere):
         assert from_dict(json.loads(json.dumps(figure.to_dict()))) == figure
     shown = table([one, other])
     row = next(line for line in shown.splitlines() if "ours / theirs" in line)
