@@ -84,7 +84,7 @@ class Results:
 
 UDA_ALONE, FROZEN_KD, CLDA = "UDA alone", "UDA + KD from the frozen teacher", "UDA + CLDA"
 IN_TURNS = "UDA + CLDA in two turns"
-TEACHING_ROUNDS = 40  # the teacher is at the student's level after ten or twenty
+TEACHING_ROUNDS = 40  # at most; the teacher is at the student's level after ten or twenty
 
 
 def learners() -> Dict[str, MakeLearner]:
@@ -278,7 +278,7 @@ def _run(
 
 def _target_batches(task: Task, seed: int) -> Iterator[Tensor]:
     images, generator = task.target.images, torch.Generator().manual_seed(seed)
-    for _ in range(TEACHING_ROUNDS):
+    for _ in range(min(TEACHING_ROUNDS, task.steps)):
         yield images[torch.randint(len(images), (task.host.batch,), generator=generator).to(images.device)]
 
 

@@ -187,7 +187,7 @@ def test_the_second_turn_starts_as_the_first_from_a_teacher_that_was_taught(monk
     one = {digits.FROZEN_KD: digits.learners()[digits.FROZEN_KD]}
     students = digits.run(quick(evaluations=1), make_learners=one).students
     first, second = students[digits.FROZEN_KD], students[digits.IN_TURNS]
-    assert [count for count, _ in taught] == [digits.TEACHING_ROUNDS] * 2
+    assert [count for count, _ in taught] == [quick().steps] * 2
     assert first.curve[0]["accuracy"] == second.curve[0]["accuracy"]
     assert first.curve[-1]["loss"] != second.curve[-1]["loss"]
     assert second.teacher_before == first.teacher_before
