@@ -52,8 +52,7 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
         empty = False
         with evaluating(student), torch.no_grad():
             output = call_model(student, inputs)
-        # Nothing is distilled into the student here: its own output saves a pass of the teacher.
-        learner.distill(output, inputs, teacher_output=output)
+        learner.distill(output, inputs)
         learner.step(step_fn=lambda: None)
     if empty:
         raise problem(

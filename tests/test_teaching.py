@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clda_core import CldaError, Schedule, group_layers, teach
+from clda_core import CldaError, Outputs, Schedule, group_layers, teach
+from clda_core.distillation import FeatureDistillation
 from clda_core.selection import AllLayers
 from clda_core.update import MaskedDistillation
 
@@ -100,3 +101,21 @@ def test_an_error_in_the_middle_leaves_whole_rounds() -> None:
     with pytest.raises(RuntimeError):
         teach(teacher, student, [*images(1), torch.randn(16, 7)], update=UNGUARDED())
     assert equal(teacher.state_dict(), once.state_dict())
+
+
+class WithFeatures(nn.Module):
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        self.body = network(width, seed)
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        features = self.body[:2](inputs)
+        return Outputs(self.body[2:](features), (features,))
+
+
+def test_a_loss_of_the_users_sees_both_networks_in_their_roles() -> None:
+    loss = FeatureDistillation()
+    report = teach(WithFeatures(32, 0), WithFeatures(8, 1), images(3), distillation=loss)
+    assert len(report.rounds) == 3
+    assert [tuple(parameter.shape) for parameter in loss.parameters()] == [(32, 8), (32,)]
+    assert all(parameter.grad is None for parameter in loss.parameters())
