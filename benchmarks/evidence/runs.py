@@ -117,7 +117,10 @@ def _in_turns(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Di
     turns: List[Dict[str, Any]] = []
     seconds: List[float] = []
     for turn in range(variant.turns):
-        student, figures = (first_student if turn == 0 else _of_still_teacher)(task, seed, teacher)
+        stored = turn == 0 and variant.strategies is frozen
+        student, figures = (
+            first_student(task, seed, teacher) if stored else _of_still_teacher(task, seed, teacher, variant)
+        )
         student.eval()
         host = task.host(student, seed, stream=3 + turn)
         batches = [host.loss(step, TEACHING_ROUNDS).images for step in range(TEACHING_ROUNDS)]
@@ -138,7 +141,7 @@ def first_student(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module,
     """Return the student of the seed's frozen teacher, trained once and then read from a file, and its figures."""
     path = WORK / task.setting() / f"student-{seed}.pt"
     if not path.exists():
-        student, figures = _of_still_teacher(task, seed, teacher)
+        student, figures = _of_still_teacher(task, seed, teacher, VARIANTS[FROZEN])
         with atomically(path) as unfinished:
             torch.save({"weights": student.state_dict(), "figures": figures}, unfinished)
     stored, student = torch.load(path, map_location="cpu"), task.student(seed)
@@ -146,10 +149,10 @@ def first_student(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module,
     return student, stored["figures"]
 
 
-def _of_still_teacher(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module, Dict[str, Any]]:
+def _of_still_teacher(task: Task, seed: int, teacher: nn.Module, variant: Variant) -> Tuple[nn.Module, Dict[str, Any]]:
     """Train the seed's student by KD from a teacher that does not change; return it and its figures."""
     student = task.student(seed)
-    learner = CollaborativeLearner(teacher, student, **frozen(task, seed))
+    learner = variant.learner(task, teacher, student, seed)
     return student, train(task, task.host(student, seed, stream=1), steps=task.steps, learner=learner)
 
 

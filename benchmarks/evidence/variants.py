@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.evidence.task import Task
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
-from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, DISTDistillation
+from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, DISTDistillation, Distillation
 from clda_core.saliency import Fisher, Hessian, Magnitude
 from clda_core.selection import AllLayers, DomainShift, HighestFraction, LowestFraction, RandomFraction, Selection
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
@@ -65,9 +65,21 @@ def defaults(task: Task, seed: int) -> Dict[str, Any]:
     return {"schedule": Schedule(warmup=task.warmup)}
 
 
-def with_(**makers: Callable[[Task, int], Any]) -> Strategies:
-    """Return the defaults with some strategies replaced."""
-    return lambda task, seed: {**defaults(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
+def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> Strategies:
+    """Return the defaults, or others, with some strategies replaced."""
+    return lambda task, seed: {**base(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
+
+
+def channel_wise(task: Task, seed: int) -> Distillation:
+    return ChannelWiseDistillation()
+
+
+def decoupled(task: Task, seed: int) -> Distillation:
+    return DecoupledDistillation()
+
+
+def dist(task: Task, seed: int) -> Distillation:
+    return DISTDistillation()
 
 
 def every(interval: int) -> Strategies:
@@ -96,12 +108,13 @@ def born_again(teacher: nn.Module, student: nn.Module, batches: Sequence[Tensor]
     return student.requires_grad_(False)
 
 
-def in_turns(title: str, after: AfterTurn, *, turns: int = 2) -> Variant:
+def in_turns(title: str, after: AfterTurn, *, turns: int = 2, by: Strategies = frozen) -> Variant:
     """Return KD in turns, each from a teacher that does not change meanwhile, and what happens after each."""
-    return Variant(title, "in-turns", frozen, turns=turns, after_turn=after)
+    return Variant(title, "in-turns", by, turns=turns, after_turn=after)
 
 
 UDA, FROZEN, CLDA, TURNS = "uda", "frozen", "clda", "turns"
+FROZEN_DIST = with_(frozen, distillation=dist)
 
 VARIANTS: Dict[str, Variant] = {
     UDA: Variant("UDA alone", "main"),
@@ -148,11 +161,15 @@ VARIANTS: Dict[str, Variant] = {
     "update-distil-unguarded": Variant(
         "masked distillation, unguarded", "update", with_(update=lambda task, seed: MaskedDistillation())
     ),
-    "loss-channel-wise": Variant(
-        "channel-wise", "loss", with_(distillation=lambda task, seed: ChannelWiseDistillation()), dense=True
+    "frozen-channel-wise": Variant(
+        "channel-wise, frozen KD", "loss", with_(frozen, distillation=channel_wise), dense=True
     ),
-    "loss-decoupled": Variant("decoupled", "loss", with_(distillation=lambda task, seed: DecoupledDistillation())),
-    "loss-dist": Variant("DIST", "loss", with_(distillation=lambda task, seed: DISTDistillation())),
+    "loss-channel-wise": Variant("channel-wise, CLDA", "loss", with_(distillation=channel_wise), dense=True),
+    "frozen-decoupled": Variant("decoupled, frozen KD", "loss", with_(frozen, distillation=decoupled)),
+    "loss-decoupled": Variant("decoupled, CLDA", "loss", with_(distillation=decoupled)),
+    "frozen-dist": Variant("DIST, frozen KD", "loss", FROZEN_DIST),
+    "loss-dist": Variant("DIST, CLDA", "loss", with_(distillation=dist)),
+    "turns-dist": in_turns("CLDA in two turns, DIST", taught(lambda seed: LowestFraction()), by=FROZEN_DIST),
 }
 
 
