@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Iterator, Sequence
+from typing import Any, ContextManager, Dict, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,32 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
             target.lerp_(source, weight)
 
 
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of each tensor, float32 ``(n,)``; fused across tensors where torch has the kernel."""
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    fused = getattr(torch, "_foreach_norm", None)
+    found = fused(filled) if fused is not None and filled else [tensor.norm() for tensor in filled]
+    return torch.stack([norm.float() for norm in found]) if filled else torch.zeros(len(tensors))
+
+
 def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
-    """Return Adam, on the CPU too without a loop over the parameters in Python, where torch has that."""
-    plain = all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
+    """Return Adam, all parameters in one kernel where torch has that for the CPU too, or else in a few."""
+    options: Dict[str, Any] = {}
+    if all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters):
+        options = {"fused": True} if _has_fused_adam() else {"foreach": True}
     try:
-        return torch.optim.Adam(parameters, lr=learning_rate, foreach=True if plain else None)
-    except TypeError:  # before torch 1.12
+        return torch.optim.Adam(parameters, lr=learning_rate, **options)
+    except (TypeError, RuntimeError):  # before torch 1.12; on a device without the kernel
         return torch.optim.Adam(parameters, lr=learning_rate)
+
+
+@functools.lru_cache(maxsize=1)
+def _has_fused_adam() -> bool:
+    try:
+        torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
+    except (TypeError, RuntimeError):  # before torch 1.13; before 2.4, where the kernel is for CUDA alone
+        return False
+    return True
 
 
 def leading_bits(values: Tensor, bits: int) -> Tensor:

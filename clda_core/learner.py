@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Set
 
 import torch
@@ -40,7 +39,7 @@ from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
 from .schedule import RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
-from .update.writing import undone_on_error
+from .update.writing import copied, undone_on_error
 
 __all__ = ["CollaborativeLearner"]
 
@@ -528,7 +527,7 @@ class CollaborativeLearner:
 
     def _apply(self, context: RoundContext) -> UpdateResult:
         # A guard keeps a copy itself, since it may take the update back.
-        state = None if isinstance(self.update, Guard) else copy.deepcopy(self.update.state_dict())
+        state = None if isinstance(self.update, Guard) else copied(self.update.state_dict())
         try:
             with undone_on_error(self.teacher, context.layers):
                 result = self.update.apply(context)

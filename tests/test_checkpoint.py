@@ -12,7 +12,6 @@ from clda_core import CldaError, CollaborativeLearner, checkpoint
 from clda_core.checkpoint import atomically
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests import checkpoint_worker
 from tests.helpers import batch, bits, loaded, make_learner, networks, nothing_changed, sgd, train, values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,26 +99,27 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def killed(where: str, step: int, path: Path) -> None:
-    """Run the worker in a process of its own, which kills itself."""
+def exit_status(where: str, step: int, path: Path) -> int:
+    """Run the worker in a process of its own, of one thread: their number changes the order of sums."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.checkpoint_worker", where, str(step), str(path)]
     done = subprocess.run(command, cwd=str(ROOT), env=environment, stderr=subprocess.PIPE, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
+    return done.returncode
 
 
 def test_killed_even_while_saving_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole.pt", tmp_path / "torn.pt"
-    killed("after", 1, torn)
+    assert exit_status("after", 1, torn) == -signal.SIGKILL
     assert loaded(torn.read_bytes())["steps"] == 2
-    killed("during", 3, torn)
+    assert exit_status("during", 3, torn) == -signal.SIGKILL
     assert loaded(torn.read_bytes())["steps"] == 3
     (left_over,) = [name for name in os.listdir(tmp_path) if name != "torn.pt"]
     assert left_over.endswith(".unfinished")
     with pytest.raises(Exception, match=r"."):  # half a file, which torn.pt never was
         loaded((tmp_path / left_over).read_bytes())
     for path in (torn, whole):
-        checkpoint_worker.main("never", 0, path)
+        assert exit_status("never", 0, path) == 0
     assert bits(loaded(torn.read_bytes())) == bits(loaded(whole.read_bytes()))
     assert loaded(whole.read_bytes())["learner"]["history"]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
 from ..layers import Layer, local_names
 from .base import Granularity, RoundContext, UpdateResult
-from .writing import blend
+from .writing import blend, copied
 
 __all__ = ["AlignedAverage"]
 
@@ -142,7 +141,8 @@ class AlignedAverage(Strategy):
     def state_dict(self) -> Dict[str, Any]:
         """Return the matched channels, and in how many rounds they were used."""
         maps = {
-            name: found if isinstance(found, str) else [found.into, found.out] for name, found in self._maps.items()
+            name: found if isinstance(found, str) else [found.into.match, found.out.match]
+            for name, found in self._maps.items()
         }
         return {"rounds": self._rounds, "maps": maps}
 
@@ -150,9 +150,7 @@ class AlignedAverage(Strategy):
         """Restore what :meth:`state_dict` returned; the next round's models are taken for those it is of."""
         self._rounds = int(state.get("rounds", 0))
         maps = state.get("maps", {})
-        self._maps = {
-            name: found if isinstance(found, str) else _Maps(*map(list, found)) for name, found in maps.items()
-        }
+        self._maps = {name: found if isinstance(found, str) else _Maps(*copied(found)) for name, found in maps.items()}
         self._models = None
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -180,12 +178,28 @@ def _key(pair: _Pair) -> str:
     return f"{pair.name} <- {pair.other}"
 
 
-@dataclass(frozen=True)
-class _Maps:
-    """The student channel of every teacher channel, -1 where there is none: going into a module, and coming out."""
+class _Counterparts:
+    """Which student channels play the parts of the teacher's.
 
-    into: List[int]
-    out: List[int]
+    Attributes:
+        match: The student channel of every teacher channel, -1 where there is none.
+        ours: The teacher channels that have a counterpart.
+        theirs: Their counterparts.
+        multiplicity: How many teacher channels have each of these counterparts.
+    """
+
+    def __init__(self, match: Union[Sequence[int], Tensor]) -> None:
+        self.match = torch.as_tensor(match, dtype=torch.int64)
+        self.ours = torch.where(self.match >= 0)[0]
+        self.theirs = self.match[self.ours]
+        self.multiplicity = torch.bincount(self.theirs)[self.theirs]
+
+
+class _Maps:
+    """The counterparts of the channels that go into a module, and of those that come out."""
+
+    def __init__(self, into: Union[Sequence[int], Tensor], out: Union[Sequence[int], Tensor]) -> None:
+        self.into, self.out = _Counterparts(into), _Counterparts(out)
 
 
 @dataclass(frozen=True)
@@ -331,21 +345,16 @@ def _expressed(target: Tensor, source: Tensor, maps: _Maps, depthwise: bool) -> 
         ``None`` if no element has a counterpart, or the maps do not fit the tensors.
     """
     per_channel = target.dim() == 1 or depthwise
-    fits = target.shape[0] == len(maps.out) and (per_channel or target.shape[1] == len(maps.into))
-    to_out = [index for index, match in enumerate(maps.out) if match >= 0]
-    to_into = [index for index, match in enumerate(maps.into) if match >= 0]
-    if not fits or not to_out or not (per_channel or to_into):
+    fits = len(target) == len(maps.out.match) and (per_channel or target.shape[1] == len(maps.into.match))
+    if not fits or not len(maps.out.ours) or not (per_channel or len(maps.into.ours)):
         return None
     device = target.device
     result = target.clone()
-    chosen = source.to(target)[torch.tensor([maps.out[index] for index in to_out], device=device)]
-    kept = torch.tensor(to_out, device=device)
+    ours = maps.out.ours.to(device)
+    chosen = source.to(target)[maps.out.theirs.to(device)]
     if per_channel:
-        result[kept] = chosen
+        result[ours] = chosen
         return result
-    taken = [maps.into[index] for index in to_into]
-    multiplicity = Counter(taken)
-    counts = torch.tensor([float(multiplicity[match]) for match in taken], dtype=target.dtype, device=device)
-    chosen = chosen[:, torch.tensor(taken, device=device)] / counts.view(1, -1, *[1] * (target.dim() - 2))
-    result[kept[:, None], torch.tensor(to_into, device=device)] = chosen
+    counts = maps.into.multiplicity.to(target).view(1, -1, *[1] * (target.dim() - 2))
+    result[ours[:, None], maps.into.ours.to(device)] = chosen[:, maps.into.theirs.to(device)] / counts
     return result

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 import torch
 from torch import Tensor
 
-from .._compat import adam
+from .._compat import adam, norms
 from .._config import Strategy
 from .._distributed import mean_where_seen
 from .._models import evaluating, requiring_grad
@@ -19,6 +19,8 @@ from .base import Granularity, RoundContext, UpdateResult
 from .writing import copied
 
 __all__ = ["MaskedDistillation"]
+
+_KERNELS = ("foreach", "fused")
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -125,7 +127,12 @@ class MaskedDistillation(Strategy):
             _check_held(optimizer, parameters)
             self._base_rates = [group["lr"] for group in optimizer.param_groups]
             if self._restored is not None:
+                kernels = [{key: group[key] for key in _KERNELS if key in group} for group in optimizer.param_groups]
                 optimizer.load_state_dict(_with_shards(self._restored["optimizer"], optimizer))
+                for group, ours in zip(optimizer.param_groups, kernels):
+                    for key in _KERNELS:  # another version of torch may have saved a choice that this one lacks
+                        group.pop(key, None)
+                    group.update(ours)
                 self._base_rates = list(self._restored["base_rates"])
                 self._restored = None
             self._optimizer = optimizer
@@ -165,10 +172,17 @@ class MaskedDistillation(Strategy):
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no element is NaN or infinite, on any rank, with one host-device synchronisation."""
     every = list(tensors)
-    # A sum takes a third of the time of isfinite().any(), and in float64 finite gradients do not overflow it.
-    precise = torch.float32 if every[0].device.type == "mps" else torch.float64
-    sums = torch.stack([local(tensor).sum(dtype=precise) for tensor in every])
-    return not bool(sum_over_shards((~torch.isfinite(sums)).any().float(), every))
+    parts = [local(tensor) for tensor in every]
+    # Norms are NaN or infinite where an element is; where finite elements make one overflow, sums in float64 decide.
+    if not _any_rank(~torch.isfinite(norms(parts)).all(), every):
+        return True
+    precise = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    sums = torch.stack([part.sum(dtype=precise) for part in parts])
+    return not _any_rank(~torch.isfinite(sums).all(), every)
+
+
+def _any_rank(here: Tensor, sharded: Sequence[Tensor]) -> bool:
+    return bool(sum_over_shards(here.float(), sharded))
 
 
 def _averaged_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:

@@ -49,6 +49,8 @@ def copied(state: Any) -> Any:
         return {key: copied(value) for key, value in state.items()}
     if type(state) in (list, tuple):
         return type(state)([copied(value) for value in state])
+    if state is None or type(state) in (bool, int, float, str):
+        return state
     return copy.deepcopy(state)
 
 

@@ -411,6 +411,19 @@ def test_one_element_that_is_not_finite_is_found(value: float) -> None:
     tensors[1][2, 3] = value
     assert not all_finite(tensors)
     assert not all_finite([torch.tensor([float("inf"), -float("inf")])])
+    assert all_finite([torch.zeros(0), torch.zeros(2, 0)])
+
+
+def test_a_state_saved_where_adam_is_fused_is_continued_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    (teacher, student), update = pair(), MaskedDistillation()
+    update.apply(round_context(teacher, student, inputs=vectors()))
+    state = update.state_dict()
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    monkeypatch.setattr("clda_core._compat._has_fused_adam", lambda: False)
+    resumed = MaskedDistillation()
+    resumed.load_state_dict(state)
+    assert resumed.apply(round_context(teacher, student, inputs=vectors())).updated
+    assert not resumed.state_dict()["optimizer"]["param_groups"][0].get("fused")
 
 
 def test_a_state_saved_with_the_plain_adam_is_continued_alike() -> None:
