@@ -1,7 +1,8 @@
 """Held out: letters in clean and in worn type, vision transformers (ViT), self-training; nothing of CLDA is tuned here.
 
-The start's spread and the learning rate are what lets the networks learn their *source* within the steps at all (tuning
-seed 100): with transformers' 0.02 and the digits' 1e-3 they stay at chance.
+The host was made to work first, with tuning seed 100 and without any KD. With the start's spread of transformers (0.02)
+and the digits' learning rate the networks stay at chance even on their source; with a wider gap, or pseudo-labels that
+count earlier, self-training takes them below what they learn from the source alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Letters(Task):
     steps, teacher_steps, learning_rate, warmup, dense = 600, 600, 3e-3, 300, False
 
     def __init__(self) -> None:
-        self.settings = SelfTraining()
+        self.settings = SelfTraining(target_start=0.4, target_rise=0.2)
 
     def teacher(self, seed: int) -> nn.Module:
         return _network(BIG, 5 * seed + 1)
