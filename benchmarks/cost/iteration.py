@@ -26,7 +26,7 @@ AVERAGING, DEFAULTS, FUNCTIONAL, OFF = 1.03, 1.10, 1.05, 1.005
 
 _EXPECTED = "as if the guard accepted every update at once"
 _WORST = "as if the guard rejected every update, after two backtracks"
-_REALIGNED = 20  # the default of AlignedAverage(realign_every=), whose rounds with and without matching differ by far
+_REALIGNED = AlignedAverage().realign_every  # rounds with and without matching differ by far, and are timed apart
 _AMORTISED = (
     "the schedule's defaults (a round every 10 steps, observed every 5 rounds) after a warm-up of half the training; "
     "both sides train the student on two batches, run the host EMA and the teacher, and load no data"
