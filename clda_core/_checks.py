@@ -20,7 +20,7 @@ _STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
         ("granularity", "needs_relation"),
         "Guard(MaskedDistillation())",
     ),
-    "distillation": (("__call__",), (), "KLDistillation()"),
+    "distillation": (("__call__",), (), "DISTDistillation()"),
     "schedule": (("due", "observes", "strength"), (), "Schedule(warmup=1000)"),
     "probe": (("__call__",), (), "PseudoLabelCrossEntropy()"),
 }

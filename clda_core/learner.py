@@ -27,7 +27,7 @@ from ._models import evaluating
 from ._projectors import Projectors
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
-from .distillation import Distillation, KLDistillation, check_values, distillation_loss
+from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.base import leaves_nothing
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, group_layers
@@ -63,7 +63,7 @@ class CollaborativeLearner:
         relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
         update: What the student does to the selected layers; by default guarded
             :class:`~clda_core.update.MaskedDistillation`.
-        distillation: The KD loss; :class:`~clda_core.distillation.KLDistillation` by default.
+        distillation: The KD loss; :class:`~clda_core.distillation.DISTDistillation` by default.
         schedule: When rounds are made; :class:`~clda_core.schedule.Never` gives frozen-teacher distillation.
         enabled: ``False`` makes every method do nothing but step the optimizer: bit-identical to the host alone.
         layers: Regrouping for both models, see :func:`~clda_core.layers.group_layers`.
@@ -115,7 +115,7 @@ class CollaborativeLearner:
         self.selection: Selection = LowestFraction() if selection is None else selection
         self.relation: Relation = ByRelativeDepth() if relation is None else relation
         self.update: Update = Guard(MaskedDistillation()) if update is None else update
-        self.distillation: Distillation = KLDistillation() if distillation is None else distillation
+        self.distillation: Distillation = DISTDistillation() if distillation is None else distillation
         self.schedule: RoundSchedule = Schedule() if schedule is None else schedule
         self.enabled = enabled
         self.probe: Probe = PseudoLabelCrossEntropy() if probe is None else probe

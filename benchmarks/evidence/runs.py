@@ -117,10 +117,7 @@ def _in_turns(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Di
     turns: List[Dict[str, Any]] = []
     seconds: List[float] = []
     for turn in range(variant.turns):
-        stored = turn == 0 and variant.strategies is frozen
-        student, figures = (
-            first_student(task, seed, teacher) if stored else _of_still_teacher(task, seed, teacher, variant)
-        )
+        student, figures = (first_student if turn == 0 else _of_still_teacher)(task, seed, teacher)
         student.eval()
         host = task.host(student, seed, stream=3 + turn)
         batches = [host.loss(step, TEACHING_ROUNDS).images for step in range(TEACHING_ROUNDS)]
@@ -141,7 +138,7 @@ def first_student(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module,
     """Return the student of the seed's frozen teacher, trained once and then read from a file, and its figures."""
     path = WORK / task.setting() / f"student-{seed}.pt"
     if not path.exists():
-        student, figures = _of_still_teacher(task, seed, teacher, VARIANTS[FROZEN])
+        student, figures = _of_still_teacher(task, seed, teacher)
         with atomically(path) as unfinished:
             torch.save({"weights": student.state_dict(), "figures": figures}, unfinished)
     stored, student = torch.load(path, map_location="cpu"), task.student(seed)
@@ -149,10 +146,10 @@ def first_student(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module,
     return student, stored["figures"]
 
 
-def _of_still_teacher(task: Task, seed: int, teacher: nn.Module, variant: Variant) -> Tuple[nn.Module, Dict[str, Any]]:
+def _of_still_teacher(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Module, Dict[str, Any]]:
     """Train the seed's student by KD from a teacher that does not change; return it and its figures."""
     student = task.student(seed)
-    learner = variant.learner(task, teacher, student, seed)
+    learner = CollaborativeLearner(teacher, student, **frozen(task, seed))
     return student, train(task, task.host(student, seed, stream=1), steps=task.steps, learner=learner)
 
 

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.statistics import Difference, holm, paired
-from benchmarks.evidence.variants import CLDA, FROZEN, TURNS, UDA, VARIANTS, frozen
+from benchmarks.evidence.variants import CLDA, FROZEN, FROZEN_DIST, TURNS, UDA, VARIANTS
 
 REPORTED = range(10)
 Runs = Dict[str, Dict[int, Record]]
@@ -20,25 +20,32 @@ GROUPS = {
     "cotrained": "With a teacher that the host trains on",
     "schedule": "How often",
     "selection": "Which layers",
+    "former": "Which layers, with the former defaults: KL, no rise of the strength",
     "saliency": "Which saliency",
     "update": "Which update",
     "loss": "Which KD loss",
 }
 
+BOTH = ("student", "teacher")
 CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
-    (CLDA, "select-random", ("student", "teacher")),
-    (CLDA, "select-all", ("student", "teacher")),
-    (CLDA, "select-highest", ("student", "teacher")),
+    (CLDA, FROZEN_DIST, BOTH),
+    (CLDA, "select-random", BOTH),
+    (CLDA, "select-all", BOTH),
+    (CLDA, "select-highest", BOTH),
     (CLDA, "teacher-longer", ("teacher",)),
-    (TURNS, "frozen-twice", ("student", "teacher")),
+    (CLDA, TURNS, BOTH),
+    (CLDA, "former", BOTH),
+    (TURNS, "frozen-twice", BOTH),
     (TURNS, "born-again", ("student",)),
     (TURNS, "frozen-longer", ("student",)),
     (TURNS, "teacher-longer", ("teacher",)),
-    (TURNS, "turns-random", ("student", "teacher")),
-    (TURNS, "turns-highest", ("student", "teacher")),
-    (TURNS, "turns-all", ("student", "teacher")),
-    ("clda-init", "frozen-init", ("student", "teacher")),
-    ("clda-cotrained", "frozen-cotrained", ("student", "teacher")),
+    (TURNS, "turns-random", BOTH),
+    (TURNS, "turns-highest", BOTH),
+    (TURNS, "turns-all", BOTH),
+    ("former", "former-random", BOTH),
+    ("former", "former-all", BOTH),
+    ("former", "former-highest", BOTH),
+    ("clda-cotrained", "frozen-cotrained", BOTH),
 )
 
 
@@ -92,7 +99,7 @@ def tables(runs: Runs) -> str:
 def contrasts(runs: Runs) -> List[str]:
     """Return a table of the paired differences between variants of which neither is frozen-teacher KD."""
     found = {
-        (f"{VARIANTS[variant].title} − {VARIANTS[other].title}", role): item
+        (f"{_titled(variant)} − {_titled(other)}", role): item
         for variant, other, roles in CONTRASTS
         for role in roles
         for item in [difference(runs, variant, role, to=other)]
@@ -104,6 +111,11 @@ def contrasts(runs: Runs) -> List[str]:
     rows = [[*key, item.seeds, _described(item, adjusted[" ".join(key)])] for key, item in found.items()]
     headers = ["", "of the", "seeds", "difference"]
     return [f"### Head to head\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"]
+
+
+def _titled(name: str) -> str:
+    variant = VARIANTS[name]
+    return f"{variant.title} (former defaults)" if variant.group == "former" else variant.title
 
 
 def per_class(runs: Runs) -> List[str]:
@@ -153,10 +165,9 @@ def cost_ratio(runs: Runs, name: str) -> Optional[float]:
     Of a run with rounds or in turns it is its own overhead over frozen-teacher KD, see
     :func:`~benchmarks.evidence.training.overhead`.
     """
-    variant = VARIANTS[name]
-    if variant.after_turn or (variant.strategies not in (None, frozen) and not variant.cotrained):
-        own = [record["overhead"] for record in runs.get(name, {}).values() if record.get("overhead")]
-        return float(np.median(own)) if own else None
+    own = [record["overhead"] for record in runs.get(name, {}).values() if record.get("overhead")]
+    if own and not VARIANTS[name].cotrained:
+        return float(np.median(own))
     baseline = runs.get(FROZEN, {})
     pairs = [(record, baseline[seed]) for seed, record in runs.get(name, {}).items() if seed in baseline]
     ratios = [

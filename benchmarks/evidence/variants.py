@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.evidence.task import Task
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
-from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, DISTDistillation, Distillation
+from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, Distillation, KLDistillation
 from clda_core.saliency import Fisher, Hessian, Magnitude
 from clda_core.selection import AllLayers, DomainShift, HighestFraction, LowestFraction, RandomFraction, Selection
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
@@ -56,7 +56,12 @@ class Variant:
 
 
 def frozen(task: Task, seed: int) -> Dict[str, Any]:
-    """Return KD from a teacher without rounds."""
+    """Return KD from a teacher without rounds, by the loss that KD usually has."""
+    return {"schedule": Never(), "distillation": KLDistillation()}
+
+
+def frozen_alike(task: Task, seed: int) -> Dict[str, Any]:
+    """Return KD from a teacher without rounds, by the loss of CLDA."""
     return {"schedule": Never()}
 
 
@@ -65,9 +70,26 @@ def defaults(task: Task, seed: int) -> Dict[str, Any]:
     return {"schedule": Schedule(warmup=task.warmup)}
 
 
+def former(task: Task, seed: int) -> Dict[str, Any]:
+    """Return what the defaults were at first."""
+    return {"schedule": Schedule(warmup=task.warmup, rise=0), "distillation": KLDistillation()}
+
+
 def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> Strategies:
     """Return the defaults, or others, with some strategies replaced."""
     return lambda task, seed: {**base(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
+
+
+def random_layers(task: Task, seed: int) -> Selection:
+    return RandomFraction(seed=seed)
+
+
+def highest(task: Task, seed: int) -> Selection:
+    return HighestFraction()
+
+
+def all_layers(task: Task, seed: int) -> Selection:
+    return AllLayers()
 
 
 def channel_wise(task: Task, seed: int) -> Distillation:
@@ -78,8 +100,9 @@ def decoupled(task: Task, seed: int) -> Distillation:
     return DecoupledDistillation()
 
 
-def dist(task: Task, seed: int) -> Distillation:
-    return DISTDistillation()
+def without_rise(task: Task, seed: int) -> Dict[str, Any]:
+    """Return the defaults with every round at full strength."""
+    return {"schedule": Schedule(warmup=task.warmup, rise=0)}
 
 
 def every(interval: int) -> Strategies:
@@ -108,20 +131,19 @@ def born_again(teacher: nn.Module, student: nn.Module, batches: Sequence[Tensor]
     return student.requires_grad_(False)
 
 
-def in_turns(title: str, after: AfterTurn, *, turns: int = 2, by: Strategies = frozen) -> Variant:
+def in_turns(title: str, after: AfterTurn, *, turns: int = 2) -> Variant:
     """Return KD in turns, each from a teacher that does not change meanwhile, and what happens after each."""
-    return Variant(title, "in-turns", by, turns=turns, after_turn=after)
+    return Variant(title, "in-turns", frozen, turns=turns, after_turn=after)
 
 
-UDA, FROZEN, CLDA, TURNS = "uda", "frozen", "clda", "turns"
-FROZEN_DIST = with_(frozen, distillation=dist)
+UDA, FROZEN, FROZEN_DIST, CLDA, TURNS = "uda", "frozen", "frozen-dist", "clda", "turns"
 
 VARIANTS: Dict[str, Variant] = {
     UDA: Variant("UDA alone", "main"),
-    FROZEN: Variant("KD from the frozen teacher", "main", frozen),
+    FROZEN: Variant("KD from the frozen teacher (KL)", "main", frozen),
+    FROZEN_DIST: Variant("KD from the frozen teacher, the loss of CLDA", "main", frozen_alike),
     CLDA: Variant("CLDA", "main", defaults),
-    "frozen-init": Variant("frozen KD, student initialised", "main", frozen, start="teacher"),
-    "clda-init": Variant("CLDA, student initialised", "main", defaults, start="teacher"),
+    "frozen-init": Variant("frozen KD (KL), student initialised", "main", frozen, start="teacher"),
     TURNS: in_turns("CLDA in two turns", taught(lambda seed: LowestFraction())),
     "turn": in_turns("CLDA in one turn", taught(lambda seed: LowestFraction()), turns=1),
     "turns-3": in_turns("CLDA in three turns", taught(lambda seed: LowestFraction()), turns=3),
@@ -132,21 +154,24 @@ VARIANTS: Dict[str, Variant] = {
     "frozen-twice": Variant("frozen KD, twice as many steps", "in-turns", frozen, length=2),
     "teacher-longer": Variant("teacher trained on, no student", "control", kind="teacher"),
     "frozen-longer": Variant("KD from the teacher trained on", "control", frozen, kind="after-teacher"),
-    "frozen-cotrained": Variant("KD from a co-trained teacher", "cotrained", frozen, cotrained=True),
+    "frozen-cotrained": Variant("KD from a co-trained teacher", "cotrained", frozen_alike, cotrained=True),
     "clda-cotrained": Variant("CLDA, teacher co-trained", "cotrained", defaults, cotrained=True),
     "gentle-cotrained": Variant("gentle CLDA, teacher co-trained", "cotrained", gentle, cotrained=True),
     "duda": Variant("DUDA-like: big auxiliary student", "control", kind="duda"),
+    "constant": Variant("no rise of the strength after the warm-up", "schedule", without_rise),
     "interval-5": Variant("a round every 5 steps", "schedule", every(5)),
     "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
     "gentle": Variant("every 2 steps, a fifth of the learning rate, earlier", "schedule", gentle),
-    "select-random": Variant(
-        "random layers", "selection", with_(selection=lambda task, seed: RandomFraction(seed=seed))
-    ),
-    "select-highest": Variant("highest LSR", "selection", with_(selection=lambda task, seed: HighestFraction())),
-    "select-all": Variant("all layers", "selection", with_(selection=lambda task, seed: AllLayers())),
+    "select-random": Variant("random layers", "selection", with_(selection=random_layers)),
+    "select-highest": Variant("highest LSR", "selection", with_(selection=highest)),
+    "select-all": Variant("all layers", "selection", with_(selection=all_layers)),
     "select-shift": Variant(
         "LSR lower on target than on source", "selection", with_(selection=lambda task, seed: DomainShift())
     ),
+    "former": Variant("lowest LSR", "former", former),
+    "former-random": Variant("random layers", "former", with_(former, selection=random_layers)),
+    "former-highest": Variant("highest LSR", "former", with_(former, selection=highest)),
+    "former-all": Variant("all layers", "former", with_(former, selection=all_layers)),
     "saliency-magnitude": Variant("magnitude", "saliency", with_(saliency=lambda task, seed: Magnitude())),
     "saliency-fisher": Variant("Fisher", "saliency", with_(saliency=lambda task, seed: Fisher())),
     "saliency-hessian": Variant("Hessian", "saliency", with_(saliency=lambda task, seed: Hessian())),
@@ -161,15 +186,13 @@ VARIANTS: Dict[str, Variant] = {
     "update-distil-unguarded": Variant(
         "masked distillation, unguarded", "update", with_(update=lambda task, seed: MaskedDistillation())
     ),
+    "loss-kl": Variant("KL, CLDA", "loss", with_(distillation=lambda task, seed: KLDistillation())),
     "frozen-channel-wise": Variant(
         "channel-wise, frozen KD", "loss", with_(frozen, distillation=channel_wise), dense=True
     ),
     "loss-channel-wise": Variant("channel-wise, CLDA", "loss", with_(distillation=channel_wise), dense=True),
     "frozen-decoupled": Variant("decoupled, frozen KD", "loss", with_(frozen, distillation=decoupled)),
     "loss-decoupled": Variant("decoupled, CLDA", "loss", with_(distillation=decoupled)),
-    "frozen-dist": Variant("DIST, frozen KD", "loss", FROZEN_DIST),
-    "loss-dist": Variant("DIST, CLDA", "loss", with_(distillation=dist)),
-    "turns-dist": in_turns("CLDA in two turns, DIST", taught(lambda seed: LowestFraction()), by=FROZEN_DIST),
 }
 
 
