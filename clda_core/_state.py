@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Mapping
 from .errors import problem
 from .report import Earlier
 
-STATE_VERSION = 3
+STATE_VERSION = 2
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
 
 
@@ -43,22 +43,12 @@ def migrated(state: Any) -> Dict[str, Any]:
 
 def _from_1(state: Dict[str, Any]) -> Dict[str, Any]:
     """Before ``observe_every`` every round was observed, and every round was kept."""
-    return {**_with_schedule(state, observe_every=1), "earlier": asdict(Earlier())}
-
-
-def _from_2(state: Dict[str, Any]) -> Dict[str, Any]:
-    """Before ``rise`` the first round was as strong as the others."""
-    return _with_schedule(state, rise=0)
-
-
-def _with_schedule(state: Dict[str, Any], **options: Any) -> Dict[str, Any]:
-    """Return a state with options of the schedule that were not there when it was written."""
     config = dict(state["config"])
     schedule = config["schedule"]
     if isinstance(schedule, Mapping) and schedule.get("class") == "clda_core.schedule.Schedule":
-        config["schedule"] = {**options, **schedule}
-    return {**state, "config": config}
+        config["schedule"] = {"observe_every": 1, **schedule}
+    return {**state, "config": config, "earlier": asdict(Earlier())}
 
 
-_MIGRATIONS: Dict[int, Callable[[Dict[str, Any]], Dict[str, Any]]] = {1: _from_1, 2: _from_2}
+_MIGRATIONS: Dict[int, Callable[[Dict[str, Any]], Dict[str, Any]]] = {1: _from_1}
 """By version, what makes a state of that version one of the next."""

@@ -30,14 +30,13 @@ class RoundSchedule(Protocol):
 
 
 class Schedule(Strategy):
-    r"""A round every ``interval`` optimizer steps after a warm-up, with a strength that rises and may decay.
+    r"""A round every ``interval`` optimizer steps after a warm-up, with a strength that may decay.
 
     Step :math:`n` (counted from 1) ends with a round if :math:`n > w` and :math:`i` divides :math:`n - w`, with warm-up
     :math:`w` and interval :math:`i`. For the first of every ``observe_every`` rounds the last ``observations`` steps
-    before and including it are observed; the rounds between them go by the same rates. The strength is
-    :math:`\min(1, (n - w) / r)` with the rise :math:`r`, times 1, :math:`1 - p` (linear) or
-    :math:`(1 + \cos \pi p) / 2` (cosine) with :math:`p = (n - w) / (T - w)`. The paper does not publish its schedule;
-    this one and its defaults are ours.
+    before and including it are observed; the rounds between them go by the same rates. With
+    :math:`p = (n - w) / (T - w)` the strength is 1, :math:`1 - p` (linear) or :math:`(1 + \cos \pi p) / 2` (cosine).
+    The paper does not publish its schedule; this one and its defaults are ours.
 
     Args:
         warmup: Optimizer steps before which nothing is observed or updated; an untrained student harms the teacher.
@@ -46,8 +45,6 @@ class Schedule(Strategy):
         observe_every: Rounds from one that is observed to the next, >= 1. The rates change slowly, and an observation
             costs a forward and a backward pass of the teacher. An update of single parameters
             (``granularity="parameter"``) is observed at every round all the same.
-        rise: Optimizer steps after the warm-up over which the strength rises to 1, >= 0; as many as the warm-up by
-            default. The student is the better teacher the longer it has trained.
         decay: How the strength falls after the warm-up.
         total: Optimizer steps of the whole training; needed by ``"linear"`` and ``"cosine"``, and > ``warmup``.
 
@@ -70,7 +67,6 @@ class Schedule(Strategy):
         interval: int = 10,
         observations: int = 1,
         observe_every: int = 5,
-        rise: Optional[int] = None,
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total: Optional[int] = None,
     ) -> None:
@@ -78,8 +74,6 @@ class Schedule(Strategy):
         check_number("interval", interval, at_least=1, integer=True)
         check_number("observations", observations, at_least=1, at_most=interval, integer=True)
         check_number("observe_every", observe_every, at_least=1, integer=True)
-        rise = warmup if rise is None else rise
-        check_number("rise", rise, at_least=0, integer=True)
         check_choice("decay", decay, ("constant", "linear", "cosine"))
         if total is not None or decay != "constant":
             check_number("total", total, above=warmup, integer=True)
@@ -87,7 +81,6 @@ class Schedule(Strategy):
         self.interval = interval
         self.observations = observations
         self.observe_every = observe_every
-        self.rise = rise
         self.decay = decay
         self.total = total
 
@@ -104,12 +97,10 @@ class Schedule(Strategy):
 
     def strength(self, step: int) -> float:
         """Return the factor in [0, 1] by which an update after step ``step`` is scaled."""
-        since = max(step - self.warmup, 0)
-        risen = min(since / self.rise, 1.0) if self.rise else 1.0
         if self.decay == "constant" or self.total is None:
-            return risen
-        progress = min(since / (self.total - self.warmup), 1.0)
-        return risen * (1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress)))
+            return 1.0
+        progress = min(max((step - self.warmup) / (self.total - self.warmup), 0.0), 1.0)
+        return 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Never(Strategy):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
-from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum, kl_distillation
+from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum, dist_distillation, kl_distillation
 from clda_core.relation import RelatedLayers
 from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
 from clda_core.selection import AllLayers, BelowRate, DomainShift, FixedThreshold, LowestFraction, ReferenceThreshold
@@ -185,7 +185,7 @@ def test_the_student_may_see_another_view() -> None:
     teacher, student = networks()
     learner = make_learner(teacher, student)
     strong = batch() + 0.5
-    expected = kl_distillation(student.eval()(strong), teacher(batch()), temperature=learner.distillation.temperature)
+    expected = dist_distillation(student.eval()(strong), teacher(batch()))
     assert torch.equal(learner.distill(student(strong), batch()), expected)
 
 
@@ -210,7 +210,7 @@ def test_the_mask_reaches_the_loss_the_probe_and_the_update(kind: str) -> None:
     learner = make_learner(teacher, student, probe=probe, update=Spy())
     loss = learner.distill(student(x), x, mask=chosen)
     small = F.interpolate(half[:, None].float(), size=student(x).shape[2:])[:, 0] > 0
-    assert torch.allclose(loss, kl_distillation(student(x), teacher(x), small, temperature=2.0), rtol=1e-5)
+    assert torch.allclose(loss, dist_distillation(student(x), teacher(x), small), rtol=1e-5)
     learner.step(step_fn=nothing)
     assert [given is chosen for given in seen] == [True, True]
 

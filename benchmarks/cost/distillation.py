@@ -12,12 +12,13 @@ from benchmarks.cost.others import missing, other
 from benchmarks.cost.peak import peak
 from benchmarks.cost.settings import plain_kl
 from benchmarks.cost.timing import interleaved, ratio
-from clda_core.distillation import kl_distillation
+from clda_core.distillation import dist_distillation, kl_distillation
 
 SHAPE = (2, 19, 512, 512)
 MEMORY, TIME, OTHERS = 0.6, 1.0, 1.0
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_KL, _DIST = "KL", "DIST, the default"
 _PLAIN = "plain F.kl_div (mmrazor's KLDivergence is the same)"
 _TORCHDISTILL = "torchdistill's KDLoss"
 
@@ -25,20 +26,25 @@ _TORCHDISTILL = "torchdistill's KDLoss"
 def distillation(device: torch.device, repeats: int, shape: Tuple[int, ...] = SHAPE) -> Iterator[Figure]:
     """Compare forward and backward pass together."""
     where = f"float32 logits {shape}"
-    names = [name for name in _losses() if name == "ours" or _losses()[name] is not None]
-    peaks = {name: peak(work, name, shape, device=device) for name in names}
-    tasks = {name: work(name, shape, device) for name in names}
-    times = interleaved(tasks, repeats=repeats, device=device)
+    losses = _losses()
+    peaks = {name: peak(work, name, shape, device=device) for name in losses}
+    times = interleaved({name: work(name, shape, device) for name in losses}, repeats=repeats, device=device)
     for name, found in peaks.items():
         yield Figure("distillation", f"peak memory, {name}", where, found / 2**20, "MiB")
     note = "forward and backward pass, the gradient and all; beyond the two logits"
-    for name, memory, time in ((_PLAIN, MEMORY, TIME), (_TORCHDISTILL, OTHERS, OTHERS)):
-        if name in peaks:
-            value = peaks["ours"] / max(1, peaks[name])
-            yield Figure("distillation", f"peak memory / {name}", where, value, at_most=memory, note=note)
-            yield figure("distillation", f"time / {name}", where, ratio(times, "ours", name), at_most=time)
+    for ours, other_, memory, time in (
+        (_KL, _PLAIN, MEMORY, TIME),
+        (_KL, _TORCHDISTILL, OTHERS, OTHERS),
+        (_DIST, _PLAIN, MEMORY, TIME),
+    ):
+        if other_ in peaks:
+            value = peaks[ours] / max(1, peaks[other_])
+            yield Figure("distillation", f"{ours}: peak memory / {other_}", where, value, at_most=memory, note=note)
+            yield figure("distillation", f"{ours}: time / {other_}", where, ratio(times, ours, other_), at_most=time)
         else:
-            yield Figure("distillation", f"time / {name}", where, None, at_most=time, note=missing("torchdistill"))
+            yield Figure(
+                "distillation", f"{ours}: time / {other_}", where, None, at_most=time, note=missing("torchdistill")
+            )
 
 
 def work(name: str, shape: Tuple[int, ...], device: torch.device) -> Callable[[], Any]:
@@ -58,7 +64,11 @@ def work(name: str, shape: Tuple[int, ...], device: torch.device) -> Callable[[]
 
 
 def _losses() -> Dict[str, Loss]:
-    losses: Dict[str, Loss] = {"ours": lambda student, teacher: kl_distillation(student, teacher), _PLAIN: plain_kl}
+    losses: Dict[str, Loss] = {
+        _KL: lambda student, teacher: kl_distillation(student, teacher),
+        _DIST: lambda student, teacher: dist_distillation(student, teacher),
+        _PLAIN: plain_kl,
+    }
     torchdistill = other("torchdistill.losses.mid_level")
     if torchdistill is not None:
         io = {"student_module_path": ".", "student_module_io": "output"}

@@ -25,7 +25,7 @@ class DigitsHost(SelfTrainingHost):
 
 class Digits(Task):
     name, metric = "digits", "accuracy"
-    steps, teacher_steps, learning_rate, warmup, dense = 600, 600, 1e-3, 300, False
+    steps, teacher_steps, learning_rate, dense = 600, 600, 1e-3, False
 
     def __init__(self) -> None:
         self.settings = SelfTraining()

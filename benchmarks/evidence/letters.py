@@ -69,7 +69,7 @@ class LettersHost(SelfTrainingHost):
 
 class Letters(Task):
     name, metric = "letters", "accuracy"
-    steps, teacher_steps, learning_rate, warmup, dense = 600, 600, 3e-3, 300, False
+    steps, teacher_steps, learning_rate, dense = 600, 600, 3e-3, False
 
     def __init__(self) -> None:
         self.settings = SelfTraining(target_start=0.4, target_rise=0.2)

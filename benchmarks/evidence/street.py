@@ -67,7 +67,7 @@ class StreetHost(Host):
 
 class Street(Task):
     name, metric = "street", "mIoU"
-    steps, teacher_steps, learning_rate, warmup, dense = 400, 600, 2e-3, 200, True
+    steps, teacher_steps, learning_rate, dense = 400, 600, 2e-3, True
     student_size: Size = STUDENT
 
     def teacher(self, seed: int) -> nn.Module:

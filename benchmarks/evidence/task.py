@@ -54,7 +54,6 @@ class Task(ABC):
         steps: Optimizer steps of a student.
         teacher_steps: Optimizer steps of the teacher before that.
         learning_rate: Of AdamW, at its peak, for every network.
-        warmup: Steps before the first round in the library's default schedule for this length of training.
         dense: Whether logits have positions.
     """
 
@@ -63,7 +62,6 @@ class Task(ABC):
     steps: int
     teacher_steps: int
     learning_rate: float
-    warmup: int
     dense: bool
 
     @abstractmethod

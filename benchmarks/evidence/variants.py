@@ -66,13 +66,13 @@ def frozen_alike(task: Task, seed: int) -> Dict[str, Any]:
 
 
 def defaults(task: Task, seed: int) -> Dict[str, Any]:
-    """Return the library's defaults, with the warm-up that suits the task's length."""
-    return {"schedule": Schedule(warmup=task.warmup)}
+    """Return nothing: the library's defaults."""
+    return {}
 
 
 def former(task: Task, seed: int) -> Dict[str, Any]:
     """Return what the defaults were at first."""
-    return {"schedule": Schedule(warmup=task.warmup, rise=0), "distillation": KLDistillation()}
+    return {"schedule": Schedule(warmup=task.steps // 2), "distillation": KLDistillation()}
 
 
 def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> Strategies:
@@ -100,20 +100,14 @@ def decoupled(task: Task, seed: int) -> Distillation:
     return DecoupledDistillation()
 
 
-def without_rise(task: Task, seed: int) -> Dict[str, Any]:
-    """Return the defaults with every round at full strength."""
-    return {"schedule": Schedule(warmup=task.warmup, rise=0)}
-
-
 def every(interval: int) -> Strategies:
     """Return the defaults with more or fewer rounds."""
-    return lambda task, seed: {"schedule": Schedule(warmup=task.warmup, interval=interval)}
+    return lambda task, seed: {"schedule": Schedule(interval=interval)}
 
 
-def gentle(task: Task, seed: int) -> Dict[str, Any]:
-    """Return smaller updates, earlier and more often: the teacher averages the student's noise out."""
-    update = Guard(MaskedDistillation(learning_rate=2e-4))
-    return {"update": update, "schedule": Schedule(warmup=task.warmup * 2 // 3, interval=2)}
+def after(share: float) -> Strategies:
+    """Return the defaults with rounds after a share of the training."""
+    return lambda task, seed: {"schedule": Schedule(warmup=round(share * task.steps))}
 
 
 def taught(selection: Callable[[int], Selection]) -> AfterTurn:
@@ -156,12 +150,11 @@ VARIANTS: Dict[str, Variant] = {
     "frozen-longer": Variant("KD from the teacher trained on", "control", frozen, kind="after-teacher"),
     "frozen-cotrained": Variant("KD from a co-trained teacher", "cotrained", frozen_alike, cotrained=True),
     "clda-cotrained": Variant("CLDA, teacher co-trained", "cotrained", defaults, cotrained=True),
-    "gentle-cotrained": Variant("gentle CLDA, teacher co-trained", "cotrained", gentle, cotrained=True),
     "duda": Variant("DUDA-like: big auxiliary student", "control", kind="duda"),
-    "constant": Variant("no rise of the strength after the warm-up", "schedule", without_rise),
+    "after-half": Variant("rounds in the second half", "schedule", after(0.5)),
+    "after-three-quarters": Variant("rounds in the last quarter", "schedule", after(0.75)),
     "interval-5": Variant("a round every 5 steps", "schedule", every(5)),
     "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
-    "gentle": Variant("every 2 steps, a fifth of the learning rate, earlier", "schedule", gentle),
     "select-random": Variant("random layers", "selection", with_(selection=random_layers)),
     "select-highest": Variant("highest LSR", "selection", with_(selection=highest)),
     "select-all": Variant("all layers", "selection", with_(selection=all_layers)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+import functools
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from .._compat import autocast_off
 from ..errors import check_number
-from .base import LogitDistillation, align_logits, unit, weighted_mean
+from .base import LogitDistillation, align_logits, computing_dtype
+from .chunked import Chunk, chunks, only_first_derivatives, shares, values_in
 
 __all__ = ["DISTDistillation", "dist_distillation"]
 
@@ -49,7 +51,8 @@ def dist_distillation(
         CldaError: If shapes, classes, devices, dtypes or the mask do not fit, or a number is out of range.
 
     Note:
-        The gradient goes to the student only. The intra-class term depends on the batch, per rank in distributed runs.
+        The gradient goes to the student only and exists once (no double backward). Between forward and backward one
+        tensor of the student's shape is kept. The intra-class term depends on the batch, per rank in distributed runs.
         Draws no random numbers, has no effect on BatchNorm.
 
     Example:
@@ -62,16 +65,10 @@ def dist_distillation(
         https://arxiv.org/abs/2205.10536
     """
     _check_options(temperature, inter, intra)
-    pair = align_logits(student_logits, teacher_logits, mask, class_map).full_precision()
+    pair = align_logits(student_logits, teacher_logits, mask, class_map)
     with autocast_off(student_logits.device.type):
-        student, teacher = F.softmax(pair.student / temperature, 1), F.softmax(pair.teacher / temperature, 1)
-        classes = student.new_full((), 1 / student.shape[1])
-        between = weighted_mean(_distance(student, teacher, classes, (1,)), pair.weights)
-        weights = student.new_ones(student.shape[0], student.shape[2]) if pair.weights is None else pair.weights
-        total = weights.sum()
-        positions = (weights / total.masked_fill(total == 0, 1.0)).unsqueeze(1)
-        within = _distance(student, teacher, positions, (0, 2)).mean()
-        return temperature**2 * (inter * between + intra * within)
+        loss: Tensor = _DIST.apply(*pair, temperature, inter, intra)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class DISTDistillation(LogitDistillation):
@@ -126,14 +123,125 @@ def _check_options(temperature: float, inter: float, intra: float) -> None:
     check_number("intra", intra, at_least=0)
 
 
-def _distance(student: Tensor, teacher: Tensor, share: Tensor, dims: Tuple[int, ...]) -> Tensor:
-    """Return ``1 - ρ`` along ``dims``, 0 where the teacher does not vary."""
-    s, t = _standardised(student, share, dims), _standardised(teacher, share, dims)
-    return (t * (t - s)).sum(dims)
+class _DIST(torch.autograd.Function):
+    """Reads the logits twice, in chunks: for the moments of each class, and for the gradient, which is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Optional[Tensor],
+        temperature: float,
+        inter: float,
+        intra: float,
+    ) -> Tensor:
+        dtype = computing_dtype(student, teacher)
+        share = shares((student.shape[0], student.shape[2]), weights, student, dtype)
+        parts, read, found = chunks(student.shape), [], []
+        between = torch.zeros((), dtype=dtype, device=student.device)
+
+        def probabilities(chunk: Chunk, part: Tensor) -> Tuple[Tensor, Tensor]:
+            x, y = values_in(chunk, student, teacher, None if weights is None else part == 0, dtype)
+            return F.softmax(x / temperature, 1), F.softmax(y / temperature, 1)
+
+        for chunk in parts:
+            part = share[chunk[0], chunk[2]].unsqueeze(1)
+            q, p = probabilities(chunk, part)
+            between += (_across_classes(q, p).distance() * part).sum()
+            found.append(_Moments.over_positions(q, p, part))
+            if len(parts) == 1:  # small enough to be kept for the second reading
+                read.append((q, p))
+        moments = functools.reduce(_Moments.merged, found)
+        if ctx.needs_input_grad[0]:
+            # Without its share of the mean, by which it would vanish in half precision.
+            gradient = torch.empty(student.shape, dtype=dtype, device=student.device)
+            for chunk in parts:
+                q, p = read.pop() if read else probabilities(chunk, share[chunk[0], chunk[2]].unsqueeze(1))
+                gradient[chunk] = _by_logits(q, p, moments, inter, intra)
+            ctx.save_for_backward(gradient, share.unsqueeze(1) * temperature)
+            ctx.dtype = student.dtype
+        return temperature**2 * (inter * between + intra * moments.distance().mean())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        only_first_derivatives()
+        gradient, factor = ctx.saved_tensors
+        return (gradient * (factor * upstream)).to(ctx.dtype), None, None, None, None, None
 
 
-def _standardised(values: Tensor, share: Tensor, dims: Tuple[int, ...]) -> Tensor:
-    """Centre, and scale to length 1; what varies by no more than rounding counts as constant and becomes 0."""
-    centred = values - (share * values).sum(dims, keepdim=True)
-    rounding = (share * values.detach().pow(2)).sum(dims, keepdim=True) * (8 * torch.finfo(values.dtype).eps) ** 2
-    return unit(centred * share.sqrt(), dims, rounding)
+class _Moments(NamedTuple):
+    """Weighted means and central moments of both models' probabilities; all of one shape but ``weight``."""
+
+    weight: Tensor
+    student: Tensor
+    teacher: Tensor
+    student_square: Tensor
+    teacher_square: Tensor
+    product: Tensor
+
+    @classmethod
+    def over_positions(cls, q: Tensor, p: Tensor, share: Tensor) -> _Moments:
+        """Return the moments ``(C,)`` of each class, from probabilities ``(N, C, P)`` and shares ``(N, 1, P)``."""
+        weight = share.sum()
+        normed = share / weight.masked_fill(weight == 0, 1.0)
+        mean_q, mean_p = (normed * q).sum((0, 2)), (normed * p).sum((0, 2))
+        centred_q, centred_p = q - mean_q[None, :, None], p - mean_p[None, :, None]
+        shared_q, shared_p = share * centred_q, share * centred_p
+        squares = (shared_q * centred_q).sum((0, 2)), (shared_p * centred_p).sum((0, 2))
+        return cls(weight, mean_q, mean_p, *squares, (shared_q * centred_p).sum((0, 2)))
+
+    def merged(self, other: _Moments) -> _Moments:
+        """Return the moments of both together (Chan, Golub and LeVeque, 1983)."""
+        weight = self.weight + other.weight
+        share = other.weight / weight.masked_fill(weight == 0, 1.0)
+        apart_q, apart_p = other.student - self.student, other.teacher - self.teacher
+        both = self.weight * share
+        return _Moments(
+            weight,
+            self.student + share * apart_q,
+            self.teacher + share * apart_p,
+            self.student_square + other.student_square + both * apart_q * apart_q,
+            self.teacher_square + other.teacher_square + both * apart_p * apart_p,
+            self.product + other.product + both * apart_q * apart_p,
+        )
+
+    def inverse_deviations(self) -> Tuple[Tensor, Tensor]:
+        """Return the inverse square roots of the squares, 0 for what varies by no more than rounding."""
+        return (
+            _inverse_root(self.student_square, self.weight * self.student**2),
+            _inverse_root(self.teacher_square, self.weight * self.teacher**2),
+        )
+
+    def distance(self) -> Tensor:
+        """Return ``1 - ρ``, 0 where the teacher does not vary."""
+        of_student, of_teacher = self.inverse_deviations()
+        return (of_teacher > 0).to(of_teacher.dtype) - self.product * of_student * of_teacher
+
+    def slopes(self) -> Tuple[Tensor, Tensor]:
+        """Return by how much the distance grows with the student's value, per unit of the teacher's and of its own."""
+        of_student, of_teacher = self.inverse_deviations()
+        scale = of_student * of_teacher
+        return -scale, self.product * scale * of_student**2
+
+
+def _across_classes(q: Tensor, p: Tensor) -> _Moments:
+    """Return the moments ``(N, 1, P)`` of each position over its classes, which count alike."""
+    mean = torch.full_like(q[:1, :1, :1], 1 / q.shape[1])  # of probabilities
+    centred_q, centred_p = q - mean, p - mean
+    squares = (centred_q * centred_q).sum(1, keepdim=True), (centred_p * centred_p).sum(1, keepdim=True)
+    return _Moments(mean.new_full((), q.shape[1]), mean, mean, *squares, (centred_q * centred_p).sum(1, keepdim=True))
+
+
+def _by_logits(q: Tensor, p: Tensor, moments: _Moments, inter: float, intra: float) -> Tensor:
+    """Return the derivative by the tempered logits of a chunk, in units of the positions' shares."""
+    p_between, q_between = _across_classes(q, p).slopes()  # what is equal for all classes of a position cancels below
+    p_within, q_within = (intra / q.shape[1] * slope[None, :, None] for slope in moments.slopes())
+    centre = p_within * moments.teacher[None, :, None] + q_within * moments.student[None, :, None]
+    by_q = p * (inter * p_between + p_within) + q * (inter * q_between + q_within) - centre
+    return q * (by_q - (q * by_q).sum(1, keepdim=True))
+
+
+def _inverse_root(square: Tensor, of_mean: Tensor) -> Tensor:
+    negligible = square <= (square + of_mean) * (8 * torch.finfo(square.dtype).eps) ** 2
+    return square.masked_fill(negligible, 1.0).rsqrt().masked_fill(negligible, 0.0)

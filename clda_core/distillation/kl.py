@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat import autocast_off
-from ..errors import check_number, problem
+from ..errors import check_number
 from .base import LogitDistillation, align_logits, computing_dtype
+from .chunked import chunks, only_first_derivatives, shares, values_in
 
 __all__ = ["KLDistillation", "kl_distillation"]
-
-_CHUNK = 1 << 20
-"""Elements worked on at a time; the temporaries are a few times this."""
 
 
 def kl_distillation(
@@ -116,22 +114,13 @@ class _MeanKL(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, weights: Optional[Tensor], temperature: float, dim: int
     ) -> Tensor:
         dtype = computing_dtype(student, teacher)
-        samples, others = student.shape[0], student.shape[3 - dim]
-        if weights is None:
-            share = torch.full((1, 1), 1 / (samples * others), dtype=dtype, device=student.device)
-            share = share.expand(samples, others)
-        else:
-            valid = weights.sum()
-            share = weights / valid.masked_fill(valid == 0, 1.0)
+        share = shares((student.shape[0], student.shape[3 - dim]), weights, student, dtype)
         mean = torch.zeros((), dtype=dtype, device=student.device)
         # Without its share, so in [-1, 1]: divided by the number of positions it would vanish in half precision.
         difference = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for chunk in _chunks(student.shape, dim):
+        for chunk in chunks(student.shape, dim):
             part = share[chunk[0], chunk[3 - dim]]
-            x, y = student[chunk].to(dtype), teacher[chunk].to(dtype)
-            if weights is not None:
-                ignored = (part == 0).unsqueeze(dim)
-                x, y = x.masked_fill(ignored, 0.0), y.masked_fill(ignored, 0.0)
+            x, y = values_in(chunk, student, teacher, None if weights is None else (part == 0).unsqueeze(dim), dtype)
             out = None if difference is None else difference[chunk]
             mean += (_divergence(x, y, temperature, dim, out) * part).sum()
         if difference is not None:
@@ -140,14 +129,7 @@ class _MeanKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tuple[Tensor, None, None, None, None]:
-        # torch's once_differentiable would let create_graph=True pass, and second derivatives silently miss this loss.
-        if torch.is_grad_enabled():
-            raise problem(
-                "the loss cannot be differentiated twice",
-                expected="a backward pass without create_graph=True",
-                received="create_graph=True",
-                fix="take second derivatives of the other losses alone, or of a plain function of the logits",
-            )
+        only_first_derivatives()
         difference, factor = ctx.saved_tensors
         gradient = torch.mul(difference, factor * upstream, out=torch.empty_like(difference))
         return gradient, None, None, None, None
@@ -161,15 +143,3 @@ def _divergence(x: Tensor, y: Tensor, temperature: float, dim: int, difference: 
     if difference is not None:
         torch.sub(log_q.exp_(), p, out=difference)
     return divergence
-
-
-def _chunks(shape: Sequence[int], dim: int) -> Iterator[Tuple[slice, slice, slice]]:
-    samples, width, others = shape[0], shape[dim], shape[3 - dim]
-    rows = max(1, _CHUNK // (width * others))
-    columns = max(1, _CHUNK // (width * rows))
-    everything = slice(None)
-    for row in range(0, samples, rows):
-        for column in range(0, others, columns):
-            part = slice(column, column + columns)
-            picked = (everything, part) if dim == 1 else (part, everything)
-            yield (slice(row, row + rows), *picked)

@@ -23,7 +23,7 @@ from benchmarks.cost.synchronisation import LOSSES, waits
 from benchmarks.cost.timing import interleaved, ratio, spread
 from benchmarks.cost.weights import weights
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule
-from clda_core.distillation import kl_distillation
+from clda_core.distillation import KLDistillation, kl_distillation
 
 CPU = torch.device("cpu")
 TINY = settings(CPU)["tiny"]
@@ -81,7 +81,8 @@ def test_the_shares_of_a_schedule_are_those_of_its_steps() -> None:
 
 def test_the_host_distils_the_same_with_the_learner_and_by_hand() -> None:
     hosts = [Host(TINY, CPU) for _ in range(2)]
-    learner = CollaborativeLearner(hosts[1].teacher, hosts[1].student, schedule=Never())
+    models = hosts[1].teacher, hosts[1].student
+    learner = CollaborativeLearner(*models, schedule=Never(), distillation=KLDistillation())
     for host, step in zip(hosts, (hosts[0].with_plain_kd, lambda: hosts[1].with_learner(learner))):
         host.student.eval()  # no dropout
         step()
@@ -113,11 +114,12 @@ def test_weights_and_saliency_say_what_is_not_installed(monkeypatch) -> None:
     assert min(rates) > 0
 
 
-def test_the_loss_takes_less_memory_than_the_plain_composition() -> None:
+@pytest.mark.parametrize("loss", ["KL", "DIST, the default"])
+def test_the_loss_takes_less_memory_than_the_plain_composition(loss: str) -> None:
     found = {one.what: one for one in distillation(CPU, 1, (2, 19, 512, 512))}
-    judged = next(one for what, one in found.items() if what.startswith("peak memory / plain"))
+    judged = next(one for what, one in found.items() if what.startswith(f"{loss}: peak memory / plain"))
     assert not judged.missed
-    assert found["peak memory, ours"].value > 2 * 19 * 512 * 512 * 4 / 2**20  # the gradient at least
+    assert found[f"peak memory, {loss}"].value > 2 * 19 * 512 * 512 * 4 / 2**20  # the gradient at least
 
 
 def test_memory_is_measured_beyond_the_frozen_teachers() -> None:

@@ -62,8 +62,8 @@ def test_a_run_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(letters, "EVALUATION", 52)
     letters._evaluation.cache_clear()
     task = letters.Letters()
-    task.steps, task.teacher_steps, task.warmup = 10, 1, 0
-    record = runs.run(task, 100, "clda")
+    task.steps, task.teacher_steps = 20, 1
+    record = runs.run(task, 100, "after-half")
     letters._evaluation.cache_clear()
     assert record["rounds"]["made"] == 1
     assert 0 <= record["student"]["accuracy"] <= 100

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import clda_core.distillation.kl as kl_module
-from clda_core.distillation import FeatureDistillation, KLDistillation, kl_distillation
+import clda_core.distillation.chunked as chunked_module
+from clda_core.distillation import FeatureDistillation, kl_distillation
 from clda_core.distillation.base import nearest
 from clda_core.errors import CldaError
 from tests.distillation.cases import (
@@ -323,27 +323,28 @@ def test_strategies_survive_pickling_and_scale_with_their_weight(strategy):
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
 @pytest.mark.parametrize("kind", ["none", "float"])
-@pytest.mark.parametrize("name", ["kl", "channel_wise"])
+@pytest.mark.parametrize("name", ["kl", "channel_wise", "dist"])
 def test_the_size_of_the_chunks_does_not_matter(name, kind, chunk, monkeypatch):
     student, teacher = pair(3, 4, 2, 3)
     mask, _ = weights_of((3, 2, 3), kind)
     expected, slope = gradient(LOSSES[name][0], student, teacher, mask)
-    monkeypatch.setattr(kl_module, "_CHUNK", chunk)
+    monkeypatch.setattr(chunked_module, "_SIZE", chunk)
     value, chunked = gradient(LOSSES[name][0], student, teacher, mask)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     np.testing.assert_allclose(chunked, slope, rtol=1e-12, atol=1e-15)
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    student, teacher = pair(2, 3)
+@pytest.mark.parametrize("name", ["kl", "channel_wise", "dist"])
+def test_second_derivatives_are_refused_rather_than_wrong(name):
+    student, teacher = pair(2, 3, 2)
     student.requires_grad_()
     with pytest.raises(CldaError, match="differentiated twice"):
-        torch.autograd.grad(kl_distillation(student, teacher), student, create_graph=True)
+        torch.autograd.grad(LOSSES[name][0](student, teacher), student, create_graph=True)
 
 
 @pytest.mark.skipif(not hasattr(torch.autograd, "graph"), reason="this torch cannot count them")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_kl_keeps_one_tensor_of_the_students_size(dtype):
+@pytest.mark.parametrize(("name", "dtype"), [("kl", torch.float16), ("kl", torch.float32), ("dist", torch.float32)])
+def test_one_tensor_of_the_students_size_is_kept(name, dtype):
     student, teacher = pair(2, 19, 64, 64, dtype=dtype)
     student.requires_grad_()
     kept = []
@@ -353,7 +354,7 @@ def test_kl_keeps_one_tensor_of_the_students_size(dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = KLDistillation()(student, teacher)
+        loss = LOSSES[name][0](student, teacher)
     assert loss.requires_grad
     assert sum(kept) < 1.2 * student.numel() * student.element_size()
 

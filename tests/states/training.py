@@ -47,9 +47,8 @@ def build() -> Tuple[CollaborativeLearner, Any]:
         torch.manual_seed(0)
         teacher, student = Net(3).double(), Net(2).double()
     schedule: Dict[str, Any] = {"warmup": 1, "interval": 3, "observations": 3}
-    for later, as_before in (("observe_every", 1), ("rise", 0)):
-        if later in inspect.signature(Schedule.__init__).parameters:
-            schedule[later] = as_before
+    if "observe_every" in inspect.signature(Schedule.__init__).parameters:
+        schedule["observe_every"] = 1
     learner = CollaborativeLearner(
         teacher,
         student,
