@@ -39,7 +39,7 @@ class Schedule(Strategy):
     The paper does not publish its schedule; this one and its defaults are ours.
 
     Args:
-        warmup: Optimizer steps before which nothing is observed or updated; an untrained student harms the teacher.
+        warmup: Optimizer steps before which nothing is observed or updated; a student that is behind harms the teacher.
         interval: Optimizer steps between rounds, >= 1.
         observations: Observed steps for a round, between 1 and ``interval``.
         observe_every: Rounds from one that is observed to the next, >= 1. The rates change slowly, and an observation

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from clda_core import CollaborativeLearner, Schedule
+from clda_core.distillation import KLDistillation
 from tests.helpers import bits, seeded
 
 INPUTS, CLASSES, WIDTH, BATCH = 5, 3, 6, 8
@@ -93,8 +94,9 @@ def train(rank: int, ranks: int, scenario: Scenario) -> Dict[str, Any]:
 
 
 def collaborate(teacher: nn.Module, student: nn.Module, scenario: Scenario, rank: int, ranks: int) -> Dict[str, Any]:
-    schedule = Schedule(warmup=0, interval=1)
-    learner = CollaborativeLearner(teacher, student, **{"schedule": schedule, **scenario.options()})
+    # A loss of single positions: what one rank computes does not depend on what the others have.
+    options = {"schedule": Schedule(warmup=0, interval=1), "distillation": KLDistillation(), **scenario.options()}
+    learner = CollaborativeLearner(teacher, student, **options)
     trained = [student, teacher] if scenario.co_trained else [student]
     optimizers = [torch.optim.SGD(model.parameters(), lr=scenario.rate, momentum=0.9) for model in trained]
     inner = [getattr(model, "module", model) for model in (teacher, student)]
