@@ -164,9 +164,11 @@ def cost_ratio(runs: Runs, name: str) -> Optional[float]:
     Of a run with rounds or in turns it is its own overhead over frozen-teacher KD, see
     :func:`~benchmarks.evidence.training.overhead`.
     """
-    own = [record["overhead"] for record in runs.get(name, {}).values() if record.get("overhead")]
-    if own and not VARIANTS[name].cotrained:
-        return float(np.median(own))
+    records = runs.get(name, {}).values()
+    with_rounds = any((record.get("rounds") or {}).get("made") for record in records) or VARIANTS[name].after_turn
+    if with_rounds and not VARIANTS[name].cotrained:
+        own = [record["overhead"] for record in records if record.get("overhead")]
+        return float(np.median(own)) if own else None
     baseline = runs.get(FROZEN, {})
     pairs = [(record, baseline[seed]) for seed, record in runs.get(name, {}).items() if seed in baseline]
     ratios = [
