@@ -28,11 +28,13 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of each tensor, float32 ``(n,)``; fused across tensors where torch has the kernel."""
+    """Return the Euclidean norms of tensors that are not empty, float32; fused where torch has the kernel."""
     filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
+        return torch.zeros(0, device=tensors[0].device)
     fused = getattr(torch, "_foreach_norm", None)
-    found = fused(filled) if fused is not None and filled else [tensor.norm() for tensor in filled]
-    return torch.stack([norm.float() for norm in found]) if filled else torch.zeros(len(tensors))
+    found = [tensor.norm() for tensor in filled] if fused is None else fused(filled)
+    return torch.stack([norm.float() for norm in found])
 
 
 def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
