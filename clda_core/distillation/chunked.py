@@ -13,15 +13,17 @@ __all__ = ["Chunk", "chunks", "only_first_derivatives", "shares", "values_in"]
 
 Chunk = Tuple[slice, slice, slice]
 
-_SIZE = 1 << 20
-"""Elements worked on at a time; the temporaries are a few times this."""
+_ON_CPU, _ELSEWHERE = 1 << 17, 1 << 20
+"""Elements worked on at a time; the temporaries are a few times this. On a CPU small ones stay in the cache, and the
+allocator keeps the memory of larger ones; elsewhere each chunk costs the launch of its kernels."""
 
 
-def chunks(shape: Sequence[int], dim: int = 1) -> List[Chunk]:
+def chunks(tensor: Tensor, dim: int = 1) -> List[Chunk]:
     """Return the parts of a tensor ``(N, A, B)`` to be worked on one by one, each whole along ``dim``."""
-    samples, width, others = shape[0], shape[dim], shape[3 - dim]
-    rows = max(1, _SIZE // (width * others))
-    columns = max(1, _SIZE // (width * rows))
+    samples, width, others = tensor.shape[0], tensor.shape[dim], tensor.shape[3 - dim]
+    size = _ON_CPU if tensor.device.type == "cpu" else _ELSEWHERE
+    rows = max(1, size // (width * others))
+    columns = max(1, size // (width * rows))
     everything, found = slice(None), []
     for row in range(0, samples, rows):
         for column in range(0, others, columns):

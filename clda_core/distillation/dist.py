@@ -85,7 +85,7 @@ class DISTDistillation(LogitDistillation):
         CldaError: If an argument is out of range.
 
     Example:
-        >>> DISTDistillation()(torch.eye(3), torch.eye(3)).item()
+        >>> round(DISTDistillation()(torch.eye(3), torch.eye(3)).item(), 5)
         0.0
     """
 
@@ -138,7 +138,7 @@ class _DIST(torch.autograd.Function):
     ) -> Tensor:
         dtype = computing_dtype(student, teacher)
         share = shares((student.shape[0], student.shape[2]), weights, student, dtype)
-        parts, read, found = chunks(student.shape), [], []
+        parts, read, found = chunks(student), [], []
         between = torch.zeros((), dtype=dtype, device=student.device)
 
         def probabilities(chunk: Chunk, part: Tensor) -> Tuple[Tensor, Tensor]:
@@ -216,7 +216,8 @@ class _Moments(NamedTuple):
     def distance(self) -> Tensor:
         """Return ``1 - ρ``, 0 where the teacher does not vary."""
         of_student, of_teacher = self.inverse_deviations()
-        return (of_teacher > 0).to(of_teacher.dtype) - self.product * of_student * of_teacher
+        correlation = (self.product * of_student * of_teacher).clamp(max=1)  # beyond it by rounding only
+        return (of_teacher > 0).to(of_teacher.dtype) - correlation
 
     def slopes(self) -> Tuple[Tensor, Tensor]:
         """Return by how much the distance grows with the student's value, per unit of the teacher's and of its own."""

@@ -118,7 +118,7 @@ class _MeanKL(torch.autograd.Function):
         mean = torch.zeros((), dtype=dtype, device=student.device)
         # Without its share, so in [-1, 1]: divided by the number of positions it would vanish in half precision.
         difference = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for chunk in chunks(student.shape, dim):
+        for chunk in chunks(student, dim):
             part = share[chunk[0], chunk[3 - dim]]
             x, y = values_in(chunk, student, teacher, None if weights is None else (part == 0).unsqueeze(dim), dtype)
             out = None if difference is None else difference[chunk]

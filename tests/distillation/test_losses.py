@@ -328,7 +328,7 @@ def test_the_size_of_the_chunks_does_not_matter(name, kind, chunk, monkeypatch):
     student, teacher = pair(3, 4, 2, 3)
     mask, _ = weights_of((3, 2, 3), kind)
     expected, slope = gradient(LOSSES[name][0], student, teacher, mask)
-    monkeypatch.setattr(chunked_module, "_SIZE", chunk)
+    monkeypatch.setattr(chunked_module, "_ON_CPU", chunk)
     value, chunked = gradient(LOSSES[name][0], student, teacher, mask)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     np.testing.assert_allclose(chunked, slope, rtol=1e-12, atol=1e-15)
