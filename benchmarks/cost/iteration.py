@@ -40,7 +40,6 @@ def iteration(setting: Setting, device: torch.device, repeats: int) -> Iterator[
     frozen = CollaborativeLearner(host.teacher, host.student, schedule=Never())
     by_kl = CollaborativeLearner(host.teacher, host.student, schedule=Never(), distillation=KLDistillation())
     off = CollaborativeLearner(host.teacher, host.student, enabled=False)
-    outside = CollaborativeLearner(host.teacher, host.student, schedule=Forced())
     times = interleaved(
         {
             "host": host.alone,
@@ -48,7 +47,6 @@ def iteration(setting: Setting, device: torch.device, repeats: int) -> Iterator[
             "plain": host.with_plain_kd,
             "by KL": lambda: host.with_learner(by_kl),
             "frozen": lambda: host.with_learner(frozen),
-            "outside": lambda: host.with_learner(outside),
         },
         repeats=repeats,
         device=device,
@@ -98,6 +96,8 @@ def _rounds(host: Host, device: torch.device, repeats: int) -> Times:
         tasks[f"{name} observed"] = functools.partial(step, True, True)
         tasks[f"{name} round"] = functools.partial(step, True, False)
     tasks["nothing"] = functools.partial(step, False, False)
+    frozen = CollaborativeLearner(host.teacher, host.student, schedule=Never())
+    tasks["frozen"] = functools.partial(_step, frozen, schedule, output, target, host.mixed, False, False)
     return interleaved(tasks, repeats=repeats, device=device)
 
 
@@ -117,10 +117,14 @@ def _step(
 
 
 def _amortised(times: Times, rounds: Times, name: str) -> Spread:
-    """Return the cost of steps outside rounds, and of the rounds in their shares, over frozen-teacher KD's."""
+    """Return the cost of steps outside rounds, and of the rounds in their shares, over frozen-teacher KD's.
+
+    By the learner's calls alone, beside an iteration of frozen-teacher KD: whole iterations that do the same vary by
+    more than the budget.
+    """
     observed, due = shares(Schedule(warmup=STEPS // 2), STEPS)
-    outside, unit = ratio(times, "outside", "frozen"), spread(times["frozen"]).median
-    idle = spread(rounds["nothing"]).median
+    unit, idle = spread(times["frozen"]).median, spread(rounds["nothing"]).median
+    outside = spread([1.0 + (ours - frozen) / unit for ours, frozen in zip(rounds["nothing"], rounds["frozen"])])
     of = {kind: spread(rounds[f"{name} {kind}"]) for kind in ("observed", "round")}
     extra = [
         (observed * (of["observed"][which] - idle) + due * (of["round"][which] - idle)) / unit for which in range(3)
