@@ -276,11 +276,11 @@ def weighted_mean(values: Tensor, weights: Optional[Tensor]) -> Tensor:
     return (weights * values).sum() / total.masked_fill(total == 0, 1.0)
 
 
-def unit(values: Tensor, dim: Union[int, Tuple[int, ...]], floor: Union[float, Tensor] = 0.0) -> Tensor:
-    """Scale vectors along ``dim`` to length 1; one whose squared length is at most ``floor`` becomes 0."""
+def unit(values: Tensor, dim: int) -> Tensor:
+    """Scale vectors along ``dim`` to length 1; one of length 0 stays."""
     energy = values.pow(2).sum(dim, keepdim=True)
-    negligible = energy <= floor
-    return values * energy.masked_fill(negligible, 1.0).rsqrt().masked_fill(negligible, 0.0)
+    zero = energy == 0
+    return values * energy.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
 def nearest(positions: Tensor, grid: Sequence[int]) -> Tensor:
