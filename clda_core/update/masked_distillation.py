@@ -170,7 +170,10 @@ class MaskedDistillation(Strategy):
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether no element is NaN or infinite, on any rank, with one host-device synchronisation."""
+    """Return whether no element is NaN or infinite, on any rank.
+
+    It synchronises with the device once, and once more if a norm overflows.
+    """
     every = list(tensors)
     parts = [local(tensor) for tensor in every]
     # Norms are NaN or infinite where an element is; where finite elements make one overflow, sums in float64 decide.
