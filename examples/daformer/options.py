@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping, Optional
 from torch import nn
 
 from clda_core import CollaborativeLearner, Never, Schedule
-from clda_core.distillation import KLDistillation
+from clda_core.distillation import DISTDistillation
 from clda_core.errors import check_choice, check_number, problem
 from clda_core.update import Guard, MaskedDistillation
 
@@ -26,9 +26,10 @@ class Options:
         images: On which images the teacher is distilled: the host's ``"target"`` images, its ``"mixed"`` ones, or
             ``"both"``. Rounds use the last of them.
         weight: Of the KD loss; the host's losses keep theirs.
-        temperature: Of the KD loss.
+        temperature: Of the KD loss, DIST.
         rounds: ``False`` is KD from the frozen teacher, the baseline to compare with.
-        warmup: Iterations before the first round; the student must be good by then.
+        warmup: Iterations before the first round, three quarters of the host's 40,000: a student that is behind the
+            teacher harms it.
         interval: Iterations between rounds.
         learning_rate: Of the update of the teacher, Adam.
         learner: ``"package.module:function"``, a function of your own from teacher and student to a
@@ -42,9 +43,9 @@ class Options:
     enabled: bool = True
     images: str = "target"
     weight: float = 1.0
-    temperature: float = 2.0
+    temperature: float = 1.0
     rounds: bool = True
-    warmup: int = 10_000
+    warmup: int = 30_000
     interval: int = 50
     learning_rate: float = 1e-5
     learner: Optional[str] = None
@@ -86,7 +87,7 @@ class Options:
         return CollaborativeLearner(
             teacher,
             student,
-            distillation=KLDistillation(temperature=self.temperature),
+            distillation=DISTDistillation(temperature=self.temperature),
             update=Guard(MaskedDistillation(learning_rate=self.learning_rate)),
             schedule=Schedule(warmup=self.warmup, interval=self.interval) if self.rounds else Never(),
         )

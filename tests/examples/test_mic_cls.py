@@ -128,11 +128,12 @@ def test_losses_of_the_first_iteration_are_the_hosts_own(
 
 def test_kd_joins_as_if_added_to_the_hosts_second_loss(folder: Path, teacher: Path, tmp_path: Path) -> None:
     by_hand = {
-        "    main(args)": "    big = ImageClassifier(utils.get_model('resnet50', pretrain=False), args.classes)\n"
+        "    main(args)": "    import clda_core.distillation\n"
+        "    big = ImageClassifier(utils.get_model('resnet50', pretrain=False), args.classes)\n"
         f"    big.load_state_dict(torch.load({str(teacher)!r}))\n    big.eval()\n    main(args)",
         "        losses.append(loss.item())\n        loss.backward()\n        optimizer.second_step": (
-            "        with torch.no_grad():\n            z = torch.softmax(big(x_t) / 3, 1)\n"
-            "        kd = F.kl_div(torch.log_softmax(y_t / 3, 1), z, reduction='batchmean') * 9\n"
+            "        with torch.no_grad():\n            z = big(x_t)\n"
+            "        kd = clda_core.distillation.dist_distillation(y_t, z, temperature=3)\n"
             "        losses.append(loss.item())\n        (loss + 0.5 * kd).backward()\n        optimizer.second_step"
         ),
     }

@@ -18,7 +18,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 from torch import nn
 
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule
-from clda_core.distillation import KLDistillation
+from clda_core.distillation import DISTDistillation
 from clda_core.errors import check_number, problem
 
 from . import compatibility, host
@@ -115,7 +115,7 @@ def learner_from(options: argparse.Namespace) -> MakeLearner:
     numbers = {name: value for name, value in chosen.items() if value is not None}
     schedule = Never() if options.clda_no_rounds else Schedule(**numbers)
     temperature = options.clda_temperature
-    distillation = KLDistillation() if temperature is None else KLDistillation(temperature=temperature)
+    distillation = DISTDistillation() if temperature is None else DISTDistillation(temperature=temperature)
     return lambda teacher, student: CollaborativeLearner(
         teacher, student, distillation=distillation, schedule=schedule, extract=first_output
     )
