@@ -25,6 +25,7 @@ GROUPS = {
     "update": "Which update",
     "loss": "Which KD loss",
 }
+COMPARED_WITH_CLDA = ("schedule", "saliency", "update")  # one part of it each; the other groups with frozen-teacher KD
 
 BOTH = ("student", "teacher")
 CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
@@ -70,27 +71,28 @@ def difference(runs: Runs, variant: str, role: str, *, to: str = FROZEN) -> Opti
 
 
 def tables(runs: Runs) -> str:
-    """Return one table a group, of means and paired differences to frozen-teacher KD."""
+    """Return one table a group: means, and paired differences to frozen KD, or to CLDA with one part replaced."""
     parts: List[str] = []
     for group, heading in GROUPS.items():
         names = [name for name, variant in VARIANTS.items() if variant.group == group and name in runs]
         if not names:
             continue
-        compared = [name for name in names if name != FROZEN]
-        found = {(name, role): difference(runs, name, role) for name in compared for role in ("student", "teacher")}
+        base, called = (CLDA, "CLDA") if group in COMPARED_WITH_CLDA else (FROZEN, "frozen KD")
+        compared = [name for name in names if name != base]
+        found = {(name, role): difference(runs, name, role, to=base) for name in compared for role in BOTH}
         adjusted = {
             role: holm({name: item.p for (name, whose), item in found.items() if whose == role and item is not None})
-            for role in ("student", "teacher")
+            for role in BOTH
         }
         rows = []
         for name in names:
             records = runs[name]
             row: List[Any] = [VARIANTS[name].title, len(records)]
-            for role in ("student", "teacher"):
+            for role in BOTH:
                 row += [_mean(records, role), _described(found.get((name, role)), adjusted[role].get(name))]
             row.append(_cost(runs, name))
             rows.append(row)
-        headers = ["", "seeds", "student", "vs frozen KD", "teacher", "vs frozen KD", "time"]
+        headers = ["", "seeds", "student", f"vs {called}", "teacher", f"vs {called}", "time"]
         parts.append(f"### {heading}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}")
     return "\n\n".join([*parts, *contrasts(runs), *per_class(runs)])
 
