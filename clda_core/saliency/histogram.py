@@ -86,9 +86,10 @@ class Histogram:
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         # On a CPU a chunk and its bins stay in the cache, which halves the time.
         split = flat.device.type == "cpu" and flat.numel() > CHUNK
+        counts, total = self.counts[layer], self.sums[layer]
         for chunk in torch.split(flat, CHUNK) if split else (flat,):
-            self.counts[layer] += torch.bincount(leading_bits(chunk, _BITS), minlength=_BINS)
-            self.sums[layer] += chunk.sum(dtype=torch.float64)
+            counts.add_(torch.bincount(leading_bits(chunk, _BITS), minlength=_BINS))
+            total.add_(chunk.sum(dtype=torch.float64))
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of a histogram over the same layers, in place.
