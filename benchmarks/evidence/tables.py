@@ -15,6 +15,7 @@ REPORTED = range(10)
 Runs = Dict[str, Dict[int, Record]]
 GROUPS = {
     "main": "The main comparison",
+    "init": "With the student initialised from the teacher's layers",
     "in-turns": "In turns: a trained student teaches the teacher of the next",
     "control": "Controls: is it the student, or just more training?",
     "cotrained": "With a teacher that the host trains on",
@@ -30,6 +31,8 @@ COMPARED_WITH_CLDA = ("schedule", "saliency", "update")  # one part of it each; 
 BOTH = ("student", "teacher")
 CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
     (CLDA, FROZEN_DIST, BOTH),
+    ("clda-init", "frozen-init", BOTH),
+    ("clda-init", "frozen-dist-init", BOTH),
     (CLDA, "select-random", BOTH),
     (CLDA, "select-all", BOTH),
     (CLDA, "select-highest", BOTH),

@@ -138,6 +138,8 @@ VARIANTS: Dict[str, Variant] = {
     FROZEN_DIST: Variant("KD from the frozen teacher, the loss of CLDA", "main", frozen_alike),
     CLDA: Variant("CLDA", "main", defaults),
     "frozen-init": Variant("frozen KD (KL), student initialised", "main", frozen, start="teacher"),
+    "frozen-dist-init": Variant("frozen KD (DIST), student initialised", "init", frozen_alike, start="teacher"),
+    "clda-init": Variant("CLDA, student initialised", "init", defaults, start="teacher"),
     TURNS: in_turns("CLDA in two turns", taught(lambda seed: LowestFraction())),
     "turn": in_turns("CLDA in one turn", taught(lambda seed: LowestFraction()), turns=1),
     "turns-3": in_turns("CLDA in three turns", taught(lambda seed: LowestFraction()), turns=3),
