@@ -13,8 +13,11 @@ from .learner import CollaborativeLearner
 from .outputs import call_model
 from .report import Report
 from .schedule import Schedule
+from .update import Guard, MaskedDistillation
 
 __all__ = ["teach"]
+
+_LEARNING_RATE = 1e-3
 
 
 def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **strategies: Any) -> Report:
@@ -30,8 +33,9 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
         student: The small model, trained; never changed.
         batches: Of target images without labels, each as the teacher is called: a tensor, a tuple of arguments or a
             mapping of keyword arguments. A few dozen batches suffice; see docs/turns.md.
-        strategies: Of :class:`~clda_core.CollaborativeLearner`, for example ``update=`` or ``selection=``. Its schedule
-            makes a round every batch, observed every fifth time, unless you pass one.
+        strategies: Of :class:`~clda_core.CollaborativeLearner`, for example ``update=`` or ``selection=``. Unless you
+            pass others, its schedule makes a round every batch, observed every fifth time, and its update takes steps
+            ten times as long as the learner's own, since there are few and the student does not change.
 
     Returns:
         The rounds, as :meth:`CollaborativeLearner.report` gives them.
@@ -46,6 +50,7 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
         10
     """
     strategies.setdefault("schedule", Schedule(warmup=0, interval=1))
+    strategies.setdefault("update", Guard(MaskedDistillation(learning_rate=_LEARNING_RATE)))
     learner = CollaborativeLearner(teacher, student, **strategies)
     empty = True
     for inputs in batches:

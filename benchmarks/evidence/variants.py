@@ -12,7 +12,7 @@ from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
 from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, Distillation, KLDistillation
 from clda_core.saliency import Fisher, Hessian, Magnitude
 from clda_core.selection import AllLayers, DomainShift, HighestFraction, LowestFraction, RandomFraction, Selection
-from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, Update
 
 Strategies = Callable[[Task, int], Dict[str, Any]]
 AfterTurn = Callable[[nn.Module, nn.Module, Sequence[Tensor], int], nn.Module]
@@ -72,7 +72,11 @@ def defaults(task: Task, seed: int) -> Dict[str, Any]:
 
 def former(task: Task, seed: int) -> Dict[str, Any]:
     """Return what the defaults were at first."""
-    return {"schedule": Schedule(warmup=task.steps // 2), "distillation": KLDistillation()}
+    return {
+        "schedule": Schedule(warmup=task.steps // 2),
+        "distillation": KLDistillation(),
+        "update": longer_steps(task, seed),
+    }
 
 
 def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> Strategies:
@@ -98,6 +102,10 @@ def channel_wise(task: Task, seed: int) -> Distillation:
 
 def decoupled(task: Task, seed: int) -> Distillation:
     return DecoupledDistillation()
+
+
+def longer_steps(task: Task, seed: int) -> Update:
+    return Guard(MaskedDistillation(learning_rate=1e-3))
 
 
 def every(interval: int) -> Strategies:
@@ -155,6 +163,7 @@ VARIANTS: Dict[str, Variant] = {
     "duda": Variant("DUDA-like: big auxiliary student", "control", kind="duda"),
     "after-half": Variant("rounds in the second half", "schedule", after(0.5)),
     "after-three-quarters": Variant("rounds in the last quarter", "schedule", after(0.75)),
+    "rate-1e-3": Variant("longer steps of the teacher: Adam at 1e-3", "update", with_(update=longer_steps)),
     "interval-5": Variant("a round every 5 steps", "schedule", every(5)),
     "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
     "select-random": Variant("random layers", "selection", with_(selection=random_layers)),

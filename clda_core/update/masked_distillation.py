@@ -36,7 +36,7 @@ class MaskedDistillation(Strategy):
 
     Args:
         steps: Optimizer steps a round, >= 1.
-        learning_rate: Of the default optimizer, Adam; > 0.
+        learning_rate: Of the default optimizer, Adam, whose first steps move every element by about as much; > 0.
         distillation: The loss :math:`D`, called with the teacher in the student's place.
         optimizer: Builds another optimizer from the teacher's parameters, for example
             ``lambda parameters: torch.optim.SGD(parameters, lr=1e-2)``; then ``learning_rate`` is not used.
@@ -61,7 +61,7 @@ class MaskedDistillation(Strategy):
         self,
         *,
         steps: int = 1,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 1e-4,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
         granularity: Granularity = "layer",
