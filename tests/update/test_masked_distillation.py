@@ -429,7 +429,7 @@ def test_a_state_saved_where_adam_is_fused_is_continued_where_it_is_not(monkeypa
 def test_a_state_saved_with_the_plain_adam_is_continued_alike() -> None:
     student = pair()[1]
     teachers: List[nn.Module] = []
-    for optimizer in (None, lambda parameters: torch.optim.Adam(parameters, lr=1e-3)):
+    for optimizer in (None, lambda parameters: torch.optim.Adam(parameters, lr=1e-4)):
         teacher, first, then = pair()[0], MaskedDistillation(optimizer=optimizer), MaskedDistillation()
         first.apply(round_context(teacher, student, inputs=vectors(1)))
         then.load_state_dict(first.state_dict())
