@@ -37,7 +37,7 @@ from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Earlier, Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
 from .schedule import RoundSchedule, Schedule
-from .selection import AllLayers, Selection
+from .selection import LowestFraction, Selection
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
 from .update.writing import copied, undone_on_error
 
@@ -59,7 +59,7 @@ class CollaborativeLearner:
         student: The small model that the host trains; never changed by the learner.
         saliency: Scores parameters; :class:`~clda_core.saliency.Taylor` by default.
         selection: Threshold of the LSR and choice of the non-salient layers;
-            :class:`~clda_core.selection.AllLayers` by default.
+            :class:`~clda_core.selection.LowestFraction` by default.
         relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
         update: What the student does to the selected layers; by default guarded
             :class:`~clda_core.update.MaskedDistillation`.
@@ -112,7 +112,7 @@ class CollaborativeLearner:
         self.teacher = teacher
         self.student = student
         self.saliency: SaliencyEstimator = Taylor() if saliency is None else saliency
-        self.selection: Selection = AllLayers() if selection is None else selection
+        self.selection: Selection = LowestFraction() if selection is None else selection
         self.relation: Relation = ByRelativeDepth() if relation is None else relation
         self.update: Update = Guard(MaskedDistillation()) if update is None else update
         self.distillation: Distillation = DISTDistillation() if distillation is None else distillation

@@ -74,7 +74,6 @@ def former(task: Task, seed: int) -> Dict[str, Any]:
     """Return what the defaults were at first."""
     return {
         "schedule": Schedule(warmup=task.steps // 2),
-        "selection": lowest(task, seed),
         "distillation": KLDistillation(),
         "update": longer_steps(task, seed),
     }
@@ -83,10 +82,6 @@ def former(task: Task, seed: int) -> Dict[str, Any]:
 def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> Strategies:
     """Return the defaults, or others, with some strategies replaced."""
     return lambda task, seed: {**base(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
-
-
-def lowest(task: Task, seed: int) -> Selection:
-    return LowestFraction()
 
 
 def random_layers(task: Task, seed: int) -> Selection:
@@ -99,11 +94,6 @@ def highest(task: Task, seed: int) -> Selection:
 
 def all_layers(task: Task, seed: int) -> Selection:
     return AllLayers()
-
-
-def by_lsr(**makers: Callable[[Task, int], Any]) -> Strategies:
-    """Return the defaults with the paper's choice of layers, and other strategies replaced."""
-    return with_(selection=lowest, **makers)
 
 
 def channel_wise(task: Task, seed: int) -> Distillation:
@@ -148,7 +138,7 @@ def in_turns(title: str, after: AfterTurn, *, turns: int = 2) -> Variant:
     return Variant(title, "in-turns", frozen, turns=turns, after_turn=after)
 
 
-UDA, FROZEN, FROZEN_DIST, CLDA, LOWEST, TURNS = "uda", "frozen", "frozen-dist", "clda", "select-lowest", "turns"
+UDA, FROZEN, FROZEN_DIST, CLDA, TURNS = "uda", "frozen", "frozen-dist", "clda", "turns"
 
 VARIANTS: Dict[str, Variant] = {
     UDA: Variant("UDA alone", "main"),
@@ -173,12 +163,12 @@ VARIANTS: Dict[str, Variant] = {
     "duda": Variant("DUDA-like: big auxiliary student", "control", kind="duda"),
     "after-half": Variant("rounds in the second half", "schedule", after(0.5)),
     "after-three-quarters": Variant("rounds in the last quarter", "schedule", after(0.75)),
-    "rate-1e-3": Variant("lowest LSR, longer steps: Adam at 1e-3", "selection", by_lsr(update=longer_steps)),
+    "rate-1e-3": Variant("longer steps of the teacher: Adam at 1e-3", "update", with_(update=longer_steps)),
     "interval-5": Variant("a round every 5 steps", "schedule", every(5)),
     "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
-    LOWEST: Variant("lowest LSR", "selection", by_lsr()),
     "select-random": Variant("random layers", "selection", with_(selection=random_layers)),
     "select-highest": Variant("highest LSR", "selection", with_(selection=highest)),
+    "select-all": Variant("all layers", "selection", with_(selection=all_layers)),
     "select-shift": Variant(
         "LSR lower on target than on source", "selection", with_(selection=lambda task, seed: DomainShift())
     ),
@@ -186,9 +176,9 @@ VARIANTS: Dict[str, Variant] = {
     "former-random": Variant("random layers", "former", with_(former, selection=random_layers)),
     "former-highest": Variant("highest LSR", "former", with_(former, selection=highest)),
     "former-all": Variant("all layers", "former", with_(former, selection=all_layers)),
-    "saliency-magnitude": Variant("magnitude", "saliency", by_lsr(saliency=lambda task, seed: Magnitude())),
-    "saliency-fisher": Variant("Fisher", "saliency", by_lsr(saliency=lambda task, seed: Fisher())),
-    "saliency-hessian": Variant("Hessian", "saliency", by_lsr(saliency=lambda task, seed: Hessian())),
+    "saliency-magnitude": Variant("magnitude", "saliency", with_(saliency=lambda task, seed: Magnitude())),
+    "saliency-fisher": Variant("Fisher", "saliency", with_(saliency=lambda task, seed: Fisher())),
+    "saliency-hessian": Variant("Hessian", "saliency", with_(saliency=lambda task, seed: Hessian())),
     "update-average": Variant("average, unguarded", "update", with_(update=lambda task, seed: Average())),
     "update-average-guarded": Variant("average, guarded", "update", with_(update=lambda task, seed: Guard(Average()))),
     "update-aligned": Variant(
