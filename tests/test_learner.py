@@ -540,6 +540,7 @@ def test_the_default_strategies_are_used() -> None:
     teacher, student = networks()
     learner = CollaborativeLearner(teacher, student)
     assert isinstance(learner.saliency, Taylor)
+    assert isinstance(learner.selection, LowestFraction)
     assert isinstance(learner.update, Guard)
     assert isinstance(learner.schedule, Schedule)
 
