@@ -22,7 +22,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (1, 10):
 
 
 def test_two_ranks_show_and_write_one_result(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # The option with hyphens came with torch 2.0, which still takes this one.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     job = [str(ROOT / "examples" / "classification" / "digits.py"), "--steps=2", f"--output={tmp_path}"]
     done = subprocess.run([*torchrun, *job], cwd=str(tmp_path), capture_output=True, timeout=600, check=True, text=True)
     assert done.stdout.count("Accuracy on the 1,797 handwritten digits") == 1
