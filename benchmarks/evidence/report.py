@@ -106,6 +106,7 @@ def observation_figure(records: Sequence[Record], path: Path) -> None:
             axis.set_title(f"{network}, {'source only' if training == 'source' else 'UDA'}", fontsize=9)
             axis.set_xlabel("layer, from input to output")
             axis.set_ylabel("LSR")
+            axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
