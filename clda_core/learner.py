@@ -28,7 +28,7 @@ from ._projectors import Projectors
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
-from .distillation.base import leaves_nothing
+from .distillation.base import in_students_classes, leaves_nothing
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
@@ -468,6 +468,13 @@ class CollaborativeLearner:
     def _forward(self, model: nn.Module, inputs: Any) -> Outputs:
         return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
 
+    def _forward_in_common_classes(self, model: nn.Module, inputs: Any) -> Outputs:
+        outputs = self._forward(model, inputs)
+        if model is self.student:
+            return outputs
+        class_map = getattr(self.distillation, "class_map", None)
+        return outputs._replace(logits=in_students_classes(outputs.logits, class_map))
+
     def _logits(self, inputs: Any) -> Tensor:
         return self._forward(self.teacher, inputs).logits
 
@@ -498,7 +505,7 @@ class CollaborativeLearner:
             related=related.pairs,
             inputs=self._inputs,
             mask=self._mask,
-            forward=self._forward,
+            forward=self._forward_in_common_classes,
             strength=strength,
             non_salient=self._observer.non_salient,
         )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CldaError, Outputs, Schedule, group_layers, teach
-from clda_core.distillation import FeatureDistillation
+from clda_core.distillation import DISTDistillation, FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.selection import AllLayers
-from clda_core.update import MaskedDistillation
+from clda_core.update import Guard, MaskedDistillation
 
 UNGUARDED = MaskedDistillation  # the guard has nothing to go by where random networks agree on little
 
@@ -119,3 +119,43 @@ def test_a_loss_of_the_users_sees_both_networks_in_their_roles() -> None:
     assert len(report.rounds) == 3
     assert [tuple(parameter.shape) for parameter in loss.parameters()] == [(32, 8), (32,)]
     assert all(parameter.grad is None for parameter in loss.parameters())
+
+
+def with_classes(network: nn.Module, order: List[int]) -> nn.Module:
+    """Return a copy whose class ``i`` is the network's class ``order[i]``."""
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        copied[4].weight.copy_(copied[4].weight[order])
+        copied[4].bias.copy_(copied[4].bias[order])
+    return copied
+
+
+def test_rounds_go_by_the_class_map() -> None:
+    teacher, student, order = network(32, 0), network(8, 1), [2, 0, 3, 1]
+    permuted = with_classes(teacher, [order.index(index) for index in range(4)])
+    for each, kd in ((teacher, DISTDistillation()), (permuted, DISTDistillation(class_map=order))):
+        update = Guard(MaskedDistillation(learning_rate=1e-2), criterion=with_opinion)
+        teach(each, student, images(10), selection=AllLayers(), update=update, distillation=kd)
+    assert not equal(teacher.state_dict(), network(32, 0).state_dict())
+    for name, value in with_classes(permuted, order).state_dict().items():
+        assert torch.allclose(value, teacher.state_dict()[name], atol=1e-5), name
+
+
+def with_opinion(teacher: Tensor, original: Tensor, student: Tensor) -> Tensor:
+    """Score what the default criterion leaves open where random networks agree on little."""
+    return -(teacher.softmax(1) - student.softmax(1)).abs().mean()
+
+
+def test_a_student_of_fewer_classes_teaches_these() -> None:
+    teacher, student = network(32, 0).eval(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    kd = WeightedSum([(1.0, KLDistillation(class_map=[3, 1]))])
+
+    def divergence() -> float:
+        held_out = torch.cat(images(4, seed=1))
+        with torch.no_grad():
+            ours, theirs = teacher(held_out)[:, [3, 1]].log_softmax(1), student(held_out).log_softmax(1)
+        return float((theirs.exp() * (theirs - ours)).sum(1).mean())
+
+    before = divergence()
+    teach(teacher, student, images(60), selection=AllLayers(), distillation=kd, update=UNGUARDED(learning_rate=1e-2))
+    assert divergence() < 0.5 * before

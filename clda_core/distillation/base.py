@@ -30,6 +30,8 @@ class Distillation(Protocol):
     A class attribute ``reads`` says what it is called with: ``"logits"`` (also where there is no such attribute) for
     two tensors ``(N, C, ...)``, ``"features"`` for two tuples of tensors, ``"outputs"`` for two
     :class:`~clda_core.outputs.Outputs`. A loss that owns parameters is an ``nn.Module``; the learner trains them.
+    Where the networks' classes differ, an attribute ``class_map`` names for each student class the teacher's; rounds
+    go by it too.
     """
 
     def __call__(self, student: Any, teacher: Any, mask: Optional[Tensor] = None, /) -> Tensor:
@@ -96,7 +98,7 @@ class WeightedSum(Strategy, nn.Module):
         terms: Pairs of a weight >= 0 and a loss; a loss may be a plain function, read features, or be a sum itself.
 
     Raises:
-        CldaError: If ``terms`` is empty or not made of such pairs.
+        CldaError: If ``terms`` is empty or not made of such pairs, or their class maps differ.
 
     Example:
         >>> from clda_core.distillation import KLDistillation, channel_wise_distillation
@@ -126,6 +128,15 @@ class WeightedSum(Strategy, nn.Module):
                     received=repr(loss),
                     fix="pass pairs (weight, loss), in this order",
                 )
+        maps = [of for of in (getattr(loss, "class_map", None) for _, loss in terms) if of is not None]
+        if any(list(of) != list(maps[0]) for of in maps):
+            raise problem(
+                "the terms have different class maps",
+                expected="one class_map in all terms that have one",
+                received=repr(maps),
+                fix="pass the same class_map to each",
+            )
+        self.class_map: Optional[Sequence[int]] = maps[0] if maps else None
         self.terms = terms
         self.owners = nn.ModuleList([loss for _, loss in terms if isinstance(loss, nn.Module)])
 
@@ -225,8 +236,7 @@ def align_logits(
                 received=repr(list(class_map)),
                 fix="pass for each class of the student the index of the teacher's class",
             )
-        # No index tensor: it would have to travel to the device.
-        teacher = torch.stack([teacher.detach()[:, index] for index in class_map], 1)
+        teacher = in_students_classes(teacher.detach(), class_map)
     elif classes != teacher_classes:
         raise problem(
             "the class counts differ",
@@ -235,6 +245,14 @@ def align_logits(
             fix="pass class_map=, for each class of the student the index of the teacher's class",
         )
     return align(student, teacher, mask)
+
+
+def in_students_classes(teacher_logits: Tensor, class_map: Optional[Sequence[int]]) -> Tensor:
+    """Return the teacher's logits ``(N, C', ...)`` of the student's classes, ``(N, C, ...)``, with their graph."""
+    if class_map is None:
+        return teacher_logits
+    # No index tensor: it would have to travel to the device.
+    return torch.stack([teacher_logits[:, index] for index in class_map], 1)
 
 
 def align_features(

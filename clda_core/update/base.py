@@ -30,7 +30,8 @@ class RoundContext:
         related: Student layer by teacher layer name; a teacher layer without a relation is absent.
         inputs: The target batch of this step as the user passed it to ``distill``; ``None`` if none was passed.
         mask: That batch's mask, or ``None``.
-        forward: ``forward(model, inputs)`` runs a model and reads its :class:`~clda_core.outputs.Outputs`.
+        forward: ``forward(model, inputs)`` runs a model and reads its :class:`~clda_core.outputs.Outputs`; the
+            teacher's logits are of the student's classes, where the KD loss has a ``class_map``.
         strength: The schedule's factor on the size of the update, in [0, 1].
         non_salient: For single-parameter granularity, by parameter name, True where an element is non-salient.
     """

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from clda_core import CldaError
 from clda_core._config import describe
 from clda_core.distillation import (
     AttentionTransfer,
@@ -127,3 +128,12 @@ def test_attention_ignores_maps_without_any_activation():
     loss.backward()
     assert loss.item() == 0
     assert (student.grad == 0).all()
+
+
+def test_weighted_sum_has_the_class_map_of_its_terms():
+    mapped = KLDistillation(class_map=[1, 0])
+    assert WeightedSum([(1.0, AttentionTransfer()), (1.0, mapped)]).class_map == [1, 0]
+    assert WeightedSum([(1.0, WeightedSum([(1.0, mapped)]))]).class_map == [1, 0]
+    assert WeightedSum([(1.0, AttentionTransfer())]).class_map is None
+    with pytest.raises(CldaError, match="different class maps"):
+        WeightedSum([(1.0, mapped), (1.0, KLDistillation(class_map=[0, 1]))])
