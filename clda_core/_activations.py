@@ -18,7 +18,7 @@ _SPATIAL = {
     2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),
     3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d),
 }
-_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 _POOL: Mapping[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,
@@ -96,13 +96,21 @@ def positions(value: Any, module: Optional[nn.Module], samples: int) -> Optional
 def channel_dim(value: Tensor, module: Optional[nn.Module]) -> int:
     """Return the channel dimension: 1 for what convolves or batch-normalises over this many axes, else the last.
 
-    Without a module it is 1, as in logits.
+    Of a module that holds nothing but vectors, such as a norm of the user's own, it is whichever of the two is as long
+    as they are; where both are, 1 of images and the last of sequences. Without a module it is 1, as in logits.
     """
-    rank = value.dim() - 2
+    rank, last = value.dim() - 2, value.dim() - 1
     if rank <= 0 or module is None:
         return 1
-    first = any(isinstance(part, (*_SPATIAL.get(rank, ()), *_FIRST)) for part in module.modules())
-    return 1 if first else value.dim() - 1
+    if any(isinstance(part, (*_SPATIAL.get(rank, ()), *_FIRST)) for part in module.modules()):
+        return 1
+    vectors = list(module.parameters())
+    # Of LayerNorm's subclasses there are some that go by dimension 1.
+    if type(module) is nn.LayerNorm or not vectors or any(vector.dim() != 1 for vector in vectors):
+        return last
+    by_preference = (1, last) if rank > 1 else (last, 1)
+    as_long = [dim for dim in by_preference if all(len(vector) == value.shape[dim] for vector in vectors)]
+    return as_long[0] if as_long else last
 
 
 def rows(first: Tensor, second: Tensor) -> Optional[Tuple[Tensor, Tensor]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from ._sharded import check_sharding
 from .errors import check_number, problem
 from .layers import Layer, canonical_parameters
+from .outputs import Outputs
 from .relation import ModelView, RelatedLayers
 
 _STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
@@ -82,6 +85,18 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
+def warn_if_swapped(teacher: nn.Module, student: nn.Module) -> None:
+    of_teacher, of_student = (
+        sum(p.numel() for p in canonical_parameters(model).values()) for model in (teacher, student)
+    )
+    if of_student > of_teacher:
+        warnings.warn(
+            f"the student is larger than the teacher: {of_student:,} parameters against {of_teacher:,}. Rounds write "
+            "to the teacher: if the two are swapped, pass the big model first",
+            stacklevel=3,
+        )
+
+
 def _identity(parameter: Tensor) -> Hashable:
     """Return what two parameters on the same memory have in common, whether or not they are one object."""
     address = 0 if parameter.device.type == "meta" else parameter.data_ptr()
@@ -95,6 +110,17 @@ def check_mask(mask: Any) -> None:
             expected="bool or float weights (N, ...), or an integer label map",
             received=type(mask).__name__,
             fix="pass torch.as_tensor(mask)",
+        )
+
+
+def check_trainable(student: Outputs) -> None:
+    """Raise if nothing could be learnt from a loss of these outputs although gradients are enabled."""
+    if torch.is_grad_enabled() and not any(part.requires_grad for part in (student.logits, *student.features)):
+        raise problem(
+            "the student's output has no graph, so the KD loss would train nothing",
+            expected="the output of the student that is trained, or a call under torch.no_grad() to read the loss only",
+            received="a detached output: of the host EMA, of a frozen model, or made under no_grad()",
+            fix="pass what the trained student returned, without detach()",
         )
 
 

@@ -51,7 +51,7 @@ def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Opti
 @functools.lru_cache(maxsize=1)
 def _has_fused_adam() -> bool:
     try:
-        torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
+        torch.optim.Adam([torch.zeros(1, requires_grad=True, device="cpu")], fused=True)
     except (TypeError, RuntimeError):  # before torch 1.13; before 2.4, where the kernel is for CUDA alone
         return False
     return True
@@ -95,6 +95,12 @@ def autocast_off(device_type: str) -> ContextManager[Any]:
         return torch.autocast(device_type, enabled=False)
     except RuntimeError:  # a device without autocast, such as meta
         return nullcontext()
+
+
+def out_of_inference_mode() -> ContextManager[Any]:
+    """Return a context in which new tensors can be trained, also where the caller is in ``torch.inference_mode()``."""
+    mode = getattr(torch, "inference_mode", None)  # came with torch 1.9
+    return nullcontext() if mode is None else mode(False)
 
 
 def load_plain(path: str) -> Any:

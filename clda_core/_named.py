@@ -38,7 +38,7 @@ def canonical_name(name: str) -> str:
 def canonical_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     """Return the model's parameters by canonical name; a tied parameter appears once, under its first name.
 
-    Under FSDP2 they are the sharded ones.
+    Under FSDP2 they are the sharded ones. Integer ones, as of quantised weights, have no derivative and are left out.
 
     Raises:
         CldaError: If two parameters get the same canonical name.
@@ -89,7 +89,8 @@ def named_tensors(model: nn.Module) -> NamedTensors:
     unsteady = reshard(modules) or any(isinstance(module, torch.jit.ScriptModule) for module in modules)
     parameters: Dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        _insert(parameters, name, parameter)
+        if parameter.is_floating_point() or parameter.is_complex():
+            _insert(parameters, name, parameter)
     buffers: Dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         transient = getattr(module, "_non_persistent_buffers_set", ())

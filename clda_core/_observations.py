@@ -49,8 +49,8 @@ class Observations:
         rates = layer_saliency_rates(histogram, self.threshold(threshold, histogram)).double().cpu()
         known = ~torch.isnan(rates)
         if domain not in self._sums:
-            self._sums[domain] = torch.zeros(self._layers, dtype=torch.float64)
-            self._counts[domain] = torch.zeros(self._layers, dtype=torch.int64)
+            self._sums[domain] = torch.zeros(self._layers, dtype=torch.float64, device="cpu")
+            self._counts[domain] = torch.zeros(self._layers, dtype=torch.int64, device="cpu")
         self._sums[domain] += torch.where(known, rates, torch.zeros_like(rates))
         self._counts[domain] += known.long()
 
@@ -81,7 +81,7 @@ class Observations:
         The mean is over the observations of all ranks, so every rank gets the same figures; ``device`` is where the
         ranks' reduction runs.
         """
-        nothing = torch.zeros(self._layers, dtype=torch.float64)
+        nothing = torch.zeros(self._layers, dtype=torch.float64, device="cpu")
         rows = [self._sums.get(domain, nothing) for domain in ("target", "source")]
         rows += [self._counts.get(domain, nothing).double() for domain in ("target", "source")]
         table = sum_across_ranks([torch.stack(rows).to(device)])[0].tolist()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._distributed import mean_where_seen
+from .update.writing import copied
 
 _LEARNING_RATE = 1e-3
 
@@ -62,17 +63,17 @@ class Projectors:
         self._unscaled = False
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return a copy of the parameters, and the optimizer's state."""
+        """Return the parameters and the optimizer's state, not copied."""
         module = {} if self.module is None else self.module.state_dict()
         return {
-            "module": {name: tensor.detach().clone() for name, tensor in module.items()},
+            "module": dict(module),
             "optimizer": self._restored if self._optimizer is None else self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; on an error everything is as before."""
         if self.module is not None:
-            before = self.state_dict()["module"]
+            before = copied(self.state_dict()["module"])
             children = [(module, dict(module._modules)) for module in self.module.modules()]
             try:
                 self.module.load_state_dict(state["module"])
@@ -82,7 +83,8 @@ class Projectors:
                     module._modules.update(modules)
                 self.module.load_state_dict(before)
                 raise
-        self._optimizer, self._restored = None, state["optimizer"]
+        # Optimizers adopt the tensors they load and then write to them.
+        self._optimizer, self._restored = None, copied(state["optimizer"])
 
     def _parameters(self) -> List[nn.Parameter]:
         return [] if self.module is None else [p for p in self.module.parameters() if p.requires_grad]

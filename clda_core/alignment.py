@@ -81,7 +81,7 @@ def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
     check_number("minimum", minimum, at_least=0, below=1)
     values = correlation.detach().to("cpu", torch.float64)
     if values.shape[0] == values.shape[1]:
-        chosen = linear_assignment(-values - 1e-6 * torch.eye(values.shape[0], dtype=values.dtype))
+        chosen = linear_assignment(-values - 1e-6 * torch.eye(values.shape[0], dtype=values.dtype, device="cpu"))
     else:
         chosen = values.argmax(1).tolist() if values.shape[1] else [-1] * values.shape[0]
     table = values.numpy()

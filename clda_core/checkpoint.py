@@ -72,7 +72,8 @@ def load(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
 
     Raises:
         CldaError: If the file was not written by :func:`save`, lacks something of ``beside``, or is of another
-            architecture or configuration; the models and the learner are then as before.
+            architecture or configuration, or something of ``beside`` cannot be restored; the models and the learner are
+            then as before.
     """
     state = load_plain(str(path))
     wanted = [*_OURS, *beside]
@@ -85,11 +86,11 @@ def load(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
         )
     for role, model in (("teacher", learner.teacher), ("student", learner.student)):
         _check_fits(role, model, state[role])
+    for name, value in beside.items():
+        _restore(name, value, state.pop(name))
     learner.load_state_dict(state.pop("learner"))
     learner.teacher.load_state_dict(state.pop("teacher"))
     learner.student.load_state_dict(state.pop("student"))
-    for name, value in beside.items():
-        value.load_state_dict(state.pop(name))
     return state
 
 
@@ -114,6 +115,18 @@ def atomically(path: Union[str, Path]) -> Iterator[str]:
     finally:
         if unfinished.exists():
             unfinished.unlink()
+
+
+def _restore(name: str, value: Any, state: Any) -> None:
+    try:
+        value.load_state_dict(state)
+    except Exception as error:
+        raise problem(
+            f"{name} cannot be restored",
+            expected=f"an object with load_state_dict() that takes what was saved as {name}",
+            received=f"{type(value).__name__}, which raised {type(error).__name__}: {error}",
+            fix=f"build {name} as it was built when it was saved; plain data need not be passed, load() returns them",
+        ) from error
 
 
 def _check_fits(role: str, model: nn.Module, state: Mapping[str, Any]) -> None:

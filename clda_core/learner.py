@@ -19,6 +19,8 @@ from ._checks import (
     check_steppable,
     check_strategies,
     check_strength,
+    check_trainable,
+    warn_if_swapped,
 )
 from ._compat import uncompiled
 from ._config import describe
@@ -76,6 +78,9 @@ class CollaborativeLearner:
     Raises:
         CldaError: If the models share parameters, or no layer can be related although the update needs it.
 
+    Warns:
+        UserWarning: If the student is larger than the teacher, so that the two may have been swapped.
+
     Note:
         The learner registers no hooks and no sub-modules and draws from no global random generator; modes,
         ``requires_grad`` and ``.grad`` of both models are the same after every call. It holds O(layers) state, plus the
@@ -108,6 +113,7 @@ class CollaborativeLearner:
         keep_rounds: int = 1000,
     ) -> None:
         check_models(teacher, student)
+        warn_if_swapped(teacher, student)
         check_number("keep_rounds", keep_rounds, at_least=1, integer=True)
         self.teacher = teacher
         self.student = student
@@ -168,10 +174,10 @@ class CollaborativeLearner:
             A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only.
 
         Raises:
-            CldaError: If neither ``inputs`` nor ``teacher_output`` is given, outputs do not fit each other, logits are
-                not finite or every position is masked out. The last two are checked on the CPU only: elsewhere it would
-                cost a synchronisation with the device at every step, so NaN passes into the loss and nothing but
-                masked-out positions gives 0.
+            CldaError: If neither ``inputs`` nor ``teacher_output`` is given, the student's output has no graph although
+                gradients are enabled, outputs do not fit each other, logits are not finite or every position is masked
+                out. The last two are checked on the CPU only: elsewhere it would cost a synchronisation with the device
+                at every step, so NaN passes into the loss and nothing but masked-out positions gives 0.
 
         Note:
             On one of several ranks an empty batch, or a mask that leaves nothing, gives a zero loss instead of an
@@ -194,13 +200,13 @@ class CollaborativeLearner:
                     received="neither",
                     fix="call learner.distill(student_output, inputs)",
                 )
-            with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
-                teacher_output = call_model(self.teacher, inputs)
+            teacher_output = self._run_teacher(inputs, student)
         teacher = as_outputs(teacher_output, self.extract, "teacher", may_be_empty=not has_data)
         if not has_data:
             teacher = stand_in(teacher)
         check_values(student.logits, teacher.logits, mask)
         loss = distillation_loss(self.distillation, student, teacher, mask)
+        check_trainable(student)
         if not has_data:
             loss = loss * 0  # with its graph, since the other ranks' backward() waits for this one's
         self._kd_loss = loss.detach()
@@ -346,8 +352,9 @@ class CollaborativeLearner:
             "history": report["rounds"],
             "earlier": report["earlier"],
             "relation": None if self._related is None else _relation_as_dict(self._related),
-            "update": self.update.state_dict(),
-            "projectors": self._projectors.state_dict(),
+            # Copies, since optimizers give out the tensors that their next steps write to.
+            "update": copied(self.update.state_dict()),
+            "projectors": copied(self._projectors.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -415,6 +422,20 @@ class CollaborativeLearner:
         single = self.update.granularity == "parameter"
         return self.schedule.observes(step) or (single and self.schedule.due(step))
 
+    def _run_teacher(self, inputs: Any, student: Outputs) -> Any:
+        try:
+            with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
+                return call_model(self.teacher, inputs)
+        except Exception as error:
+            if not isinstance(inputs, Tensor) or inputs.shape != student.logits.shape:
+                raise
+            raise problem(
+                f"the teacher cannot be run on the inputs ({type(error).__name__}: {error})",
+                expected="inputs, as the teacher is called with",
+                received="a tensor of the shape of the student's logits",
+                fix="if it is the teacher's output call learner.distill(student_output, inputs, teacher_output=...)",
+            ) from error
+
     def _forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
         self._observed = set()
@@ -469,6 +490,8 @@ class CollaborativeLearner:
         return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
 
     def _forward_in_common_classes(self, model: nn.Module, inputs: Any) -> Outputs:
+        # Inside the host's autocast the weights would be those that were cast before the update wrote to them.
+        torch.clear_autocast_cache()
         outputs = self._forward(model, inputs)
         if model is self.student:
             return outputs
@@ -510,6 +533,7 @@ class CollaborativeLearner:
             non_salient=self._observer.non_salient,
         )
         result = self._apply(context) if context.layers else UpdateResult(())
+        torch.clear_autocast_cache()
         self._observer.start_next_round()
         self._history.append(
             RoundRecord(

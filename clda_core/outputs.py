@@ -25,6 +25,8 @@ class Outputs(NamedTuple):
     features: Tuple[Tensor, ...] = ()
 
 
+_MANY = (Mapping, tuple, list)
+
 Extract = Callable[[Any], Union[Tensor, Outputs]]
 """Turns whatever a model returns into logits, or into :class:`Outputs` where a loss also reads features."""
 
@@ -68,8 +70,8 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
     Raises:
-        CldaError: If the model fails and the inputs are on another device or of another dtype than its parameters;
-            any other exception of the model passes.
+        CldaError: If the model fails with a ``TypeError``, as for a wrong number of arguments, or the inputs are on
+            another device or of another dtype than its parameters; any other exception of the model passes.
     """
     inner = inside_ddp(model)
     try:
@@ -78,6 +80,13 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, (tuple, list)):
             return inner(*inputs)
         return inner(inputs)
+    except TypeError as error:
+        raise problem(
+            f"{type(model).__name__} cannot be called with the inputs ({error})",
+            expected="what the model is called with, without labels: a tensor, a tuple of arguments or a mapping",
+            received=type(inputs).__name__ + (f" of {len(inputs)}" if isinstance(inputs, _MANY) else ""),
+            fix="pass images_t alone, not the whole batch of the loader",
+        ) from error
     except RuntimeError as error:
         given, own = _placement(_tensors_in(inputs)), _placement(model.parameters())
         if not given or not own or given <= own:

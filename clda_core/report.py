@@ -26,8 +26,8 @@ class RoundRecord:
         updated: The layers that were changed.
         skipped: By layer, or ``layer: parameter``, why something selected was not changed.
         strength: The schedule's factor.
-        accepted: The guard's decision; ``None`` without a guard.
-        score_before: The guard's criterion before the update; ``None`` without a guard, or where it is unknown (NaN).
+        accepted: The guard's decision; ``None`` without a guard, or where nothing was written.
+        score_before: The guard's criterion before the update; ``None`` without a decision, or if unknown (NaN).
         score_after: The same after it.
     """
 
@@ -132,6 +132,7 @@ class Report:
     def __str__(self) -> str:
         """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched.
 
+        The note says why a layer has no related one, or why it was selected and never updated.
         It is of all rounds, whether or not they are kept one by one.
         """
         total = self.earlier
@@ -145,6 +146,7 @@ class Report:
         ]
         if not self.made:
             return "\n".join([*lines, *(f"{name}: unrelated: {reason}" for name, reason in self.unrelated.items())])
+        why_not = {key.partition(": ")[0]: why for record in self.rounds for key, why in record.skipped.items()}
         width = max(len(name) for name in (*self.layers, "layer"))
         lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
         for name in self.layers:
@@ -153,6 +155,8 @@ class Report:
                 first, last = f"{total.first_rates[name]:9.3f}", f"{total.last_rates[name]:8.3f}"
             selected, updated = total.selected.get(name, 0), total.updated.get(name, 0)
             note = f"unrelated: {self.unrelated[name]}" if name in self.unrelated else ""
+            if not note and selected and not updated:
+                note = why_not.get(name, "")
             lines.append(f"{name:<{width}}  {first}  {last}  {selected:8d}  {updated:7d}  {note}".rstrip())
         return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._models import evaluating
 from .errors import problem
@@ -41,7 +41,8 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
         The rounds, as :meth:`CollaborativeLearner.report` gives them.
 
     Raises:
-        CldaError: As :class:`~clda_core.CollaborativeLearner` does, and if there are no batches.
+        CldaError: As :class:`~clda_core.CollaborativeLearner` does, and if there are no batches or ``batches`` is one
+            tensor.
 
     Example:
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -49,15 +50,21 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
         >>> len(report.rounds)
         10
     """
+    if isinstance(batches, Tensor):
+        raise problem(
+            "batches is one tensor, whose items would be taken for batches",
+            expected="an iterable of batches of target images",
+            received=f"shape {tuple(batches.shape)}",
+            fix="pass batches=images.split(32), or a list of batches",
+        )
     strategies.setdefault("schedule", Schedule(warmup=0, interval=1))
     strategies.setdefault("update", Guard(MaskedDistillation(learning_rate=_LEARNING_RATE)))
     learner = CollaborativeLearner(teacher, student, **strategies)
     empty = True
     for inputs in batches:
         empty = False
-        with evaluating(student), torch.no_grad():
-            output = call_model(student, inputs)
-        learner.distill(output, inputs)
+        with learner._keeping_rng(), evaluating(student), torch.no_grad():
+            learner.distill(call_model(student, inputs), inputs)
         learner.step(step_fn=lambda: None)
     if empty:
         raise problem(

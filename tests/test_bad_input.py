@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_layers, init_student
+from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_layers, init_student, teach
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.relation import ByName, BySimilarity, Explicit, RelatedLayers
 from clda_core.saliency import Hessian, Magnitude, Taylor
@@ -43,6 +43,9 @@ from tests.helpers import (
 )
 
 NAN, INF = float("nan"), float("inf")
+
+# Some of the models that are meant to fail have hardly a parameter.
+pytestmark = pytest.mark.filterwarnings("ignore:the student is larger than the teacher")
 
 
 def attempt(learner: CollaborativeLearner, optimizer: Any, call: Callable[[], Any], match: str) -> None:
@@ -718,3 +721,25 @@ def test_a_host_with_a_non_finite_loss_is_not_our_business() -> None:
     (host_loss(learner.student, 0) * NAN).backward()
     learner.step(step_fn=lambda: None)
     assert learner.report().discarded == 0
+
+
+def test_the_teachers_output_in_the_place_of_the_inputs() -> None:
+    learner, optimizer, output = usual()
+    logits = torch.zeros_like(output)
+    attempt(
+        learner, optimizer, lambda: learner.distill(output, logits), "shape of the student's logits.*teacher_output="
+    )
+
+
+def test_a_whole_batch_with_its_labels() -> None:
+    learner, optimizer, output = usual()
+    whole = (batch(), torch.zeros(8, dtype=torch.int64))
+    attempt(learner, optimizer, lambda: learner.distill(output, whole), "received tuple of 2.*pass images_t alone")
+
+
+def test_one_tensor_in_the_place_of_batches() -> None:
+    teacher, student = networks()
+    with no_traces(teacher, student, values_too=True), pytest.raises(
+        CldaError, match="items would be taken for batches"
+    ):
+        teach(teacher, student, batch())

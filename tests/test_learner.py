@@ -13,7 +13,7 @@ from clda_core.distillation import FeatureDistillation, KLDistillation, Weighted
 from clda_core.relation import RelatedLayers
 from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
 from clda_core.selection import AllLayers, BelowRate, DomainShift, FixedThreshold, LowestFraction, ReferenceThreshold
-from clda_core.update import Average, Guard, MaskedDistillation, UpdateResult, init_student
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, UpdateResult, init_student
 from tests.helpers import (
     Net,
     Segmenter,
@@ -675,3 +675,57 @@ def test_states_of_different_learners_do_not_mix() -> None:
     other = make_learner(*networks(), update=Average())
     with pytest.raises(CldaError, match="another configuration"):
         other.load_state_dict(learner.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(torch, "set_default_device"), reason="came with torch 2.0")
+@pytest.mark.parametrize("saliency", [Taylor(), Hessian()])
+def test_the_default_device_is_the_hosts_alone(saliency: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, saliency=saliency, update=Guard(AlignedAverage(decay=0.5)))
+    output, inputs = student(batch()), batch()
+    with torch.device("meta"):
+        learner.distill(output, inputs).backward()
+        learner.step(step_fn=lambda: None)
+        learner.load_state_dict(learner.state_dict())
+    assert len(learner.report().rounds) == 1
+
+
+@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="the CPU has autocast from torch 1.10 on")
+def test_a_step_inside_autocast_judges_the_weights_that_were_written() -> None:
+    """Autocast keeps weights that it has cast; a guard that ran the model with these would see no change."""
+    teacher, student = networks()
+    far_away = Guard(
+        MaskedDistillation(learning_rate=0.5), criterion=lambda now, before, _: -(now - before).abs().mean()
+    )
+    learner = make_learner(teacher, student, selection=AllLayers(), update=far_away)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner.distill(student(batch()), batch()).backward()
+        learner.step(step_fn=lambda: None)
+    (record,) = learner.report().rounds
+    assert record.accepted is False
+    assert record.score_after < -0.01
+
+
+def test_a_students_output_without_a_graph_would_train_nothing() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    with pytest.raises(CldaError, match="no graph, so the KD loss would train nothing"):
+        learner.distill(student(batch()).detach(), batch())
+    with torch.no_grad():
+        assert learner.distill(student(batch()), batch()) > 0
+
+
+def test_a_student_that_is_larger_than_the_teacher_is_warned_of() -> None:
+    student, teacher = networks()
+    with pytest.warns(UserWarning, match="the student is larger than the teacher: .*pass the big model first"):
+        CollaborativeLearner(teacher, student)
+
+
+def test_integer_parameters_are_none_of_ours() -> None:
+    teacher, student = networks()
+    teacher.register_parameter("codes", nn.Parameter(torch.arange(4), requires_grad=False))
+    learner = make_learner(teacher, student, selection=AllLayers())
+    learner.distill(student(batch()), batch()).backward()
+    learner.step(step_fn=lambda: None)
+    assert not any("codes" in name for name in learner.report().layers)
+    assert torch.equal(teacher.codes, torch.arange(4))

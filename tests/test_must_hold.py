@@ -894,12 +894,18 @@ def test_11_projectors_and_their_optimizer_are_resumed() -> None:
     assert learner.state_dict()["projectors"]["optimizer"]["state"]
 
 
-def test_11_a_checkpoint_in_memory_does_not_change_with_the_run() -> None:
-    learner, optimizer = resumable(lambda: {"update": Average(decay=0.9)})
-    train(learner, optimizer, 2)
+@pytest.mark.parametrize("update", UPDATES)
+def test_11_a_checkpoint_in_memory_changes_neither_with_the_run_nor_with_one_resumed_from_it(update: str) -> None:
+    options = lambda: {**options_for("distillation", FeatureDistillation()), "update": UPDATES[update]()}  # noqa: E731
+    learner, optimizer = resumable(options)
+    train(learner, optimizer, 3)
     state = learner.state_dict()
     before = bits(state)
-    train(learner, optimizer, 2, start=2)
+    train(learner, optimizer, 2, start=3)
+    assert bits(state) == before
+    resumed, its_optimizer = resumable(options)
+    resumed.load_state_dict(state)
+    train(resumed, its_optimizer, 2, start=3)
     assert bits(state) == before
 
 

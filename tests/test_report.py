@@ -86,6 +86,14 @@ def test_the_table_counts_rounds_that_are_not_kept_one_by_one() -> None:
     ]
 
 
+def test_the_table_says_why_a_selected_layer_was_never_updated() -> None:
+    record = RoundRecord(
+        step=1, rates={"conv1": 0.5}, selected=("conv1",), skipped={"conv1: weight": "shapes differ: a, b"}
+    )
+    (line,) = [of for of in str(report(rounds=(record,))).splitlines() if of.startswith("conv1")]
+    assert line.endswith("1        0  shapes differ: a, b")
+
+
 def test_from_dict_reads_a_report_from_before_rounds_were_summed_up() -> None:
     state = report().to_dict()
     assert state.pop("earlier") == dataclasses.asdict(Earlier())

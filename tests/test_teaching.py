@@ -159,3 +159,13 @@ def test_a_student_of_fewer_classes_teaches_these() -> None:
     before = divergence()
     teach(teacher, student, images(60), selection=AllLayers(), distillation=kd, update=UNGUARDED(learning_rate=1e-2))
     assert divergence() < 0.5 * before
+
+
+def test_a_student_that_draws_in_eval_mode_leaves_the_random_state() -> None:
+    class Noisy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.01 * torch.randn_like(x))
+
+    before = torch.get_rng_state()
+    teach(network(32, 0), Noisy(network(8, 1)), images(3))
+    assert torch.equal(torch.get_rng_state(), before)

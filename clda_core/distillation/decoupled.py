@@ -62,14 +62,16 @@ def decoupled_distillation(
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, §3. https://arxiv.org/abs/2203.08679
     """
     _check_options(temperature, alpha, beta)
-    student, teacher, weights = align_logits(student_logits, teacher_logits, mask, class_map).full_precision()
-    if labels is None:
-        target = teacher.argmax(1, keepdim=True)
-    else:
+    pair = align_logits(student_logits, teacher_logits, mask, class_map)
+    target = None
+    if labels is not None:
         target = _targets(labels, student_logits, smaller_grid(student_logits, teacher_logits))
-        labelled = (target[:, 0] != IGNORE_INDEX).to(student.dtype)
-        weights = labelled if weights is None else weights * labelled
+        labelled = (target[:, 0] != IGNORE_INDEX).to(pair.dtype)
+        pair = pair._replace(weights=labelled if pair.weights is None else pair.weights * labelled)
         target = target.masked_fill(target == IGNORE_INDEX, 0)
+    student, teacher, weights = pair.full_precision()
+    if target is None:
+        target = teacher.argmax(1, keepdim=True)
     student_target, student_rest = _split(student, target, temperature)
     teacher_target, teacher_rest = _split(teacher, target, temperature)
     target_loss = mean_kl(student_target, teacher_target, weights, temperature=temperature)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._compat import autocast_off
+from .._compat import autocast_off, out_of_inference_mode
 from .._config import Strategy
 from ..errors import check_number, problem
 from .base import Aligned, align_features, weighted_mean
@@ -108,8 +108,10 @@ class FeatureDistillation(Strategy, nn.Module):
         if key not in self.projectors:
             if self.project == "mismatched" and widths[0] == widths[1]:
                 return pair
-            self.projectors[key] = _Projector(*widths, seed=int(key))
-        projector = cast(_Projector, self.projectors[key].to(pair.student))
+            with out_of_inference_mode():
+                self.projectors[key] = _Projector(*widths, seed=int(key))
+        with out_of_inference_mode():
+            projector = cast(_Projector, self.projectors[key].to(pair.student))
         made_for = tuple(projector.weight.shape[::-1])
         if made_for != widths:
             raise problem(

@@ -158,7 +158,7 @@ def _hessian_diagonal(
 
 
 def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(0, 2, tuple(like.shape), generator=generator, dtype=torch.float32)
+    bits = torch.randint(0, 2, tuple(like.shape), generator=generator, dtype=torch.float32, device="cpu")
     return bits.mul_(2).sub_(1).to(device=like.device, dtype=like.dtype)
 
 

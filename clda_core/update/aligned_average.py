@@ -129,7 +129,7 @@ class AlignedAverage(Strategy):
                     reason = f"the student's module {pair.other!r} has no such tensor"
                 elif not isinstance(found, str):
                     aligned = _expressed(whole(target), whole(source), found, _is_depthwise(pair.ours))
-                    reason = "none of its channels has a counterpart" if aligned is None else None
+                    reason = "it has no channels, or none with a counterpart" if aligned is None else None
                     if aligned is not None:
                         targets[name], sources[name] = part_here(target), part_for(aligned, target)
                         updated.append(pair.layer)
@@ -189,7 +189,7 @@ class _Counterparts:
     """
 
     def __init__(self, match: Union[Sequence[int], Tensor]) -> None:
-        self.match = torch.as_tensor(match, dtype=torch.int64)
+        self.match = torch.as_tensor(match, dtype=torch.int64, device="cpu")
         self.ours = torch.where(self.match >= 0)[0]
         self.theirs = self.match[self.ours]
         self.multiplicity = torch.bincount(self.theirs)[self.theirs]
@@ -344,6 +344,8 @@ def _expressed(target: Tensor, source: Tensor, maps: _Maps, depthwise: bool) -> 
     Returns:
         ``None`` if no element has a counterpart, or the maps do not fit the tensors.
     """
+    if target.dim() == 0:
+        return None
     per_channel = target.dim() == 1 or depthwise
     fits = len(target) == len(maps.out.match) and (per_channel or target.shape[1] == len(maps.into.match))
     if not fits or not len(maps.out.ours) or not (per_channel or len(maps.into.ours)):

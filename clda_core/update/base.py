@@ -106,8 +106,8 @@ class UpdateResult:
     Attributes:
         updated: Names of the teacher layers that were written.
         skipped: By layer name (or ``layer: parameter``), why something selected was not written.
-        accepted: A guard's decision; ``None`` without a guard.
-        score_before: The guard's criterion before the update; ``None`` without a guard, or where it is unknown (NaN).
+        accepted: A guard's decision; ``None`` without a guard, or where nothing was written.
+        score_before: The guard's criterion before the update; ``None`` without a decision, or if unknown (NaN).
         score_after: The same after it.
     """
 

@@ -164,6 +164,8 @@ class Guard(Strategy):
         accepted = False
         try:
             result = self.update.apply(context)
+            if not result.updated:  # nothing to judge
+                return result
             for attempt in range(self.backtracks + 1):
                 if attempt:
                     snapshot.go_halfway_back()

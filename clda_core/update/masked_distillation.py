@@ -37,8 +37,8 @@ class MaskedDistillation(Strategy):
     Args:
         steps: Optimizer steps a round, >= 1.
         learning_rate: Of the default optimizer, Adam, whose first steps move every element by about as much; > 0.
-        distillation: The loss :math:`D`, called with the teacher in the student's place, and with the student's classes:
-            a ``class_map`` of the learner's KD loss is applied before.
+        distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
+            has a ``class_map``, the teacher's logits come in the student's classes.
         optimizer: Builds another optimizer from the teacher's parameters, for example
             ``lambda parameters: torch.optim.SGD(parameters, lr=1e-2)``; then ``learning_rate`` is not used.
         granularity: ``"parameter"`` moves only non-salient elements of the selected layers.

@@ -38,7 +38,9 @@ class Snapshot:
 
     def go_halfway_back(self) -> None:
         """Write the mean of the copies and the present values, in place."""
-        lerp_([tensor for tensor, _ in self._copies], [kept for _, kept in self._copies], 0.5)
+        with torch.no_grad():
+            for tensor, kept in self._copies:  # no lerp, which makes NaN of an infinity that both have, as in masks
+                tensor.mul_(0.5).add_(kept, alpha=0.5)
 
 
 def copied(state: Any) -> Any:

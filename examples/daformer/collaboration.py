@@ -18,7 +18,6 @@ from clda_core.errors import problem
 from .options import Options
 from .random_state import RandomStream
 from .segmentor import Logits, keeping_batch_statistics
-from .teacher import warn_if_student_is_larger
 
 STATE_VERSION = 1
 SUFFIX = ".clda.pth"
@@ -45,7 +44,6 @@ class Collaboration:
     def learner(self, student: nn.Module) -> CollaborativeLearner:
         """Return the learner; built, and the teacher moved, when the student is first at hand on its device."""
         if self._learner is None:
-            warn_if_student_is_larger(self.teacher, student)
             self.teacher.to(_device(student))
             with self.random.active(_device(student)):
                 self._learner = self.options.make_learner(Logits(self.teacher), Logits(student))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import warnings
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
@@ -135,17 +134,6 @@ def load_weights(teacher: nn.Module, weights: Mapping[str, Tensor], *, checkpoin
             fix="name the config that this checkpoint was trained with as clda.teacher.config",
         )
     teacher.load_state_dict(dict(weights), strict=False)
-
-
-def warn_if_student_is_larger(teacher: nn.Module, student: nn.Module) -> None:
-    """Warn if the student has more parameters than the teacher."""
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
-    if sizes[1] > sizes[0]:
-        warnings.warn(
-            f"clda: the student has {sizes[1]:,} parameters, the teacher {sizes[0]:,}. CLDA is made for a teacher that "
-            "is larger than the student; check model and clda.teacher.config",
-            stacklevel=2,
-        )
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

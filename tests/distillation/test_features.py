@@ -117,3 +117,13 @@ def test_gradcheck_through_the_projector():
     mask = torch.tensor([[[True, False], [True, True]]] * 2)
     loss = FeatureDistillation()
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher, mask), (student,))
+
+
+@pytest.mark.skipif(not hasattr(torch, "inference_mode"), reason="came with torch 1.9")
+def test_projectors_made_in_inference_mode_can_be_trained():
+    """Validation may come before the first training step, as it does in Lightning."""
+    loss = FeatureDistillation()
+    with torch.inference_mode():
+        loss((torch.ones(2, 3),), (torch.ones(2, 4),))
+    loss((torch.ones(2, 3),), (torch.ones(2, 4),)).backward()
+    assert next(loss.parameters()).grad is not None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clda_core.distillation.chunked as chunked_module
-from clda_core.distillation import FeatureDistillation, kl_distillation
+from clda_core.distillation import FeatureDistillation, decoupled_distillation, kl_distillation
 from clda_core.distillation.base import nearest
 from clda_core.errors import CldaError
 from tests.distillation.cases import (
@@ -371,3 +371,17 @@ def test_every_strategy_says_what_it_reads():
     reads = {strategy.__name__: getattr(strategy, "reads", "logits") for strategy in STRATEGIES}
     assert {name for name, kind in reads.items() if kind == "features"} == {"FeatureDistillation", "AttentionTransfer"}
     assert isinstance(FeatureDistillation(), torch.nn.Module)
+
+
+def test_values_at_positions_without_a_label_do_not_matter():
+    student, teacher = pair(2, 3, 4, dtype=torch.float32)
+    labels = torch.tensor([[0, 1, 255, 2], [255, 0, 1, 2]])
+    left_out = (labels == 255).unsqueeze(1)
+
+    def of_labels(student, teacher, mask):
+        return decoupled_distillation(student, teacher, labels=labels)
+
+    expected, slope = gradient(of_labels, student, teacher, None)
+    got = gradient(of_labels, student.masked_fill(left_out, float("nan")), teacher, None)
+    assert got[0] == expected
+    assert torch.equal(got[1], slope)

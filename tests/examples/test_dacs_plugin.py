@@ -441,7 +441,7 @@ def test_config_without_a_model(daformer: Host) -> None:
 
 def test_student_larger_than_the_teacher_warns(daformer: Host) -> None:
     dacs = daformer.ours({"model": fakes.model_config(width=16, blocks=3)})
-    with pytest.warns(UserWarning, match="CLDA is made for a teacher that is larger"):
+    with pytest.warns(UserWarning, match="the student is larger than the teacher"):
         daformer.run(dacs, 1)
 
 

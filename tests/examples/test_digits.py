@@ -240,6 +240,7 @@ def test_new_run_does_not_go_on_from_old_checkpoints(tmp_path: Path) -> None:
     assert second.teacher.curve != first.teacher.curve
 
 
+@pytest.mark.filterwarnings("ignore:the student is larger than the teacher")
 def test_runs_can_share_a_trained_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = tmp_path / "teacher.pt"
     only = {"uda": digits.learners()[digits.UDA_ALONE]}

@@ -408,3 +408,62 @@ def test_a_compiled_model_is_not_compiled_anew() -> None:
     assert result.updated == ("0", "2", "5")
     assert count > 0
     assert len(graphs) == count
+
+
+class ChannelsFirst(nn.Module):
+    """LayerNorm over dimension 1, as in ConvNeXt."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(1, keepdim=True)
+        x = x / (x.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class FunctionalNorm(nn.LayerNorm):
+    """The same as a subclass, as in torchvision and timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("side", [6, 9], ids=["as wide as deep", "wider"])
+@pytest.mark.parametrize(
+    "norm",
+    [lambda width: nn.InstanceNorm2d(width, affine=True), nn.PReLU, ChannelsFirst, FunctionalNorm],
+    ids=["InstanceNorm2d", "PReLU", "ChannelsFirst", "FunctionalNorm"],
+)
+def test_norms_of_other_kinds_are_aligned_by_their_channels(norm: Any, side: int) -> None:
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm(6), nn.Conv2d(6, 4, 1))
+
+    student, order = randomise(network(), 0), [3, 0, 5, 1, 4, 2]
+    teacher = network()
+    state = {name: value[order] for name, value in student.state_dict().items() if not name.startswith("2.")}
+    state["2.weight"], state["2.bias"] = student[2].weight[:, order], student[2].bias
+    teacher.load_state_dict(state)
+    inputs = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(0))
+    before = values(teacher)
+    result = AlignedAverage(decay=0.0).apply(round_context(teacher, student, inputs=inputs))
+    assert result.updated == ("0", "2"), "the norm is of the layer of its convolution"
+    assert not result.skipped
+    for name, value in values(teacher).items():
+        assert torch.allclose(value, before[name], atol=1e-6), name
+
+
+def test_a_learned_scale_without_channels_is_skipped() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__(inputs, outputs)
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
+
+    teacher, student = nn.Sequential(Scaled(4, 3)), nn.Sequential(Scaled(4, 3))
+    result = AlignedAverage().apply(round_context(teacher, student, inputs=torch.randn(16, 4)))
+    assert result.updated == ("0",)
+    assert "no channels" in result.skipped["0: scale"]

@@ -144,6 +144,36 @@ def test_an_update_is_halved_until_it_is_accepted(accepted_at: int) -> None:
     assert update.rounds == 1
 
 
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_halving_leaves_an_infinity_alone(infinity: float) -> None:
+    """Causal masks and range observers are buffers of these."""
+    teacher, student = pair()
+    teacher.fc.register_buffer("mask", torch.tensor([infinity, 0.0]))
+    before = values(teacher)
+    scores = iter([0.0, -1.0, 0.0])
+
+    class WritesWeights(Writes):
+        def apply(self, context: Any) -> UpdateResult:
+            with torch.no_grad():
+                context.teacher.fc.weight.add_(1.0)
+            return UpdateResult(("fc",))
+
+    guard = Guard(WritesWeights(lambda tensor: tensor), criterion=lambda t, o, s: torch.tensor(next(scores)))
+    assert guard.apply(round_context(teacher, student, ["fc"], inputs=images())).accepted is True
+    assert changed(teacher, before) == ["fc.weight"]
+    assert torch.allclose(teacher.fc.weight, before["fc.weight"] + 0.5)
+
+
+def test_nothing_written_is_nothing_to_judge() -> None:
+    class WritesNothing(Writes):
+        def apply(self, context: Any) -> UpdateResult:
+            return UpdateResult((), {"fc": "shapes differ"})
+
+    teacher, student = pair()
+    result = Guard(WritesNothing(lambda tensor: tensor)).apply(round_context(teacher, student, inputs=images()))
+    assert result == UpdateResult((), {"fc": "shapes differ"})
+
+
 def test_after_the_last_halving_it_is_rolled_back() -> None:
     teacher, student = pair()
     before = values(teacher)

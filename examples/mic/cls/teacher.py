@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping
 
@@ -107,13 +106,6 @@ def build_teacher(
         )
     _check_fit(teacher.state_dict(), weights, arch, path)
     teacher.load_state_dict(weights)
-    of_student, of_teacher = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
-    if of_student > of_teacher:
-        warnings.warn(
-            f"the student is larger than the teacher: {of_student:,} parameters against {of_teacher:,}. "
-            "CLDA is made for a small student; check -a and --clda-teacher-arch",
-            stacklevel=2,
-        )
     return teacher.to(device).eval().requires_grad_(False)
 
 
