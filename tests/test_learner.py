@@ -693,13 +693,14 @@ def test_the_default_device_is_the_hosts_alone(saliency: Any) -> None:
 @pytest.mark.skipif(not hasattr(torch, "autocast"), reason="the CPU has autocast from torch 1.10 on")
 def test_a_step_inside_autocast_judges_the_weights_that_were_written() -> None:
     """Autocast keeps weights that it has cast; a guard that ran the model with these would see no change."""
-    teacher, student = networks()
+    teacher, student = nn.Linear(6, 3), nn.Linear(6, 3)
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     far_away = Guard(
         MaskedDistillation(learning_rate=0.5), criterion=lambda now, before, _: -(now - before).abs().mean()
     )
     learner = make_learner(teacher, student, selection=AllLayers(), update=far_away)
     with torch.autocast("cpu", torch.bfloat16):
-        learner.distill(student(batch()), batch()).backward()
+        learner.distill(student(inputs), inputs).backward()
         learner.step(step_fn=lambda: None)
     (record,) = learner.report().rounds
     assert record.accepted is False
