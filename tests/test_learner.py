@@ -699,7 +699,7 @@ def test_a_step_inside_autocast_judges_the_weights_that_were_written() -> None:
         MaskedDistillation(learning_rate=0.5), criterion=lambda now, before, _: -(now - before).abs().mean()
     )
     learner = make_learner(teacher, student, selection=AllLayers(), update=far_away)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         learner.distill(student(inputs), inputs).backward()
         learner.step(step_fn=lambda: None)
     (record,) = learner.report().rounds
