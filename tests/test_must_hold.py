@@ -80,7 +80,7 @@ def host_loop(make: Any, steps: int = 4, **options: Any) -> Tuple[Any, ...]:
         loss = host_loss(student, step)
         if learner is not None:
             target = batch(step)
-            output = student(target) if options.get("view") else loss.new_zeros(8, 3, requires_grad=True)
+            output = student(target) if options.get("view") else torch.zeros(8, 3, requires_grad=True)
             loss = loss + learner.distill(output, target)
         loss.backward()
         losses.append(loss.item())
