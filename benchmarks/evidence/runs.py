@@ -14,15 +14,17 @@ import torch
 from torch import nn
 
 import clda_core
-from benchmarks.evidence.records import Record
+from benchmarks.evidence.records import Record, Records
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.training import Cotraining, train
 from benchmarks.evidence.variants import FROZEN, VARIANTS, Variant, frozen
 from clda_core import CollaborativeLearner, init_student
 from clda_core.checkpoint import atomically
+from clda_core.errors import problem
 
 WORK = Path("runs/evidence")
 TEACHER_RATE = 0.1  # peak learning rate of a teacher that is trained on, in units of the student's
+SAME_TEACHER = 0.005  # points by which the evaluation of one network may differ from machine to machine
 
 TEACHING_ROUNDS = 40  # in a turn; the teacher is at the student's level after ten or twenty
 
@@ -67,6 +69,28 @@ def trained_teacher(task: Task, seed: int) -> nn.Module:
             torch.save(teacher.state_dict(), unfinished)
     teacher.load_state_dict(torch.load(path, map_location="cpu"))
     return teacher.eval().requires_grad_(False)
+
+
+def check_teacher(task: Task, seed: int, teacher: nn.Module, records: Records) -> None:
+    """Raise unless a teacher is the one that the recorded runs of its seed started from.
+
+    Trained on another kind of processor it is another, and differences to those runs would not be paired.
+
+    Raises:
+        CldaError: If it is another.
+    """
+    of_seed = [record for record in records.read() if (record["setting"], record["seed"]) == (task.setting(), seed)]
+    here = task.evaluate(teacher)[task.metric]
+    there = [record["teacher_before"][task.metric] for record in of_seed]
+    other = [figure for figure in there if abs(figure - here) > SAME_TEACHER]
+    if other:
+        raise problem(
+            f"the teacher of seed {seed} is another one than in {records.path}",
+            expected=f"{task.metric} {other[0]:.3f} as there",
+            received=f"{here:.3f}, trained on this machine",
+            fix=f"put the recorded runs' teacher into {WORK / task.setting()}, or compare in a folder of your own: "
+            "--records FOLDER, with the variants to compare with",
+        )
 
 
 def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, Any]:
