@@ -112,7 +112,8 @@ def _step(
 ) -> None:
     """Make the learner's part of a step, with both models' outputs at hand and nothing to optimise."""
     schedule.round, schedule.observed = round_, observed
-    learner.distill(output, images, teacher_output=target)
+    with torch.no_grad():
+        learner.distill(output, images, teacher_output=target)
     learner.step(step_fn=lambda: None)
 
 

@@ -68,7 +68,8 @@ def _round(blocks: int, width: int, update: Update, device: torch.device) -> Cal
     output = torch.zeros(1, width, device=device)
 
     def run() -> None:
-        learner.distill(output, inputs, teacher_output=output)
+        with torch.no_grad():
+            learner.distill(output, inputs, teacher_output=output)
         learner.step(step_fn=lambda: None)
 
     return run
