@@ -27,6 +27,17 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
             target.lerp_(source, weight)
 
 
+def halve_towards_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Write the mean of each target and its source into the target; an infinity that both hold stays.
+
+    ``lerp`` would make NaN of it: of a mask, or of the start of a range observer.
+    """
+    with torch.no_grad():
+        if targets:
+            torch._foreach_mul_(list(targets), 0.5)
+            torch._foreach_add_(list(targets), list(sources), alpha=0.5)
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norms of tensors that are not empty, float32; fused where torch has the kernel."""
     filled = [tensor for tensor in tensors if tensor.numel()]

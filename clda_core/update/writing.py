@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, Iterator, Mapping, Tuple
 import torch
 from torch import Tensor, nn
 
-from .._compat import lerp_
+from .._compat import halve_towards_, lerp_
 from .._named import named_tensors
 from .._sharded import local
 from ..layers import Layer, local_names
@@ -38,9 +38,7 @@ class Snapshot:
 
     def go_halfway_back(self) -> None:
         """Write the mean of the copies and the present values, in place."""
-        with torch.no_grad():
-            for tensor, kept in self._copies:  # no lerp, which makes NaN of an infinity that both have, as in masks
-                tensor.mul_(0.5).add_(kept, alpha=0.5)
+        halve_towards_([tensor for tensor, _ in self._copies], [kept for _, kept in self._copies])
 
 
 def copied(state: Any) -> Any:
