@@ -425,7 +425,9 @@ class CollaborativeLearner:
     def _run_teacher(self, inputs: Any, student: Outputs) -> Any:
         try:
             with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
-                return call_model(self.teacher, inputs)
+                output = call_model(self.teacher, inputs)
+            torch.clear_autocast_cache()  # else the host could not train this teacher in the same autocast
+            return output
         except Exception as error:
             if not isinstance(inputs, Tensor) or inputs.shape != student.logits.shape:
                 raise
@@ -487,11 +489,12 @@ class CollaborativeLearner:
         }
 
     def _forward(self, model: nn.Module, inputs: Any) -> Outputs:
+        # Inside the host's autocast the weights would be those that were cast before an update wrote to them, and
+        # before torch 2.0, if that was without a graph, none would get a gradient.
+        torch.clear_autocast_cache()
         return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
 
     def _forward_in_common_classes(self, model: nn.Module, inputs: Any) -> Outputs:
-        # Inside the host's autocast the weights would be those that were cast before the update wrote to them.
-        torch.clear_autocast_cache()
         outputs = self._forward(model, inputs)
         if model is self.student:
             return outputs

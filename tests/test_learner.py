@@ -707,6 +707,18 @@ def test_a_step_inside_autocast_judges_the_weights_that_were_written() -> None:
     assert record.score_after < -0.01
 
 
+@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="the CPU has autocast from torch 1.10 on")
+def test_a_co_trained_teacher_gets_its_gradients_in_the_autocast_of_distill() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = learner.distill(student(batch()), batch()) + teacher(batch()).float().pow(2).mean()
+    loss.backward()
+    assert teacher.stem.weight.grad is not None
+    learner.step(sgd(student))
+    assert len(learner.report().rounds) == 1
+
+
 def test_a_students_output_without_a_graph_would_train_nothing() -> None:
     teacher, student = networks()
     learner = make_learner(teacher, student)
