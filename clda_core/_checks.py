@@ -85,10 +85,13 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
+def size(model: nn.Module) -> int:
+    """Return the number of parameters, those of integer types included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def warn_if_swapped(teacher: nn.Module, student: nn.Module) -> None:
-    of_teacher, of_student = (
-        sum(p.numel() for p in canonical_parameters(model).values()) for model in (teacher, student)
-    )
+    of_teacher, of_student = size(teacher), size(student)
     if of_student > of_teacher:
         warnings.warn(
             f"the student is larger than the teacher: {of_student:,} parameters against {of_teacher:,}. Rounds write "

@@ -425,9 +425,7 @@ class CollaborativeLearner:
     def _run_teacher(self, inputs: Any, student: Outputs) -> Any:
         try:
             with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
-                output = call_model(self.teacher, inputs)
-            torch.clear_autocast_cache()  # else the host could not train this teacher in the same autocast
-            return output
+                return call_model(self.teacher, inputs)
         except Exception as error:
             if not isinstance(inputs, Tensor) or inputs.shape != student.logits.shape:
                 raise
@@ -489,9 +487,6 @@ class CollaborativeLearner:
         }
 
     def _forward(self, model: nn.Module, inputs: Any) -> Outputs:
-        # Inside the host's autocast the weights would be those that were cast before an update wrote to them, and
-        # before torch 2.0, if that was without a graph, none would get a gradient.
-        torch.clear_autocast_cache()
         return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
 
     def _forward_in_common_classes(self, model: nn.Module, inputs: Any) -> Outputs:
@@ -536,7 +531,7 @@ class CollaborativeLearner:
             non_salient=self._observer.non_salient,
         )
         result = self._apply(context) if context.layers else UpdateResult(())
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast
         self._observer.start_next_round()
         self._history.append(
             RoundRecord(

@@ -69,11 +69,15 @@ def as_outputs(raw: Any, extract: Extract | None, whose: str, *, may_be_empty: b
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
+    Inside the host's autocast no cast of a weight is taken over from before or left behind: it may be of before an
+    update, and where it was made without a graph it gives, before torch 2.0, no gradient.
+
     Raises:
         CldaError: If the model fails with a ``TypeError``, as for a wrong number of arguments, or the inputs are on
             another device or of another dtype than its parameters; any other exception of the model passes.
     """
     inner = inside_ddp(model)
+    torch.clear_autocast_cache()
     try:
         if isinstance(inputs, Mapping):
             return inner(**inputs)
@@ -97,6 +101,8 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
             received=", ".join(sorted(given)),
             fix="move the inputs to the model's device and dtype before learner.distill()",
         ) from error
+    finally:
+        torch.clear_autocast_cache()
 
 
 def stand_in(value: Any) -> Any:

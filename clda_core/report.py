@@ -132,8 +132,8 @@ class Report:
     def __str__(self) -> str:
         """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched.
 
-        The note says why a layer has no related one, or why it was selected and never updated.
-        It is of all rounds, whether or not they are kept one by one.
+        It is of all rounds, whether or not they are kept one by one; but why a layer was selected and never updated is
+        said by the rounds that are.
         """
         total = self.earlier
         for record in self.rounds:

@@ -734,8 +734,9 @@ def test_a_student_that_is_larger_than_the_teacher_is_warned_of() -> None:
         CollaborativeLearner(teacher, student)
 
 
-def test_integer_parameters_are_none_of_ours() -> None:
-    teacher, student = networks()
+def test_integer_parameters_are_none_of_ours_but_count_for_the_size() -> None:
+    student, teacher = networks()
+    teacher.register_parameter("quantised", nn.Parameter(torch.zeros(1000, dtype=torch.uint8), requires_grad=False))
     teacher.register_parameter("codes", nn.Parameter(torch.arange(4), requires_grad=False))
     learner = make_learner(teacher, student, selection=AllLayers())
     learner.distill(student(batch()), batch()).backward()

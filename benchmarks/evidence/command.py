@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
 from benchmarks.evidence.records import FOLDER, Record, Records, claimed
-from benchmarks.evidence.runs import WORK, check_teacher, run, trained_teacher
+from benchmarks.evidence.runs import WORK, run, trained_teacher
 from benchmarks.evidence.tables import runs_of, tables
 from benchmarks.evidence.tasks import TASKS, task
 from benchmarks.evidence.teaching import teach
@@ -81,8 +81,7 @@ def _make(options: argparse.Namespace, records: Records, missing: List[Tuple[int
     context = multiprocessing.get_context("spawn")
     failed = []
     with ProcessPoolExecutor(options.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        seeds = sorted({seed for seed, _ in missing})
-        teachers = [pool.submit(_teacher, options.name, seed, records) for seed in seeds]
+        teachers = [pool.submit(_teacher, options.name, seed) for seed in sorted({seed for seed, _ in missing})]
         for future in tqdm(as_completed(teachers), total=len(teachers), desc="teachers", unit="seed"):
             future.result()
         futures = {pool.submit(_run, options.name, seed, name, records): (seed, name) for seed, name in missing}
@@ -116,11 +115,11 @@ def _study(options: argparse.Namespace) -> int:
     return 0
 
 
-def _teacher(name: str, seed: int, records: Records) -> None:
+def _teacher(name: str, seed: int) -> None:
     benchmark = task(name)
     with claimed(WORK / benchmark.setting() / "claims", f"teacher-{seed}") as free:
         if free:
-            check_teacher(benchmark, seed, trained_teacher(benchmark, seed), records)
+            trained_teacher(benchmark, seed)
 
 
 def _run(name: str, seed: int, variant: str, records: Records) -> str:
@@ -130,7 +129,7 @@ def _run(name: str, seed: int, variant: str, records: Records) -> str:
             return "another process is at it"
         if (benchmark.setting(), seed, variant) in records.done():
             return "recorded meanwhile"
-        record = run(benchmark, seed, variant)
+        record = run(benchmark, seed, variant, records.read())
         records.add(record)
     figures = [record[role] and round(record[role][benchmark.metric], 1) for role in ("student", "teacher")]
     return f"student {figures[0]}, teacher {figures[1]}"

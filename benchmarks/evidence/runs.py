@@ -8,13 +8,13 @@ import subprocess
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 import clda_core
-from benchmarks.evidence.records import Record, Records
+from benchmarks.evidence.records import Record
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.training import Cotraining, train
 from benchmarks.evidence.variants import FROZEN, VARIANTS, Variant, frozen
@@ -29,13 +29,17 @@ SAME_TEACHER = 0.005  # points by which the evaluation of one network may differ
 TEACHING_ROUNDS = 40  # in a turn; the teacher is at the student's level after ten or twenty
 
 
-def run(task: Task, seed: int, name: str) -> Record:
+def run(task: Task, seed: int, name: str, beside: Sequence[Record] = ()) -> Record:
     """Train as the variant says and return the record.
 
     Args:
         task: The benchmark.
         seed: Of everything random.
         name: Of the variant.
+        beside: What is recorded already.
+
+    Raises:
+        CldaError: If runs of this seed are recorded that started from another teacher.
     """
     began = time.time()
     _commit()
@@ -43,6 +47,7 @@ def run(task: Task, seed: int, name: str) -> Record:
         torch.manual_seed(seed)
         teacher = trained_teacher(task, seed)
         before = task.evaluate(teacher)
+        check_teacher(task, seed, before[task.metric], beside)
         figures = _trained(task, seed, name, teacher)
     return {
         "setting": task.setting(),
@@ -71,23 +76,22 @@ def trained_teacher(task: Task, seed: int) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def check_teacher(task: Task, seed: int, teacher: nn.Module, records: Records) -> None:
-    """Raise unless a teacher is the one that the recorded runs of its seed started from.
+def check_teacher(task: Task, seed: int, figure: float, beside: Sequence[Record]) -> None:
+    """Raise unless a teacher of this figure is the one that the recorded runs of its seed started from.
 
     Trained on another kind of processor it is another, and differences to those runs would not be paired.
 
     Raises:
         CldaError: If it is another.
     """
-    of_seed = [record for record in records.read() if (record["setting"], record["seed"]) == (task.setting(), seed)]
-    here = task.evaluate(teacher)[task.metric]
-    there = [record["teacher_before"][task.metric] for record in of_seed]
-    other = [figure for figure in there if abs(figure - here) > SAME_TEACHER]
+    of_seed = [record for record in beside if (record["setting"], record["seed"]) == (task.setting(), seed)]
+    recorded = [record["teacher_before"][task.metric] for record in of_seed]
+    other = [there for there in recorded if abs(there - figure) > SAME_TEACHER]
     if other:
         raise problem(
-            f"the teacher of seed {seed} is another one than in {records.path}",
+            f"the teacher of seed {seed} is another one than in the records",
             expected=f"{task.metric} {other[0]:.3f} as there",
-            received=f"{here:.3f}, trained on this machine",
+            received=f"{figure:.3f}, trained on this machine",
             fix=f"put the recorded runs' teacher into {WORK / task.setting()}, or compare in a folder of your own: "
             "--records FOLDER, with the variants to compare with",
         )

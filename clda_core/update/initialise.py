@@ -50,15 +50,14 @@ def init_student(
         >>> init_student(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), big).updated
         ('0', '2')
     """
-    from .._checks import check_models  # which itself reads this package's types
+    from .._checks import check_models, size  # which itself reads this package's types
 
     check_models(teacher, student)
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (student, teacher)]
-    if sizes[0] > sizes[1]:
+    if size(student) > size(teacher):
         raise problem(
             "the student is larger than the teacher",
             expected="init_student(student, teacher), in this order",
-            received=f"a student of {sizes[0]:,} parameters and a teacher of {sizes[1]:,}",
+            received=f"a student of {size(student):,} parameters and a teacher of {size(teacher):,}",
             fix="swap them; the learner takes the teacher first, init_student what it writes to",
         )
     of_teacher, of_student = group_layers(teacher, layers), group_layers(student, layers)

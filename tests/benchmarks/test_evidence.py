@@ -198,18 +198,14 @@ def test_variants_start_from_the_same_teacher_and_differ_as_they_say(tiny: Digit
     assert made["frozen-cotrained"]["curve"] != made[FROZEN]["curve"]
 
 
-def test_runs_of_another_teacher_are_not_recorded_beside(tiny: Digits, tmp_path: Path) -> None:
+def test_runs_of_another_teacher_are_not_recorded_beside(tiny: Digits) -> None:
     """The same seed gives another teacher on another kind of processor."""
-    records, teacher = Records(tmp_path / "digits.jsonl"), runs.trained_teacher(tiny, 0)
-    runs.check_teacher(tiny, 0, teacher, records)
-    figure = tiny.evaluate(teacher)[tiny.metric]
-    same = {**record(), "setting": tiny.setting(), "teacher_before": {tiny.metric: figure}}
-    records.add(same)
-    runs.check_teacher(tiny, 0, teacher, records)
-    records.add({**same, "variant": CLDA, "teacher_before": {tiny.metric: figure + 1}})
+    first = runs.run(tiny, 0, FROZEN)
+    figure = first["teacher_before"][tiny.metric]
+    other = {**first, "teacher_before": {tiny.metric: figure + 1}}
+    runs.check_teacher(tiny, 0, figure, [first, {**other, "seed": 1}, {**other, "setting": "another"}])
     with pytest.raises(CldaError, match=r"teacher of seed 0 is another one.*--records FOLDER"):
-        runs.check_teacher(tiny, 0, teacher, records)
-    runs.check_teacher(tiny, 1, runs.trained_teacher(tiny, 1), records)
+        runs.run(tiny, 0, UDA, [first, other])
 
 
 def test_turns_start_alike_and_each_has_the_teacher_that_the_one_before_left(
