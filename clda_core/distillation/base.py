@@ -413,6 +413,30 @@ def check_values(student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None
             )
 
 
+def valid_mask(mask: Optional[Tensor], ignore_index: Optional[int]) -> Optional[Tensor]:
+    """Return a mask as the strategies take it: bool or float weights. An integer label map becomes a bool mask.
+
+    A position of a label map counts where its label is neither ``ignore_index`` nor negative, which is never a class.
+
+    Raises:
+        CldaError: If the mask is of integers and there is no ``ignore_index``: whether its zeros count, as those of a
+            label map do and those of a 0/1 mask do not, cannot be told; or if ``ignore_index`` is no integer.
+    """
+    if ignore_index is not None:
+        check_number("ignore_index", ignore_index, integer=True)
+    if not isinstance(mask, Tensor) or mask.dtype == torch.bool or mask.is_floating_point() or mask.is_complex():
+        return mask
+    if ignore_index is None:
+        raise problem(
+            "an integer mask is ambiguous",
+            expected="bool or float weights, or a label map together with ignore_index=",
+            received=f"a mask of {mask.dtype} without ignore_index",
+            fix="pass mask.bool() if it holds 0 and 1, or ignore_index= (255, -100, ...) if it holds labels",
+        )
+    labels = mask.detach().long()  # in uint8, -100 would be compared as 156
+    return (labels != ignore_index) & (labels >= 0)
+
+
 def leaves_nothing(mask: Tensor) -> bool:
     """Return whether a mask ignores every position."""
     ignored = 0 if mask.is_floating_point() or mask.dtype == torch.bool else IGNORE_INDEX
