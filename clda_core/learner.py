@@ -529,6 +529,7 @@ class CollaborativeLearner:
             forward=self._forward_in_common_classes,
             strength=strength,
             non_salient=self._observer.non_salient,
+            class_map=getattr(self.distillation, "class_map", None),
         )
         result = self._apply(context) if context.layers else UpdateResult(())
         torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class RoundContext:
             teacher's logits are of the student's classes, where the KD loss has a ``class_map``.
         strength: The schedule's factor on the size of the update, in [0, 1].
         non_salient: For single-parameter granularity, by parameter name, True where an element is non-salient.
+        class_map: The KD loss's: student class ``i`` is teacher class ``class_map[i]``; ``None`` where the classes are
+            the same.
     """
 
     teacher: nn.Module
@@ -45,6 +47,7 @@ class RoundContext:
     forward: Callable[[nn.Module, Any], Outputs]
     strength: float = 1.0
     non_salient: Mapping[str, Tensor] = field(default_factory=dict)
+    class_map: Optional[Sequence[int]] = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
 
     def student_outputs(self) -> Outputs:
