@@ -95,7 +95,8 @@ def linear_assignment(cost: Tensor) -> List[int]:
     reduced costs, after a first pass that assigns what is free: :math:`O(n^3)`, each step vectorised over the columns.
 
     Args:
-        cost: Shape ``(n, n)``, finite; used in float64 on the CPU.
+        cost: Shape ``(n, n)``, finite; used in float64 on the CPU, so that differences below about 1e-15 of the largest
+            magnitude may be lost.
 
     Returns:
         :math:`\pi`: the column of each row.
@@ -122,7 +123,7 @@ def linear_assignment(cost: Tensor) -> List[int]:
     size = values.shape[0]
     if size == 0:
         return []
-    costs = values.numpy()  # the steps below are too small for torch, whose calls take several times as long
+    costs = _in_range(values.numpy())  # the steps below are too small for torch, whose calls take several times as long
     lowest = costs.min(1)
     column_price = (costs - lowest[:, None]).min(0)
     column_of, row_of = _greedy(costs - lowest[:, None] - column_price)
@@ -133,13 +134,22 @@ def linear_assignment(cost: Tensor) -> List[int]:
     return column_of
 
 
+def _in_range(costs: Any) -> Any:
+    """Scale costs by a power of two to a largest magnitude of about 1: no sum overflows, and nothing is rounded."""
+    exponent = int(np.frexp(np.abs(costs).max())[1])
+    return np.ldexp(costs, -exponent)
+
+
 def _greedy(reduced: Any) -> Tuple[List[int], List[int]]:
     """Assign rows and columns that meet at a reduced cost of zero, as long as both are free."""
     size = reduced.shape[0]
     column_of, row_of = [-1] * size, [-1] * size
-    for row, column in np.argwhere(reduced <= 0).tolist():
-        if column_of[row] < 0 and row_of[column] < 0:
-            column_of[row], row_of[column] = column, row
+    free = np.ones(size, dtype=bool)
+    for row in range(size):
+        possible = (reduced[row] <= 0) & free
+        column = int(possible.argmax())
+        if possible[column]:
+            column_of[row], row_of[column], free[column] = column, row, False
     return column_of, row_of
 
 

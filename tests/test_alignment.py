@@ -51,6 +51,31 @@ def test_assignment_of_512_channels_is_exact_and_takes_less_than_2_seconds() -> 
     assert total(cost.numpy(), columns) == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.7e308, 1e300, 1e-300, 1e-310], ids=str)
+@pytest.mark.parametrize("kind", ["real", "ties", "products"])
+def test_assignment_ends_and_is_exact_at_the_ends_of_the_range(kind: str, scale: float) -> None:
+    """Differences of costs near 1e308 overflow, and infinite path lengths never end."""
+    for size in range(1, 9):
+        unit = costs(kind, size, size)
+        unit = unit / max(1.0, np.abs(unit).max())
+        columns = linear_assignment(torch.from_numpy(unit * scale))
+        assert sorted(columns) == list(range(size))
+        assert total(unit, columns) == pytest.approx(total(unit, linear_sum_assignment(unit)[1]), abs=1e-9)
+
+
+def test_assignment_of_equal_costs_keeps_the_order() -> None:
+    assert linear_assignment(torch.full((40, 40), 7.0)) == list(range(40))
+
+
+@pytest.mark.parametrize("kind", ["products", "ties"])
+def test_assignment_of_degenerate_costs_of_384_channels_takes_less_than_5_seconds(kind: str) -> None:
+    cost = costs(kind, 384, 0)
+    start = time.process_time()
+    columns = linear_assignment(torch.from_numpy(cost))
+    assert time.process_time() - start < 5
+    assert total(cost, columns) == pytest.approx(total(cost, linear_sum_assignment(cost)[1]), rel=1e-9)
+
+
 def test_assignment_of_nothing() -> None:
     assert linear_assignment(torch.zeros(0, 0)) == []
 
