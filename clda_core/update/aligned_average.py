@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
 from ..layers import Layer, local_names
 from .base import Granularity, RoundContext, UpdateResult
+from .statistics import NO_STATISTIC, running_statistics
 from .writing import blend, copied
 
 __all__ = ["AlignedAverage"]
@@ -48,8 +49,8 @@ class AlignedAverage(Strategy):
 
     Args:
         decay: :math:`d` in [0, 1]; 1 changes nothing.
-        buffers: ``"average"`` treats BatchNorm statistics like the norm's other vectors, ``"keep"`` leaves the
-            teacher's.
+        buffers: ``"average"`` treats the running means and variances of norms like their other vectors, ``"keep"``
+            leaves the teacher's. All other buffers (masks, observers, counters, queues, tables) are left alone.
         granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
         minimum: Channels must be correlated by more than this, in [0, 1), to correspond.
         samples: Most samples (images x positions) to correlate over, >= 2; bounds memory.
@@ -110,7 +111,8 @@ class AlignedAverage(Strategy):
         """Average the aligned student layers into the selected teacher layers, in place."""
         context.required_inputs()
         movable = context.movable(self.granularity)
-        pairs, skipped = _paired_modules(context, self.buffers == "average")
+        statistics = running_statistics(context.teacher) if self.buffers == "average" else None
+        pairs, skipped = _paired_modules(context, statistics)
         maps = self._current_maps(context, pairs)
         parameters = canonical_parameters(context.teacher)
         of_teacher: Dict[str, Tensor] = {**parameters, **canonical_buffers(context.teacher)}
@@ -213,8 +215,15 @@ class _Pair:
     """Canonical by local name."""
 
 
-def _paired_modules(context: RoundContext, with_buffers: bool) -> Tuple[List[_Pair], Dict[str, str]]:
-    """Pair the leaf modules of selected and related layers by local name; say what cannot be aligned."""
+def _paired_modules(
+    context: RoundContext, statistics: Optional[AbstractSet[str]]
+) -> Tuple[List[_Pair], Dict[str, str]]:
+    """Pair the leaf modules of selected and related layers by local name; say what cannot be aligned.
+
+    Args:
+        context: The round.
+        statistics: Names of the only buffers to be averaged, ``None`` if none is to be.
+    """
     ours, theirs = canonical_modules(context.teacher), canonical_modules(context.student)
     pairs: List[_Pair] = []
     skipped: Dict[str, str] = {}
@@ -223,8 +232,13 @@ def _paired_modules(context: RoundContext, with_buffers: bool) -> Tuple[List[_Pa
             skipped[layer.name] = "no related student layer"
             continue
         related = context.related[layer.name]
-        candidates = _owners(related, with_buffers)
-        for owner, (name, tensors) in _owners(layer, with_buffers).items():
+        candidates = _owners(related, related.parameters + related.buffers)
+        names = layer.parameters
+        if statistics is not None:
+            names += tuple(name for name in layer.buffers if name in statistics)
+            others = local_names(layer, [name for name in layer.buffers if name not in statistics])
+            skipped.update({f"{layer.name}: {local}": NO_STATISTIC for local in others})
+        for owner, (name, tensors) in _owners(layer, names).items():
             if owner not in candidates:
                 reason: Optional[str] = f"student layer {related.name!r} has no module with this local name"
             else:
@@ -237,9 +251,8 @@ def _paired_modules(context: RoundContext, with_buffers: bool) -> Tuple[List[_Pa
     return pairs, skipped
 
 
-def _owners(layer: Layer, with_buffers: bool) -> Dict[str, Tuple[str, Dict[str, str]]]:
+def _owners(layer: Layer, names: Sequence[str]) -> Dict[str, Tuple[str, Dict[str, str]]]:
     """Return by local module name the module's canonical name and its tensors' canonical by local names."""
-    names = layer.parameters + (layer.buffers if with_buffers else ())
     owners: Dict[str, Tuple[str, Dict[str, str]]] = {}
     for local, name in local_names(layer, names).items():
         owner = owners.setdefault(local.rpartition(".")[0], (name.rpartition(".")[0], {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 from typing_extensions import Literal
@@ -14,6 +14,7 @@ from .._named import named_tensors
 from .._sharded import local, part_for
 from ..errors import check_choice, check_number
 from .base import Granularity, RoundContext, UpdateResult
+from .statistics import running_statistics
 from .writing import blend, pair_tensors
 
 __all__ = ["Average"]
@@ -29,8 +30,8 @@ class Average(Strategy):
 
     Args:
         decay: :math:`d` in [0, 1]; 1 changes nothing.
-        buffers: ``"average"`` treats BatchNorm statistics (floating-point persistent buffers) alike, ``"keep"`` leaves
-            the teacher's.
+        buffers: ``"average"`` treats the running means and variances of norms alike, ``"keep"`` leaves the teacher's.
+            All other buffers (masks, observers, counters, queues, tables) are left alone.
         granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
 
     Raises:
@@ -71,7 +72,8 @@ class Average(Strategy):
         ours, theirs = of_teacher.all(), of_student.all()
         pairs = self._pairs
         if pairs is None or pairs.made_of != made_of or not pairs.where_they_were(ours, theirs):
-            pairs = self._pairs = _pair(made_of, ours, theirs, self.buffers == "average")
+            statistics = running_statistics(context.teacher) if self.buffers == "average" else None
+            pairs = self._pairs = _pair(made_of, ours, theirs, statistics)
         targets, sources = pairs.of(ours, theirs)
         if pairs.memory and not movable:
             lerp_(targets, sources, weight, alike=True)
@@ -117,7 +119,10 @@ class _Pairs:
 
 
 def _pair(
-    made_of: Tuple[Any, ...], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], with_buffers: bool
+    made_of: Tuple[Any, ...],
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    statistics: Optional[AbstractSet[str]],
 ) -> _Pairs:
     """Pair the tensors of the selected layers with those of the related ones."""
     names: Dict[str, str] = {}
@@ -127,7 +132,7 @@ def _pair(
         if related is None:
             skipped[layer.name] = "no related student layer"
             continue
-        pairs, unpaired = pair_tensors(ours, layer, theirs, related, with_buffers)
+        pairs, unpaired = pair_tensors(ours, layer, theirs, related, statistics)
         names.update(pairs)
         skipped.update(unpaired)
         if pairs:

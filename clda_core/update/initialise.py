@@ -12,6 +12,7 @@ from ..errors import problem
 from ..layers import Layer, LayerGrouping, group_layers
 from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .base import UpdateResult
+from .statistics import frozen_norms, running_statistics
 from .writing import pair_tensors, tensors_of, undone_on_error
 
 __all__ = ["init_student"]
@@ -28,8 +29,9 @@ def init_student(
     """Copy related teacher layers into the student, once, before its training.
 
     Of several teacher layers related to one student layer, the one at the same relative place among them is copied: the
-    first for the first student layer of its stage, the last for the last. Parameters and floating-point persistent
-    buffers (BatchNorm statistics) are copied in place where local name and shape agree.
+    first for the first student layer of its stage, the last for the last. Parameters and what norms keep in buffers
+    (running statistics; of frozen norms weight and bias too) are copied in place where local name and shape agree. All
+    other buffers stay what the student's constructor made them.
 
     Args:
         student: Written in place.
@@ -76,6 +78,7 @@ def init_student(
     updated: List[str] = []
     skipped: Dict[str, str] = {}
     targets, origins = tensors_of(student), tensors_of(teacher)
+    statistics = running_statistics(student) | frozen_norms(student)
     with undone_on_error(student, of_student), torch.no_grad():
         for layer in of_student:
             if layer.name not in sources:
@@ -83,7 +86,7 @@ def init_student(
                 continue
             peers = [other.name for other in of_student if other.stage == layer.stage and other.name in sources]
             source = _at_relative_place(sources[layer.name], peers.index(layer.name), len(peers))
-            pairs, unpaired = pair_tensors(targets, layer, origins, source, True, ("student", "teacher"))
+            pairs, unpaired = pair_tensors(targets, layer, origins, source, statistics, ("student", "teacher"))
             skipped.update(unpaired)
             for target, origin in pairs.items():
                 local(targets[target]).copy_(part_for(origins[origin], targets[target]))

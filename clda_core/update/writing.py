@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, Mapping, Tuple
+from typing import AbstractSet, Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .._compat import halve_towards_, lerp_
 from .._named import named_tensors
 from .._sharded import local
 from ..layers import Layer, local_names
+from .statistics import NO_STATISTIC
 
 __all__ = ["Snapshot", "blend", "copied", "pair_tensors", "tensors_of", "undone_on_error"]
 
@@ -94,7 +95,7 @@ def pair_tensors(
     layer: Layer,
     sources: Mapping[str, Tensor],
     related: Layer,
-    with_buffers: bool,
+    statistics: Optional[AbstractSet[str]],
     roles: Tuple[str, str] = ("teacher", "student"),
 ) -> Tuple[Dict[str, str], Dict[str, str]]:
     """Pair the tensors of a layer with those of its related layer in the other model by local name.
@@ -104,7 +105,8 @@ def pair_tensors(
         layer: A layer of that model.
         sources: :func:`tensors_of` the model to be read.
         related: A layer of that model.
-        with_buffers: Whether persistent floating-point buffers are paired too.
+        statistics: Names of the only buffers to be paired (:mod:`~clda_core.update.statistics`); ``None`` passes over
+            buffers without a word.
         roles: What the reasons call the two models.
 
     Returns:
@@ -112,13 +114,16 @@ def pair_tensors(
         by ``"layer: name"``.
     """
     kinds = [(layer.parameters, related.parameters)]
-    if with_buffers:
+    if statistics is not None:
         kinds.append((layer.buffers, related.buffers))
     pairs: Dict[str, str] = {}
     unpaired: Dict[str, str] = {}
     for target_names, source_names in kinds:
         available = local_names(related, source_names)
         for short, name in local_names(layer, target_names).items():
+            if statistics is not None and target_names is layer.buffers and name not in statistics:
+                unpaired[f"{layer.name}: {short}"] = NO_STATISTIC
+                continue
             if short not in available:
                 unpaired[f"{layer.name}: {short}"] = f"{roles[1]} layer {related.name!r} has no {short!r}"
                 continue

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from clda_core.layers import group_layers
+from clda_core.update.statistics import running_statistics
 from clda_core.update.writing import Snapshot, blend, pair_tensors, tensors_of, undone_on_error
 from tests.models import CNN, ResNet
 from tests.reference_update import average
@@ -92,7 +93,9 @@ def test_pairs_are_made_by_local_name_and_reasons_name_the_rest() -> None:
     student.layer1[0].bn1 = nn.Identity()
     layer = {layer.name: layer for layer in group_layers(teacher)}["layer1.1"]
     related = {layer.name: layer for layer in group_layers(student)}["layer1.0"]
-    pairs, unpaired = pair_tensors(tensors_of(teacher), layer, tensors_of(student), related, True)
+    pairs, unpaired = pair_tensors(
+        tensors_of(teacher), layer, tensors_of(student), related, running_statistics(teacher)
+    )
     assert list(pairs) == [
         "layer1.1.conv1.weight",
         "layer1.1.bn2.weight",
@@ -105,7 +108,7 @@ def test_pairs_are_made_by_local_name_and_reasons_name_the_rest() -> None:
         "shapes differ: (4, 4, 3, 3) in the teacher, (4, 4, 1, 1) in the student"
     )
     assert unpaired["layer1.1: bn1.running_var"] == "student layer 'layer1.0' has no 'bn1.running_var'"
-    without = pair_tensors(tensors_of(teacher), layer, tensors_of(student), related, False)
+    without = pair_tensors(tensors_of(teacher), layer, tensors_of(student), related, None)
     assert list(without[0]) == [name for name in pairs if "running" not in name]
     assert not any("running" in name for name in without[1])
 
@@ -114,6 +117,6 @@ def test_a_norm_beside_its_convolution_is_paired_by_its_distance() -> None:
     teacher, student = CNN(), CNN()
     layers = {layer.name: layer for layer in group_layers(teacher)}
     layer = layers["features.0"]
-    pairs, unpaired = pair_tensors(tensors_of(teacher), layer, tensors_of(student), layer, True)
+    pairs, unpaired = pair_tensors(tensors_of(teacher), layer, tensors_of(student), layer, running_statistics(teacher))
     assert list(pairs) == [*layer.parameters, *layer.buffers]
     assert not unpaired
