@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any, Callable, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -11,21 +12,25 @@ from torch import Tensor
 from .._config import Strategy
 from .._distributed import mean_across_ranks
 from ..distillation import kl_distillation
-from ..distillation.base import align_logits
+from ..distillation.base import align, align_logits, weighted_mean
 from ..errors import check_number, problem
 from .base import Granularity, RoundContext, Update, UpdateResult
 from .writing import Snapshot, copied
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
 
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``criterion(teacher_logits, original_logits, student_logits) -> scalar`` on one target batch; higher is better.
+Criterion = Callable[..., Tensor]
+"""``criterion(teacher_logits, original_logits, student_logits, mask=mask) -> scalar`` on one batch; higher is better.
 
-``original_logits`` are the teacher's before the update; before it they are the same as ``teacher_logits``.
+``original_logits`` are the teacher's before the update; before it they are the same as ``teacher_logits``. ``mask`` is
+the batch's, bool or float weights, or ``None``. A criterion without a parameter ``mask`` is never given what a mask
+leaves out: its logits are then of shape ``(M, C)``, one row for each position that counts.
 """
 
 
-def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
+def consensus(
+    teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor, *, mask: Optional[Tensor] = None
+) -> Tensor:
     r"""Negative KL divergence of the teacher from the student where both were of one mind before, in nats.
 
     :math:`-\mathrm{mean}_{i \in A}\, \mathrm{KL}(p_S \| p_T)_i` over the samples and positions :math:`A` at which the
@@ -37,10 +42,11 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
         teacher_logits: Shape ``(N, C, ...)``, of the updated teacher.
         original_logits: The same of the teacher before the update.
         student_logits: The same classes; another grid is resized to the smaller of the two.
+        mask: Which positions count, and how much: bool or float weights, as for a KD loss.
 
     Returns:
         Scalar float32 or float64, <= 0; NaN, which the guard rejects, if they were of one mind at fewer than half of
-        the positions: then one of them is not fit to judge the other, as early in the student's training.
+        the positions that count: then one of them is not fit to judge the other, as early in the student's training.
 
     Raises:
         CldaError: If the logits do not fit each other.
@@ -53,15 +59,19 @@ def consensus(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
         >>> bool(consensus(wrecked, original, student) > consensus(original, original, student))
         False
     """
-    updated, student, _ = align_logits(teacher_logits, student_logits, None)
-    original = align_logits(original_logits, student_logits, None).student
-    shared = original.argmax(dim=1) == student.argmax(dim=1)
+    updated, student, weights = align_logits(teacher_logits, student_logits, mask)
+    original = align_logits(original_logits, student_logits, mask).student
+    same = original.argmax(dim=1) == student.argmax(dim=1)
+    everywhere = torch.ones_like(same) if weights is None else weights
+    shared = same if weights is None else same * weights
     score = 0.0 - kl_distillation(updated, student, shared, temperature=1.0)
-    majority = 2 * shared.sum() >= shared.numel()
+    majority = 2 * shared.sum() >= everywhere.sum()
     return torch.where(majority, score, torch.full_like(score, float("nan")))
 
 
-def mutual_information(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
+def mutual_information(
+    teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor, *, mask: Optional[Tensor] = None
+) -> Tensor:
     r"""Mutual information between input and predicted class, :math:`H(\bar p) - \overline{H(p)}`, in nats.
 
     It falls when predictions collapse to one class and when they blur.
@@ -70,6 +80,7 @@ def mutual_information(teacher_logits: Tensor, original_logits: Tensor, student_
         teacher_logits: Shape ``(N, C, ...)``.
         original_logits: Not used.
         student_logits: Not used.
+        mask: Which positions count, and how much: bool or float weights, as for a KD loss.
 
     Returns:
         Scalar float32 or float64 in ``[0, log C]``.
@@ -83,20 +94,24 @@ def mutual_information(teacher_logits: Tensor, original_logits: Tensor, student_
         Shi and Sha, Information-Theoretical Learning of Discriminative Clusters for Unsupervised Domain Adaptation,
         ICML 2012, Eq. (3).
     """
-    wide = teacher_logits.detach().to(torch.promote_types(teacher_logits.dtype, torch.float32))
-    log_p = torch.log_softmax(wide, dim=1)
+    logits, _, weights = align(teacher_logits.detach(), teacher_logits, mask).full_precision()
+    log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
-    mean = p.transpose(0, 1).flatten(1).mean(dim=1)
-    return torch.sum(p * log_p, dim=1).mean() - torch.sum(mean * torch.log(mean.clamp(min=1e-30)))
+    mean = torch.stack([weighted_mean(of_class, weights) for of_class in p.unbind(1)])
+    negative_entropy = weighted_mean(torch.sum(p * log_p, dim=1), weights)
+    return negative_entropy - torch.sum(mean * torch.log(mean.clamp(min=1e-30)))
 
 
-def agreement(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
+def agreement(
+    teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor, *, mask: Optional[Tensor] = None
+) -> Tensor:
     r"""Negative mean Kullback-Leibler divergence :math:`-\mathrm{KL}(p_S \| p_T)` between the models, in nats.
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``.
         original_logits: Not used.
         student_logits: The same classes; another grid is resized to the smaller of the two.
+        mask: Which positions count, and how much: bool or float weights, as for a KD loss.
 
     Returns:
         Scalar float32 or float64, <= 0.
@@ -108,7 +123,7 @@ def agreement(teacher_logits: Tensor, original_logits: Tensor, student_logits: T
         >>> agreement(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3)).item()
         0.0
     """
-    return 0.0 - kl_distillation(teacher_logits, student_logits, temperature=1.0)
+    return 0.0 - kl_distillation(teacher_logits, student_logits, mask, temperature=1.0)
 
 
 class Guard(Strategy):
@@ -122,12 +137,13 @@ class Guard(Strategy):
     Args:
         update: The update to guard.
         criterion: Unsupervised, higher is better: :func:`consensus`, :func:`mutual_information`, :func:`agreement` or
-            your own.
+            your own (:data:`Criterion`). What the batch's mask leaves out does not enter it.
         tolerance: In the criterion's units, >= 0.
         backtracks: How often an update that is not accepted is halved and judged again before it is rolled back, >= 0.
 
     Raises:
-        CldaError: If ``tolerance`` or ``backtracks`` is negative, or the criterion returns no scalar.
+        CldaError: If ``tolerance`` or ``backtracks`` is negative, the criterion cannot be called with three logits, or
+            (in :meth:`apply`) it returns no scalar.
 
     Note:
         Costs two forward passes of the teacher (one more for each backtrack), one of the student, and a copy of the
@@ -140,6 +156,7 @@ class Guard(Strategy):
     ) -> None:
         check_number("tolerance", tolerance, at_least=0)
         check_number("backtracks", backtracks, at_least=0, integer=True)
+        _check_criterion(criterion)
         self.update = update
         self.criterion = criterion
         self.tolerance = tolerance
@@ -189,8 +206,12 @@ class Guard(Strategy):
         self.update.load_state_dict(state)
 
     def _score(self, context: RoundContext, teacher: Tensor, original: Tensor) -> float:
+        student, mask = context.student_outputs().logits, context.mask
         with torch.no_grad():
-            score: Optional[Tensor] = self.criterion(teacher, original, context.student_outputs().logits)
+            if _takes_mask(self.criterion):
+                score: Optional[Tensor] = self.criterion(teacher, original, student, mask=mask)
+            else:
+                score = self.criterion(*_where_it_counts(teacher, original, student, mask))
         if not isinstance(score, Tensor) or score.numel() != 1:
             raise problem(
                 "the guard's criterion returned something else than a score",
@@ -199,6 +220,52 @@ class Guard(Strategy):
                 fix="return a scalar tensor, higher for a better teacher, from criterion=",
             )
         return float(mean_across_ranks([score.detach().double()])[0])
+
+
+def _parameters(criterion: Criterion) -> Optional[inspect.Signature]:
+    """Return the signature, ``None`` of what does not tell it, as some functions written in C."""
+    try:
+        return inspect.signature(criterion)
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_criterion(criterion: Any) -> None:
+    signature = _parameters(criterion) if callable(criterion) else None
+    try:
+        if signature is not None:
+            signature.bind(None, None, None, **({"mask": None} if _takes_mask(criterion) else {}))
+        fits = callable(criterion)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise problem(
+            "the guard's criterion cannot be called with three logits",
+            expected="a function of the teacher's logits now, those before the update, the student's, and mask=",
+            received=f"{criterion!r}{signature or ''}",
+            fix="write for example def criterion(teacher, original, student, *, mask=None)",
+        )
+
+
+def _takes_mask(criterion: Criterion) -> bool:
+    signature = _parameters(criterion)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [] if signature is None else list(signature.parameters.values())
+    return any(
+        one.kind == inspect.Parameter.VAR_KEYWORD or (one.name == "mask" and one.kind in by_name) for one in parameters
+    )
+
+
+def _where_it_counts(
+    teacher: Tensor, original: Tensor, student: Tensor, mask: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Return logits ``(M, C)`` of the positions that a mask does not leave out; without a mask what was given."""
+    if mask is None:
+        return teacher, original, student
+    now, before = align_logits(teacher, student, mask), align_logits(original, student, mask)
+    counts = cast(Tensor, now.weights) > 0
+    found = [logits.transpose(1, 2)[counts] for logits in (now.student, before.student, now.teacher)]
+    return found[0], found[1], found[2]
 
 
 def _known(score: float) -> Optional[float]:

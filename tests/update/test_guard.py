@@ -367,6 +367,130 @@ def test_agreement_of_logits_that_do_not_fit() -> None:
         agreement(logits(2, 3), logits(2, 3), logits(2, 4))
 
 
+CRITERIA = [consensus, mutual_information, agreement]
+
+
+@pytest.mark.parametrize("filling", [0.0, 1e4, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_what_a_mask_leaves_out_does_not_enter_a_score(criterion: Any, dtype: torch.dtype, filling: float) -> None:
+    """As much as the whole of a batch that never had the positions left out, whatever stands there."""
+    given = [logits(4, 3, 6, seed=seed) for seed in (1, 2, 3)]
+    given[1] += 2 * given[2]
+    alone = criterion(*given).item()
+    assert math.isfinite(alone)
+    padded = [torch.cat([one, torch.full((4, 3, 5), filling, dtype=one.dtype)], 2) for one in given]
+    mask = (torch.arange(11) < 6).expand(4, 11).to(dtype)
+    assert criterion(*padded, mask=mask).item() == pytest.approx(alone, rel=1e-9)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_weight_of_3_counts_as_three_of_the_same(criterion: Any) -> None:
+    given = [logits(8, 3, seed=seed) for seed in (1, 2, 3)]
+    given[1] += 2 * given[2]
+    weights = torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 3.0, 1.0, 0.0])
+    repeated = [one.repeat_interleave(weights.long(), 0) for one in given]
+    assert criterion(*given, mask=weights).item() == pytest.approx(criterion(*repeated).item(), rel=1e-6)
+    assert criterion(*given, mask=weights).item() != pytest.approx(criterion(*given).item(), rel=1e-3)
+
+
+def test_criteria_under_a_mask_equal_their_oracles() -> None:
+    teacher, original, student = (logits(3, 4, 5, 2, seed=seed) for seed in (1, 3, 2))
+    mask = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0)) < 0.5
+    ours, theirs = (one.permute(0, 2, 3, 1)[mask] for one in (teacher, student))
+    found = mutual_information(teacher, original, student, mask=mask).item()
+    assert found == pytest.approx(reference.mutual_information(ours), rel=1e-9)
+    found = agreement(teacher, original, student, mask=mask).item()
+    assert found == pytest.approx(reference.agreement(ours, theirs), rel=1e-9)
+
+
+@pytest.mark.parametrize(("shared", "known"), [(3, True), (2, True), (1, False)])
+def test_the_majority_is_one_of_what_counts(shared: int, known: bool) -> None:
+    """Of four samples that count and any number that do not."""
+    student, original = torch.eye(3)[[0, 1, 2, 0]], torch.eye(3)[[0, 1, 2, 0]]
+    original[shared:] = original[shared:].roll(1, 1)
+    mask = torch.tensor([True] * 4 + [False] * 9)
+    for filling in (torch.eye(3)[[0] * 9], torch.eye(3)[[1] * 9]):
+        padded = [torch.cat([student, torch.eye(3)[[0] * 9]]), torch.cat([original, filling])]
+        score = consensus(padded[1], padded[1], padded[0], mask=mask)
+        assert math.isnan(score) is not known
+
+
+class Tagger(nn.Sequential):
+    """A network whose positions do not see each other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Conv1d(3, width, 1), nn.ReLU(), nn.Conv1d(width, 4, 1))
+
+
+def spread(teacher_logits: Tensor, original_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """A criterion of a user's own, who has not thought of masks."""
+    assert teacher_logits.shape[:2] == original_logits.shape[:2] == student_logits.shape[:2]
+    return teacher_logits.std() - (teacher_logits - student_logits).pow(2).mean()
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, spread])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_padding_changes_no_decision(criterion: Any, dtype: torch.dtype) -> None:
+    def decided(inputs: Tensor, mask: Any) -> UpdateResult:
+        teacher, student = randomise(Tagger(8), 1), randomise(Tagger(8), 1)
+        student[2].bias.data.add_(torch.tensor([0.3, 0.0, 0.0, 0.0]))
+        guard = Guard(Average(decay=0.5), criterion=criterion, tolerance=1.0)
+        return guard.apply(round_context(teacher, student, inputs=inputs, mask=mask))
+
+    generator = torch.Generator().manual_seed(0)
+    inputs, padding = torch.randn(4, 3, 6, generator=generator), 30 * torch.randn(4, 3, 20, generator=generator)
+    expected = decided(inputs, None)
+    assert expected.accepted is True
+    result = decided(torch.cat([inputs, padding], 2), (torch.arange(26) < 6).expand(4, 26).to(dtype))
+    assert result.accepted is True
+    assert result.score_before == pytest.approx(expected.score_before, rel=1e-4)
+    assert result.score_after == pytest.approx(expected.score_after, rel=1e-4)
+    unmasked = decided(torch.cat([inputs, padding], 2), None)
+    assert unmasked.score_before != pytest.approx(expected.score_before, rel=1e-2)
+
+
+def test_a_criterion_gets_the_mask_if_it_takes_one() -> None:
+    mask = torch.tensor([1.0, 0.5, 0.0, 1.0])
+    seen: List[Any] = []
+
+    def named(t: Tensor, o: Tensor, s: Tensor, mask: Any) -> Tensor:
+        seen.append((mask, len(t)))
+        return torch.zeros(())
+
+    def others(t: Tensor, o: Tensor, s: Tensor, **others: Any) -> Tensor:
+        return named(t, o, s, others["mask"])
+
+    def without(*three: Tensor) -> Tensor:
+        return named(*three, mask=None)
+
+    for criterion in (named, others, functools.partial(named), without):
+        Guard(Average(), criterion=criterion).apply(round_context(*pair(), ["fc"], inputs=images(), mask=mask))
+    assert len(seen) == 8
+    assert all(given is mask and rows == 4 for given, rows in seen[:6])
+    assert seen[6:] == [(None, 3)] * 2, "one row for each sample that counts"
+
+
+def test_a_criterion_may_have_a_coarser_student_under_a_mask() -> None:
+    coarse = logits(2, 3, 4, 4)
+    finer = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    mask = torch.ones(2, 8, 8).bool()
+    mask[:, 4:] = False
+    finer[:, :, 4:] = 7.0
+    for criterion in (consensus, agreement):
+        assert criterion(finer, finer, coarse, mask=mask).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["consensus", None, lambda t, o: t, lambda t, o, s, other: t, lambda: 0], ids=str)
+def test_what_cannot_be_called_with_three_logits_is_refused_at_construction(criterion: Any) -> None:
+    with pytest.raises(CldaError, match=r"cannot be called with three logits.*Fix: write for example def criterion"):
+        Guard(Average(), criterion=criterion)
+
+
+def test_a_criterion_whose_arguments_cannot_be_told_is_called_with_three() -> None:
+    assert Guard(Average(), criterion=max).criterion is max
+
+
 def test_a_criterion_may_bind_arguments() -> None:
     criterion = functools.partial(lambda t, o, s, factor: factor * bias_towards_0(t, o, s), factor=2.0)
     teacher, student = pair()
