@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from contextlib import contextmanager, nullcontext
 from typing import Any, ContextManager, Dict, Iterator, Sequence
@@ -116,10 +117,10 @@ def out_of_inference_mode() -> ContextManager[Any]:
 
 def load_plain(path: str) -> Any:
     """Load a file to the CPU, of tensors and plain Python types only where torch can check that: from 1.13 on."""
-    try:
+    # Asked for rather than tried: a damaged file may raise a TypeError too, and must not be read without the check.
+    if "weights_only" in inspect.signature(torch.load).parameters:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except TypeError:
-        return torch.load(path, map_location="cpu")
+    return torch.load(path, map_location="cpu")
 
 
 @contextmanager

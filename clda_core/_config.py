@@ -2,41 +2,104 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
+import math
 import numbers
-from typing import Any, Mapping
+import os
+import reprlib
+from typing import Any, FrozenSet, List, Mapping
 
-
-def describe(value: Any) -> Any:
-    """Return ``value`` as plain Python data that is equal for equal configurations.
-
-    A strategy becomes ``{"class": qualified name, argument: value, ...}`` with the arguments its ``__init__`` declares
-    and keeps under the same attribute name; a function becomes its qualified name, with the arguments that
-    ``functools.partial`` binds; numbers, strings, ``None`` and containers of these stay.
-    """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, numbers.Real):  # NumPy's too, which a checkpoint must not hold
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if inspect.isroutine(value) or inspect.isclass(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, functools.partial):
-        return {"partial": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
-    kind = type(value)
-    arguments = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
-    described = {name: describe(getattr(value, name)) for name in arguments if hasattr(value, name)}
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", **described}
+import torch
 
 
 class Strategy:
     """Gives a strategy the ``repr`` its constructor call had; strategies need not derive from it."""
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
-        arguments = ", ".join(f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name))
+        arguments = ", ".join(f"{name}={getattr(self, name)!r}" for name in _kept_arguments(self))
         return f"{type(self).__name__}({arguments})"
+
+
+_TRAITS = (("score", "order"), ("apply", "granularity"), ("due", "observes"), ("needs_inputs",), ("threshold",))
+"""What tells a strategy that does not derive from ours from anything else that it may hold."""
+
+
+def describe(strategy: Any) -> Any:
+    """Return a strategy, or a plain value, as plain Python data that is equal for equal configurations.
+
+    A strategy becomes ``{"class": qualified name, argument: value, ...}`` with the arguments its ``__init__`` declares
+    and keeps under the same attribute name; a function becomes its qualified name, with the arguments that
+    ``functools.partial`` binds; numbers, strings, ``None`` and containers of these stay, paths, types and members of
+    enumerations become strings, and sets sorted lists. Whatever else a strategy holds, a trainer or a network, may
+    change while the training goes on, and is described by its class alone.
+    """
+    return _describe(strategy, True, frozenset())
+
+
+def _describe(value: Any, whole: bool, outer: FrozenSet[int]) -> Any:
+    """Describe a value; an object that is no strategy by its arguments too if ``whole``."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, enum.Enum):
+        return f"{_name(type(value))}.{value.name}"
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Real):  # NumPy's too, which a checkpoint must not hold
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        return "nan" if math.isnan(number) else number  # which equals itself
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if id(value) in outer:
+        return "..."
+    outer = outer | {id(value)}
+    if isinstance(value, (list, tuple)):
+        return [_describe(item, whole, outer) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_describe(item, whole, outer) for item in value), key=repr)
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item, whole, outer) for key, item in value.items()}
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return _name(value)
+    if isinstance(value, functools.partial):
+        parts = {"partial": value.func, "args": value.args, "keywords": value.keywords}
+        return {name: _describe(part, whole, outer) for name, part in parts.items()}
+    described = {"class": _name(type(value))}
+    if whole or _is_strategy(value):
+        # What our strategies hold are strategies; those of others may hold the host.
+        inner = type(value).__module__.partition(".")[0] == __name__.partition(".")[0]
+        described.update((name, _describe(getattr(value, name), inner, outer)) for name in _kept_arguments(value))
+    return described
+
+
+def _is_strategy(value: Any) -> bool:
+    if isinstance(value, Strategy):
+        return True
+    return not isinstance(value, torch.nn.Module) and any(
+        all(hasattr(type(value), name) for name in traits) for traits in _TRAITS
+    )
+
+
+def _kept_arguments(value: Any) -> List[str]:
+    """Return the names of the constructor's arguments that are attributes too."""
+    try:
+        declared = inspect.signature(type(value).__init__).parameters
+    except (TypeError, ValueError):  # of a class written in C
+        return []
+    return [name for name in declared if name != "self" and _has(value, name)]
+
+
+def _has(value: Any, name: str) -> bool:
+    try:
+        getattr(value, name)
+    except Exception:  # a property that has nothing to say yet
+        return False
+    return True
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
+import stat
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Union
+from typing import Any, Dict, Iterator, Union
 
 import torch
 from torch import nn
 
 from ._compat import load_plain
+from ._plain import plain, plain_state
+from ._restoring import fitted, restore
 from .errors import problem
 from .learner import CollaborativeLearner
 
@@ -26,10 +31,12 @@ def save(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
         path: The file; one that is there is replaced when the new one is complete.
         learner: The learner.
         beside: What else to save, by name: anything with ``state_dict()`` (optimizer, scaler, learning-rate
-            scheduler), or tensors and plain Python data (the epoch, random states).
+            scheduler), or tensors, numbers, strings, ``None``, and lists, tuples and dicts of these (the epoch, random
+            states). NumPy's numbers become Python's, its arrays tensors, and paths strings.
 
     Raises:
-        CldaError: If a name in ``beside`` is taken by what is saved anyway.
+        CldaError: If a name in ``beside`` is taken by what is saved anyway, or something is of a type that
+            ``weights_only=True`` does not load; the message names the entry, and the file is as before.
 
     Note:
         On several ranks call it on one of them only.
@@ -51,10 +58,10 @@ def save(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
             received=f"{taken[0]}=",
             fix="leave it out, or give it another name",
         )
-    state = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in beside.items()}
+    state = {name: _state_of(name, value) for name, value in beside.items()}
     state["learner"] = learner.state_dict()
-    state["teacher"] = learner.teacher.state_dict()
-    state["student"] = learner.student.state_dict()
+    state["teacher"] = _state_of("teacher", learner.teacher)
+    state["student"] = _state_of("student", learner.student)
     with atomically(path) as unfinished:
         torch.save(state, unfinished)
 
@@ -62,20 +69,32 @@ def save(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
 def load(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -> Dict[str, Any]:
     """Restore what :func:`save` wrote into a learner, teacher and student that were built as they were then.
 
+    Models may be wrapped otherwise than they were (``torch.compile``, ``DataParallel`` and their kin): their tensors
+    are found by the names that they have without wrappers.
+
     Args:
         path: The file. Only tensors and plain Python types are read from it (from torch 1.13 on, which can check that).
-        learner: The learner, whose models are restored too.
-        beside: The objects with ``load_state_dict()`` that were saved beside it, by the same names.
+        learner: The learner; its teacher and student are restored too.
+        beside: The objects with ``load_state_dict()`` that were saved, under the same names.
 
     Returns:
-        What else was saved beside it, on the CPU.
+        Whatever else was saved and no object was passed for, by name; tensors are on the CPU.
 
     Raises:
-        CldaError: If the file was not written by :func:`save`, lacks something of ``beside``, or is of another
-            architecture or configuration, or something of ``beside`` cannot be restored; the models and the learner are
-            then as before.
+        CldaError: If the file is damaged, is no such file or lacks something asked for, a model or the learner is of
+            another architecture or configuration, or something of ``beside`` cannot be restored; the models, the
+            learner and everything of ``beside`` are then as before.
+        OSError: If there is no such file, or it cannot be opened.
+
+    Note:
+        Everything is checked before anything is restored, but an object of ``beside`` checks its state only while it
+        takes it. If one raises, the objects restored before it are given the state that they had, by their own
+        ``state_dict()`` and ``load_state_dict()``; what an object's ``load_state_dict()`` does beyond that cannot be
+        taken back.
     """
-    state = load_plain(str(path))
+    with open(path, "rb"):  # a file that is missing or closed to us is none that is damaged
+        pass
+    state = read(path)
     wanted = [*_OURS, *beside]
     if not isinstance(state, dict) or not set(wanted) <= set(state):
         raise problem(
@@ -84,14 +103,32 @@ def load(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
             received=", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__,
             fix="load what was saved, under the same names",
         )
-    for role, model in (("teacher", learner.teacher), ("student", learner.student)):
-        _check_fits(role, model, state[role])
-    for name, value in beside.items():
-        _restore(name, value, state.pop(name))
-    learner.load_state_dict(state.pop("learner"))
-    learner.teacher.load_state_dict(state.pop("teacher"))
-    learner.student.load_state_dict(state.pop("student"))
+    parts = {**beside, "teacher": learner.teacher, "student": learner.student}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            state[name] = fitted(name, part, state[name])
+    parts = {"learner": learner, **parts}
+    restore([(name, part, state.pop(name)) for name, part in parts.items()])
     return state
+
+
+def read(path: Union[str, Path]) -> Any:
+    """Return what a file of tensors and plain types holds, on the CPU.
+
+    Raises:
+        CldaError: If the file is damaged or of another kind.
+    """
+    try:
+        _check_sums(str(path))
+        return load_plain(str(path))
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise problem(
+            f"{path} cannot be read",
+            expected="a whole file of tensors and plain Python types, as clda_core.checkpoint.save() writes it",
+            received=f"one that is damaged or of another kind ({type(error).__name__}: {first_line})",
+            fix="go on from an earlier checkpoint",
+        ) from error
 
 
 @contextmanager
@@ -99,46 +136,53 @@ def atomically(path: Union[str, Path]) -> Iterator[str]:
     """Yield the path of a temporary file to write, which then takes the place of ``path``.
 
     Whoever reads ``path`` finds the old file or the new one, whole, also if this process is killed or the machine stops
-    meanwhile. After a kill the temporary file, ``.NAME.PID.unfinished``, is left over. The folder is made if need be.
+    meanwhile, and if several threads or processes write it: the last one stays. After a kill the temporary file, whose
+    name ends in ``.unfinished``, is left over. The folder is made if need be. A symbolic link stays one, and the file
+    that it names is replaced. The new file has the permissions of the old one, or those that the umask gives.
 
     Args:
         path: The file to replace.
+
+    Raises:
+        CldaError: If there is something at ``path`` that is no file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    target = Path(os.path.realpath(str(path)))
+    if target.exists() and not target.is_file():
+        raise problem(
+            f"{path} cannot be replaced by a file",
+            expected="the path of a file",
+            received="a folder" if target.is_dir() else "a device or the like",
+            fix="pass a name in a folder",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Unique on every machine that shares the folder, and short where the name is as long as the file system allows.
+    unfinished = target.with_name(f".{target.name[:24]}.{secrets.token_hex(8)}.unfinished")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    os.close(os.open(str(unfinished), flags, 0o666 if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR))
     try:
         yield str(unfinished)
         with open(unfinished, "rb+") as file:  # else the new name may reach the disk before what it stands for
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        if mode is not None:
+            os.chmod(str(unfinished), mode)
+        os.replace(unfinished, target)
     finally:
         if unfinished.exists():
             unfinished.unlink()
 
 
-def _restore(name: str, value: Any, state: Any) -> None:
-    try:
-        value.load_state_dict(state)
-    except Exception as error:
-        raise problem(
-            f"{name} cannot be restored",
-            expected=f"an object with load_state_dict() that takes what was saved as {name}",
-            received=f"{type(value).__name__}, which raised {type(error).__name__}: {error}",
-            fix=f"build {name} as it was built when it was saved; plain data need not be passed, load() returns them",
-        ) from error
+def _state_of(name: str, value: Any) -> Any:
+    if isinstance(value, type) or not hasattr(value, "state_dict"):
+        return plain(value, name)
+    return plain_state(value.state_dict(), name)
 
 
-def _check_fits(role: str, model: nn.Module, state: Mapping[str, Any]) -> None:
-    def shapes(tensors: Mapping[str, Any]) -> Dict[str, Any]:
-        return {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-
-    ours, theirs = shapes(model.state_dict()), shapes(state)
-    if ours != theirs:
-        name = next(name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name))
-        raise problem(
-            f"the saved {role} is of another architecture",
-            expected=f"{name} of shape {ours[name]}" if name in ours else f"no {name}",
-            received=f"shape {theirs[name]}" if name in theirs else "none",
-            fix=f"build the {role} as it was built when it was saved",
-        )
+def _check_sums(path: str) -> None:
+    """Raise if a part of the file has another sum than it was written with, which torch does not look at."""
+    options = getattr(torch.serialization, "get_crc32_options", None)
+    if (options is None or options()) and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is not as it was written")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Set
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Set, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ._compat import uncompiled
 from ._config import describe
 from ._distributed import adding, world_size
 from ._models import evaluating
+from ._plain import plain
 from ._projectors import Projectors
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
@@ -34,7 +35,7 @@ from .distillation.base import in_students_classes, leaves_nothing
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
-from .outputs import Extract, Outputs, as_outputs, call_model, stand_in
+from .outputs import Extract, Outputs, as_outputs, call_model, stand_in, without_graph
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Earlier, Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
@@ -214,7 +215,8 @@ class CollaborativeLearner:
         if in_round and (has_data or self._inputs is None):
             self._has_data = has_data
             if inputs is not None:
-                self._inputs, self._mask = inputs, mask
+                # Without the graph of a network that made them: rounds need none, and no copy could have it.
+                self._inputs, self._mask = without_graph(inputs), without_graph(mask)
         return loss
 
     def step(
@@ -342,9 +344,12 @@ class CollaborativeLearner:
 
         It holds counters, observations, history, the relation, the configuration, and the state of the update's and the
         projectors' optimizers. The models are not in it: save the teacher beside the student, since it changes.
+
+        Raises:
+            CldaError: If a strategy of yours puts anything else into its state or its figures; the message names it.
         """
         report = self.report().to_dict()
-        return {
+        state = {
             "version": STATE_VERSION,
             "config": self._config(),
             "steps": self._steps,
@@ -356,6 +361,7 @@ class CollaborativeLearner:
             "update": copied(self.update.state_dict()),
             "projectors": copied(self._projectors.state_dict()),
         }
+        return cast(Dict[str, Any], plain(state, "the learner's state"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, into a learner of the same architecture and configuration.

@@ -153,6 +153,14 @@ class Observer:
         self._leftover = leftover_gradients(view.model)
         self._pending: List[Tuple[str, Histogram]] = []
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**vars(self), "_generator": self._generator.get_state()}  # which not every torch copies itself
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(state["_generator"])
+
     def host_trains_teacher(self) -> bool:
         """Return whether the host left gradients of its own on the teacher."""
         return bool(hosts_gradients(self._view.model, self._leftover))
@@ -218,7 +226,7 @@ class Observer:
         observations = Observations(len(self._view.layers))
         observations.load_state_dict(state["observations"])
         generator = torch.Generator()
-        generator.set_state(state["generator"])
+        generator.set_state(state["generator"].to("cpu", torch.uint8))  # map_location may have moved it to a device
         counters = int(state["discarded"]), int(state["discarded_in_a_row"])
         self._observations, self._generator = observations, generator
         self.discarded, self._discarded_in_a_row = counters

@@ -121,6 +121,17 @@ def stand_in(value: Any) -> Any:
     return torch.cat([value, value.new_zeros((1, *value.shape[1:]))])
 
 
+def without_graph(value: Any) -> Any:
+    """Return inputs, or anything else, whose tensors have no graph; containers are made anew."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if isinstance(value, Mapping):
+        return {name: without_graph(item) for name, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(without_graph(item) for item in value)
+    return value
+
+
 def _are_tensors(features: Any) -> bool:
     return isinstance(features, (tuple, list)) and all(isinstance(feature, Tensor) for feature in features)
 

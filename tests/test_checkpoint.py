@@ -1,18 +1,26 @@
+import argparse
+import collections
+import datetime
+import enum
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any, Callable, Dict, Tuple
 
+import numpy
 import pytest
 import torch
+from torch import nn
 
 from clda_core import CldaError, CollaborativeLearner, checkpoint
 from clda_core.checkpoint import atomically
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import batch, bits, loaded, make_learner, networks, nothing_changed, sgd, train, values
+from tests.helpers import batch, bits, loaded, make_learner, networks, nothing_changed, saved, sgd, train, values
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +100,7 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> Non
     path = tmp_path / "last.pt"
     checkpoint.save(path, learner)
     before = path.read_bytes()
-    with pytest.raises(Exception, match=r"pickle|local object"):
+    with pytest.raises(CldaError, match="what cannot be saved"):
         checkpoint.save(path, learner, what=lambda: None)
 
     def half() -> None:
@@ -166,3 +174,326 @@ def test_the_models_go_on_from_the_file_after_more_training(tmp_path: Path) -> N
     assert (values(learner.teacher), values(learner.student)) == before
     assert learner.report().steps == 0
     learner.distill(learner.student(batch()), batch())
+
+
+# ------------------------------------------------------------------------------------------------- what can be saved
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Point(collections.namedtuple("Point", "x y")):
+    pass
+
+
+PLAIN: Dict[str, Tuple[Any, Any]] = {
+    "numpy numbers": (
+        [numpy.float64(0.5), numpy.float32(0.25), numpy.int64(3), numpy.bool_(True)],
+        [0.5, 0.25, 3, True],
+    ),
+    "a numpy key": ({numpy.int64(3): 1}, {3: 1}),
+    "a path": (Path("a") / "b", os.path.join("a", "b")),
+    "a defaultdict": (collections.defaultdict(int, a=1), {"a": 1}),
+    "an ordered dict": (collections.OrderedDict(a=1), {"a": 1}),
+    "a named tuple": (Point(1, numpy.int32(2)), (1, 2)),
+    "a torch.Size": (torch.Size([2, 3]), (2, 3)),
+    "a member of an IntEnum": (Level.HIGH, 3),
+    "a dtype": (torch.float16, torch.float16),
+    "a device": (torch.device("cpu"), "cpu"),
+    "nested": ({"a": [(numpy.float32(1.5), {"b": Path("c")})]}, {"a": [(1.5, {"b": "c"})]}),
+}
+
+
+def same_with_types(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same_with_types, one, other))
+    if isinstance(one, dict):
+        return type(other) is dict and all(map(same_with_types, [*one, *one.values()], [*other, *other.values()]))
+    return type(one) is type(other) and bool(one == other)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_what_equals_plain_data_is_saved_as_such(kind: str, tmp_path: Path) -> None:
+    learner, _ = training()
+    given, expected = PLAIN[kind]
+    checkpoint.save(tmp_path / "last.pt", learner, what=given)
+    assert same_with_types(loaded((tmp_path / "last.pt").read_bytes())["what"], expected)
+    assert same_with_types(checkpoint.load(tmp_path / "last.pt", learner)["what"], expected)
+
+
+def test_numpys_random_state_is_saved_and_restored(tmp_path: Path) -> None:
+    learner, _ = training()
+    generator = numpy.random.RandomState(3)
+    generator.normal()
+    checkpoint.save(tmp_path / "last.pt", learner, numpy=generator.get_state())
+    expected = generator.normal(size=5)
+    other = numpy.random.RandomState(0)
+    other.set_state(checkpoint.load(tmp_path / "last.pt", learner)["numpy"])
+    assert other.normal(size=5).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "uint8", "uint16", "uint32", "bool", ">f4"])
+def test_numpys_arrays_are_saved_as_tensors(dtype: str, tmp_path: Path) -> None:
+    learner, _ = training()
+    array = numpy.arange(6).reshape(2, 3)[:, ::-1].astype(dtype)
+    checkpoint.save(tmp_path / "last.pt", learner, array=array)
+    assert checkpoint.load(tmp_path / "last.pt", learner)["array"].tolist() == array.tolist()
+
+
+def cycle() -> Any:
+    value: Dict[str, Any] = {}
+    value["self"] = [value]
+    return value
+
+
+class WithState:
+    """Anything with a state, as a scheduler or a sampler is."""
+
+    def __init__(self, state: Any = 0, fails: bool = False) -> None:
+        self.state, self.fails = state, fails
+
+    def state_dict(self) -> Any:
+        return {"state": self.state}
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.state != state["state"]:
+            self.state = state["state"]
+            if self.fails:
+                raise ValueError("half-way")
+
+
+REFUSED: Dict[str, Tuple[Callable[[], Any], str]] = {
+    "a set": (lambda: {1, 2}, r"what cannot be saved.*received builtins.set. Fix: save sorted"),
+    "a namespace": (lambda: argparse.Namespace(lr=0.1), r"received argparse.Namespace. Fix: save vars"),
+    "a time": (lambda: datetime.datetime(2020, 1, 1), r"received datetime.datetime. Fix: save its isoformat"),
+    "bytes": (lambda: b"ab", "received builtins.bytes. Fix: save list"),
+    "a generator": (torch.Generator, "received torch.*Generator. Fix: save its state"),
+    "a class": (lambda: WithState, "received builtins.type"),
+    "times of numpy": (lambda: numpy.zeros(2, "datetime64[s]"), "received numpy.ndarray"),
+    "a cycle": (cycle, r"what\['self'\]\[0\] cannot be saved.*contains itself. Fix: leave out what refers back"),
+    "deep inside": (lambda: {"a": [0, {"b": {1}}]}, r"what\['a'\]\[1\]\['b'\] cannot be saved"),
+    "keys that become equal": (lambda: {Path("a"): 1, "a": 2}, "received 'a' twice"),
+    "in a state": (lambda: WithState({1}), r"what\['state'\] cannot be saved"),
+    "a subclass of tensors": (
+        lambda: torch.zeros(2).as_subclass(type("Mine", (torch.Tensor,), {})),
+        "received .*Mine. Fix: save what.as_subclass",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_could_not_be_loaded_is_refused_when_saving(kind: str, tmp_path: Path) -> None:
+    learner, optimizer = training()
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, learner, what=1)
+    before = path.read_bytes()
+    make, match = REFUSED[kind]
+    with nothing_changed(learner, optimizer), pytest.raises(CldaError, match=match):
+        checkpoint.save(path, learner, optimizer=optimizer, what=make())
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_strategys_state_and_figures_are_plain_or_refused() -> None:
+    class Odd(Average):
+        state: Any = numpy.float64(2)
+
+        def state_dict(self) -> Dict[str, Any]:
+            return {"state": self.state}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state["state"]
+
+    class OfNumpy:
+        due = observes = staticmethod(lambda step: True)
+        strength = staticmethod(lambda step: numpy.float64(0.5))
+
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=Odd(decay=0.9), schedule=OfNumpy(), selection=AllLayers())
+    train(learner, sgd(student), 1)
+    state = loaded(saved(learner.state_dict()))
+    assert type(state["history"][0]["strength"]) is float
+    assert type(state["update"]["state"]) is float
+    learner.update.state = {1}
+    with pytest.raises(CldaError, match=r"the learner's state\['update'\]\['state'\] cannot be saved"):
+        learner.state_dict()
+
+
+# ----------------------------------------------------------------------------------------------- models in wrappers
+
+WRAPPERS: Dict[str, Callable[[nn.Module], nn.Module]] = {"plain": lambda model: model, "parallel": nn.DataParallel}
+if hasattr(torch, "compile"):
+    WRAPPERS["compiled"] = lambda model: torch.compile(model, backend="eager")
+
+
+def wrapped_training(wrapper: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    teacher, student = (
+        WRAPPERS[wrapper](nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Linear(width, 3)))
+        for width in (9, 4)
+    )
+    return make_learner(teacher.eval(), student, update=Average(decay=0.9), selection=AllLayers())
+
+
+@pytest.mark.parametrize("to", WRAPPERS)
+@pytest.mark.parametrize("of", WRAPPERS)
+def test_a_model_is_restored_whatever_wraps_it(of: str, to: str, tmp_path: Path) -> None:
+    learner, other = wrapped_training(of, 1), wrapped_training(to, 2)
+    ema, its_ema = WRAPPERS[of](nn.Linear(2, 2)), WRAPPERS[to](nn.Linear(2, 2))
+    checkpoint.save(tmp_path / "last.pt", learner, ema=ema)
+    checkpoint.load(tmp_path / "last.pt", other, ema=its_ema)
+    pairs = ((learner.teacher, other.teacher), (learner.student, other.student), (ema, its_ema))
+    for one, same in pairs:
+        assert [bits(value) for value in one.state_dict().values()] == [bits(v) for v in same.state_dict().values()]
+
+
+def test_versions_of_modules_go_with_their_names(tmp_path: Path) -> None:
+    """Without its version a BatchNorm would be taken for one from before it counted batches."""
+    seen = []
+
+    class Versioned(nn.Linear):
+        _version = 7
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            seen.append(metadata.get("version"))
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    learner, other = (
+        make_learner(wrap(nn.Sequential(Versioned(5, 3))), nn.Linear(5, 3)) for wrap in (nn.DataParallel, lambda m: m)
+    )
+    checkpoint.save(tmp_path / "last.pt", learner)
+    checkpoint.load(tmp_path / "last.pt", other)
+    assert seen == [7]
+
+
+# ------------------------------------------------------------------------------------------- files, and other errors
+
+
+def damaged(data: bytes) -> Dict[str, bytes]:
+    middle = len(data) // 2
+    return {
+        "empty": b"",
+        "cut": data[:middle],
+        "without its end": data[:-1],
+        "one bit": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "text": b"no checkpoint",
+        "a pickle of something else": saved(argparse.Namespace(lr=1)) if hasattr(torch, "compile") else b"\x80\x02.",
+    }
+
+
+@pytest.mark.parametrize("kind", damaged(b"ab"))
+def test_a_damaged_file_is_a_clear_error_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    learner, optimizer = training()
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, learner, optimizer=optimizer, filler=torch.zeros(100_000))
+    path.write_bytes(damaged(path.read_bytes())[kind])
+    train(learner, optimizer, 1)
+    with nothing_changed(learner, optimizer), pytest.raises(
+        CldaError, match=r"last.pt cannot be read.*Fix: go on from"
+    ):
+        checkpoint.load(path, learner, optimizer=optimizer)
+
+
+def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / "no.pt", training()[0])
+    with pytest.raises(CldaError, match="cannot be replaced by a file.*received a folder"):
+        checkpoint.save(tmp_path, training()[0])
+
+
+def test_what_fails_half_way_takes_everything_back(tmp_path: Path) -> None:
+    learner, optimizer = training()
+    train(learner, optimizer, 1)
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, learner, optimizer=optimizer, first=WithState(1), second=WithState(1))
+    train(learner, optimizer, 2, start=1)
+    first, second = WithState(5), WithState(6, fails=True)
+    match = "second cannot be restored.*WithState, which raised ValueError: half-way"
+    with nothing_changed(learner, optimizer), pytest.raises(CldaError, match=match):
+        checkpoint.load(path, learner, optimizer=optimizer, first=first, second=second)
+    assert (first.state, second.state) == (5, 6)
+
+
+def test_a_model_that_fails_half_way_takes_everything_back(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        armed = False
+
+        def _load_from_state_dict(self, *arguments: Any) -> None:
+            super()._load_from_state_dict(*arguments)
+            if self.armed:
+                Extra.armed = False
+                raise ValueError("half-way")
+
+    teacher, student = networks()
+    student.head = Extra(6, 3)
+    learner, optimizer = make_learner(teacher, student, update=Average(decay=0.9), selection=AllLayers()), sgd(student)
+    checkpoint.save(tmp_path / "last.pt", learner, optimizer=optimizer)
+    train(learner, optimizer, 2)
+    Extra.armed = True
+    with nothing_changed(learner, optimizer), pytest.raises(CldaError, match="student cannot be restored.*half-way"):
+        checkpoint.load(tmp_path / "last.pt", learner, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("length", [100, 240, 255])
+def test_names_as_long_as_the_file_system_allows(length: int, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * (length - 3) + ".pt")
+    learner, _ = training()
+    checkpoint.save(path, learner, epoch=1)
+    assert checkpoint.load(path, learner) == {"epoch": 1}
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    real, link = tmp_path / "runs" / "epoch_3.pt", tmp_path / "last.pt"
+    link.symlink_to(Path("runs") / "epoch_3.pt")
+    learner, _ = training()
+    for epoch in (3, 4):  # first a link to nothing yet
+        checkpoint.save(link, learner, epoch=epoch)
+        assert link.is_symlink()
+        assert checkpoint.load(real, learner) == {"epoch": epoch}
+    assert os.listdir(tmp_path / "runs") == ["epoch_3.pt"]
+
+
+def test_permissions_are_those_of_the_old_file_or_of_the_umask(tmp_path: Path) -> None:
+    path, mode = tmp_path / "last.pt", lambda: stat.S_IMODE(path.stat().st_mode)
+    before = os.umask(0o027)
+    try:
+        with atomically(path) as unfinished:
+            Path(unfinished).write_bytes(b"1")
+        assert mode() == 0o640
+        for old in (0o600, 0o664, 0o444):
+            path.chmod(old)
+            with atomically(path) as unfinished:
+                assert stat.S_IMODE(os.stat(unfinished).st_mode) & ~old & ~stat.S_IWUSR == 0, "never more open"
+                Path(unfinished).write_bytes(b"2")
+            assert mode() == old
+    finally:
+        os.umask(before)
+
+
+def test_threads_and_processes_of_one_number_write_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers that share a folder number their processes alike."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "last.pt"
+    together, errors = threading.Barrier(4), []
+
+    def write(who: int) -> None:
+        try:
+            for _ in range(10):
+                with atomically(path) as unfinished:
+                    together.wait(10)
+                    torch.save(torch.full((10_000,), float(who)), unfinished)
+                assert len(torch.load(str(path)).unique()) == 1
+        except BaseException as error:
+            errors.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=write, args=(who,)) for who in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert os.listdir(tmp_path) == ["last.pt"]

@@ -1,5 +1,7 @@
 """Checkpoints of former versions are read, those of newer ones refused; none grows with the length of the run."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any, Dict
 
@@ -8,6 +10,7 @@ import torch
 
 from clda_core import CldaError, CollaborativeLearner
 from clda_core._state import STATE_VERSION, migrated
+from clda_core.saliency import Hessian
 from clda_core.selection import AllLayers
 from clda_core.update import Average
 from tests.helpers import (
@@ -178,3 +181,46 @@ def test_a_longer_history_is_cut_where_less_is_kept() -> None:
 def test_how_many_rounds_to_keep_is_checked(keep: Any) -> None:
     with pytest.raises(CldaError, match="keep_rounds"):
         make_learner(*networks(), keep_rounds=keep)
+
+
+def moved(value: Any) -> Any:
+    """Return a state as after a move: a generator's is no longer bytes on the CPU, which alone torch restores."""
+    if isinstance(value, dict):
+        return {key: moved(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item) for item in value]
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value
+
+
+def test_a_generators_state_that_was_moved_is_brought_back() -> None:
+    learner = make_learner(*networks(), saliency=Hessian())
+    train(learner, sgd(learner.student), 2)
+    state = learner.state_dict()
+    with pytest.raises((RuntimeError, TypeError)):
+        torch.Generator().set_state(moved(state)["observer"]["generator"])
+    other = make_learner(*networks(), saliency=Hessian())
+    other.load_state_dict(moved(state))
+    assert bits(other.state_dict()["observer"]["generator"]) == bits(state["observer"]["generator"])
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_is_independent_also_in_the_midst_of_a_step(how: Any) -> None:
+    """Averagers of weights copy whole modules, with the learner among their attributes."""
+    torch.manual_seed(0)
+    teacher, student = (torch.nn.Sequential(torch.nn.Linear(5, width), torch.nn.Linear(width, 3)) for width in (9, 4))
+    learner = make_learner(teacher, student, update=Average(decay=0.5), selection=AllLayers())
+    train(learner, sgd(student), 1)
+    translated = torch.nn.Linear(5, 5)(batch())  # inputs made by a network of the host, with a graph
+    loss = learner.distill(student(translated), translated)
+    weights = torch.rand(8) * torch.ones((), requires_grad=True)
+    loss = loss + learner.distill(student(translated), {"input": translated}, mask=weights)
+    other = how(learner)
+    assert other.student is not student
+    assert bits(other.state_dict()) == bits(learner.state_dict())
+    before = bits(teacher.state_dict())
+    train(other, sgd(other.student), 2)
+    assert bits(teacher.state_dict()) == before
+    assert other.report().made == 3
+    loss.backward()
+    learner.step(sgd(student))
+    assert learner.report().made == 2

@@ -1,0 +1,172 @@
+"""Plain data: what every torch loads with ``weights_only=True``, and what a checkpoint therefore may hold."""
+
+from __future__ import annotations
+
+import enum
+import numbers
+import os
+from collections import OrderedDict
+from typing import Any, Dict, FrozenSet, Mapping, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CldaError, problem
+
+_DEPTH = 200
+"""Containers may nest so deep; pickling fails a little later."""
+
+_WIDER = {"uint16": "int32", "uint32": "int64"}
+"""NumPy's types that not every torch has, and the next that holds their values."""
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return a value as tensors, numbers, strings, ``None``, and lists, tuples and dicts of these.
+
+    What equals such a value becomes it: NumPy's numbers become Python's, members of an ``IntEnum`` integers, paths
+    strings, named tuples tuples, subclasses of ``dict`` and ``list`` dicts and lists. NumPy's arrays become tensors.
+    Containers are copied, tensors are not.
+
+    Args:
+        value: Anything.
+        name: What the value is saved as, for messages.
+
+    Raises:
+        CldaError: If something in it is of another type, contains itself, or two keys of a mapping become equal; the
+            message names the entry.
+    """
+    return _plain(value, name, frozenset())
+
+
+def plain_state(state: Any, name: str) -> Any:
+    """Return a module's ``state_dict()`` as it is, with the versions that PyTorch keeps beside the tensors.
+
+    Raises:
+        CldaError: As :func:`plain`.
+    """
+    converted = plain(state, name)
+    versions = getattr(state, "_metadata", None)
+    if versions is None:
+        return converted
+    ordered = OrderedDict(converted)
+    ordered._metadata = plain(versions, f"{name}._metadata")  # type: ignore[attr-defined]
+    return ordered
+
+
+def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        return _plain_tensor(value, name)
+    if isinstance(value, torch.dtype):
+        return value
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, (str, numbers.Real)) and not _loses_by_conversion(value):
+        return _plain_scalar(value, name)
+    if isinstance(value, os.PathLike):
+        return _plain(os.fspath(value), name, outer)
+    if kind.__module__ == "numpy" and hasattr(value, "dtype"):
+        return _plain_array(value, name, outer)
+    if not isinstance(value, (list, tuple, Mapping)):
+        raise _not_plain(value, name)
+    if id(value) in outer or len(outer) > _DEPTH:
+        raise problem(
+            f"{name} cannot be saved",
+            expected=f"containers that nest at most {_DEPTH} deep",
+            received="one that contains itself" if id(value) in outer else "deeper ones",
+            fix="leave out what refers back",
+        )
+    outer = outer | {id(value)}
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, name, outer)
+    items = [_plain(item, f"{name}[{index}]", outer) for index, item in enumerate(value)]
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def _plain_mapping(value: Mapping[Any, Any], name: str, outer: FrozenSet[int]) -> Dict[Any, Any]:
+    found: Dict[Any, Any] = {}
+    for key, item in value.items():
+        plain_key = _plain(key, f"a key of {name}", outer)
+        if isinstance(plain_key, (Tensor, list, dict)):
+            raise _not_plain(key, f"a key of {name}")
+        if plain_key in found:
+            raise problem(
+                f"{name} cannot be saved",
+                expected="keys that differ as plain data",
+                received=f"{plain_key!r} twice",
+                fix="give them names of their own",
+            )
+        found[plain_key] = _plain(item, f"{name}[{plain_key!r}]", outer)
+    return found
+
+
+def _plain_tensor(value: Tensor, name: str) -> Tensor:
+    kind = type(value)
+    if kind in (Tensor, nn.Parameter) or kind.__module__.partition(".")[0] == "torch":
+        return value.detach()
+    raise _not_plain(value, name, fix=f"save {name}.as_subclass(torch.Tensor)")
+
+
+def _plain_scalar(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if float(value) != value and value == value:
+        raise _not_plain(value, name)
+    return float(value)
+
+
+def _loses_by_conversion(value: Any) -> bool:
+    """Return whether a number is exact where a float is not: a ``Fraction``."""
+    return isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
+
+
+def _plain_array(value: Any, name: str, outer: FrozenSet[int]) -> Any:
+    """Return a NumPy array as a tensor of its own, and one of its scalars as Python's."""
+    if value.ndim == 0:
+        scalar = value.item()
+        if type(scalar) is type(value):
+            raise _not_plain(value, name)
+        return _plain(scalar, name, outer)
+    try:
+        return torch.tensor(value.astype(_WIDER.get(value.dtype.name, value.dtype.newbyteorder("="))))
+    except (TypeError, RuntimeError):  # objects, strings, times
+        raise _not_plain(value, name, fix=f"save {name}.tolist(), if that is plain") from None
+
+
+def _not_plain(value: Any, name: str, fix: Optional[str] = None) -> CldaError:
+    kind = type(value)
+    if fix is None:
+        fix = f"save {_ADVICE.get(kind.__name__) or _advice(value)}, and make it anew after load()"
+    return problem(
+        f"{name} cannot be saved",
+        expected="tensors, numbers, strings, None, and lists, tuples and dicts of these, which every torch loads with "
+        "weights_only=True",
+        received=f"{kind.__module__}.{kind.__qualname__}",
+        fix=fix,
+    )
+
+
+_ADVICE = {
+    "set": "sorted(...) of it",
+    "frozenset": "sorted(...) of it",
+    "Namespace": "vars(...) of it",
+    "SimpleNamespace": "vars(...) of it",
+    "datetime": "its isoformat()",
+    "date": "its isoformat()",
+    "timedelta": "its total_seconds()",
+    "bytes": "list(...) of it",
+    "bytearray": "list(...) of it",
+    "Generator": "its state",
+    "complex": "[its real part, its imaginary part]",
+}
+"""By type, what to save instead."""
+
+
+def _advice(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        return "its name"
+    return "the tensors, numbers and strings that it is made of"

@@ -1,0 +1,145 @@
+"""Restoring several objects from their states, all of them or none, and models whatever wraps them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Dict, List, Mapping, Tuple, cast
+
+from torch import Tensor, nn
+
+from ._named import canonical_name
+from ._plain import plain_state
+from .errors import CldaError, problem
+from .learner import CollaborativeLearner
+
+
+def saved_pair(learner: CollaborativeLearner) -> Dict[str, Any]:
+    """Return the states of a learner and its teacher, for the checkpoint of an engine."""
+    return {"learner": learner.state_dict(), "teacher": plain_state(learner.teacher.state_dict(), "teacher")}
+
+
+def restore_pair(learner: CollaborativeLearner, saved: Any) -> None:
+    """Restore what :func:`saved_pair` returned, both or neither.
+
+    Raises:
+        CldaError: If one of the two is missing or does not fit.
+    """
+    if not isinstance(saved, Mapping) or not {"learner", "teacher"} <= set(saved):
+        raise problem(
+            "the checkpoint does not hold learner and teacher",
+            expected="both, as the integration saved them",
+            received=", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__,
+            fix="resume from a checkpoint that was written with the integration in place",
+        )
+    teacher = fitted("teacher", learner.teacher, saved["teacher"])
+    restore([("learner", learner, saved["learner"]), ("teacher", learner.teacher, teacher)])
+
+
+def restore(parts: List[Tuple[str, Any, Any]]) -> None:
+    """Call ``load_state_dict`` of every part; if one raises, those that were called get their former state again.
+
+    Args:
+        parts: Name, object and state of each.
+
+    Raises:
+        CldaError: If a part has no such method, or its method raises.
+    """
+    for name, part, _ in parts:
+        if not callable(getattr(part, "load_state_dict", None)):
+            raise _not_restored(name, part, f"{type(part).__name__} without it")
+    before: List[Tuple[Any, Any]] = []
+    try:
+        for name, part, state in parts:
+            try:
+                before.append((part, _copy(part.state_dict()) if hasattr(part, "state_dict") else None))
+                part.load_state_dict(state)
+            except CldaError:
+                raise
+            except Exception as error:
+                received = f"{type(part).__name__}, which raised {type(error).__name__}: {error}"
+                raise _not_restored(name, part, received) from error
+    except BaseException:
+        for part, state in reversed(before):
+            if state is not None:
+                _give_back(part, state)
+        raise
+
+
+def fitted(role: str, model: nn.Module, state: Any) -> Mapping[str, Any]:
+    """Return a saved ``state_dict()`` under the names that the model has today, which wrappers may have changed.
+
+    Raises:
+        CldaError: If it is of another architecture.
+    """
+    if not isinstance(state, Mapping):
+        raise problem(
+            f"the saved {role} cannot be read",
+            expected="a state_dict() of the model",
+            received=type(state).__name__,
+            fix="load a file that clda_core.checkpoint.save() wrote",
+        )
+    own = model.state_dict()
+    if set(own) != set(state):
+        state = _renamed(state, own)
+    ours, theirs = _shapes(own), _shapes(state)
+    if ours != theirs:
+        name = next(name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name))
+        raise problem(
+            f"the saved {role} is of another architecture",
+            expected=f"{name} of shape {ours[name]}" if name in ours else f"no {name}",
+            received=f"shape {theirs[name]}" if name in theirs else "none",
+            fix=f"build the {role} as it was built when it was saved",
+        )
+    return cast(Mapping[str, Any], state)
+
+
+def _renamed(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``state`` under the names of ``own`` where they are the same but for wrappers, else as it is."""
+    ours = {canonical_name(name): name for name in own}
+    theirs = {canonical_name(name): name for name in state}
+    if set(ours) != set(theirs) or len(ours) != len(own) or len(theirs) != len(state):
+        return state
+    renamed = OrderedDict((ours[name], state[theirs[name]]) for name in ours)
+    versions = {_canonical_module(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    modules = {name: versions.get(_canonical_module(name)) for name in getattr(own, "_metadata", {})}
+    renamed._metadata = {name: value for name, value in modules.items() if value}  # type: ignore[attr-defined]
+    return renamed
+
+
+def _canonical_module(name: str) -> str:
+    return canonical_name(f"{name}.tensor" if name else "tensor").rpartition(".")[0]
+
+
+def _shapes(tensors: Mapping[str, Any]) -> Dict[str, Any]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+
+
+def _copy(state: Any) -> Any:
+    """Return a state with tensors of its own, on the CPU, where they cost no memory of a device."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, OrderedDict):
+        copied = OrderedDict((key, _copy(value)) for key, value in state.items())
+        vars(copied).update(vars(state))  # the versions of a module's state
+        return copied
+    if type(state) is dict:
+        return {key: _copy(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)([_copy(value) for value in state])
+    return state
+
+
+def _give_back(part: Any, state: Any) -> None:
+    try:
+        part.load_state_dict(state)
+    except Exception:  # it does not take its own state; the error that led here is on its way
+        return
+
+
+def _not_restored(name: str, part: Any, received: str) -> CldaError:
+    return problem(
+        f"{name} cannot be restored",
+        expected=f"an object with load_state_dict() that takes what was saved as {name}",
+        received=received,
+        fix=f"build {name} as it was built when it was saved; plain data need not be passed, load() returns them",
+    )
