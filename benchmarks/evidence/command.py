@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
 from benchmarks.evidence.records import FOLDER, Record, Records, claimed
 from benchmarks.evidence.runs import WORK, run, trained_teacher
-from benchmarks.evidence.tables import runs_of, tables
+from benchmarks.evidence.tables import runs_of, tables, withdrawn_of
 from benchmarks.evidence.tasks import TASKS, task
 from benchmarks.evidence.teaching import teach
 from benchmarks.evidence.variants import named
@@ -70,7 +70,8 @@ def _train(options: argparse.Namespace) -> int:
     missing = [(seed, name) for seed in seeds for name in names if (benchmark.setting(), seed, name) not in done]
     print(f"{options.name}: {len(seeds) * len(names) - len(missing)} runs are recorded, {len(missing)} are to be made")
     failed = _make(options, records, missing) if missing else []
-    print(tables(runs_of(records.read(), seeds).get(benchmark.setting(), {})))
+    runs, withdrawn = (of(records.read(), seeds).get(benchmark.setting(), {}) for of in (runs_of, withdrawn_of))
+    print(tables(runs, withdrawn))
     for line in failed:
         print(f"evidence: {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 Record = Dict[str, Any]
 Key = Tuple[str, int, str]
@@ -48,9 +48,13 @@ class Records:
             )
         return records
 
+    def standing(self) -> List[Record]:
+        """Return the records that are not withdrawn, in the order of writing."""
+        return standing(self.read())
+
     def done(self) -> Dict[Key, Record]:
-        """Return the latest record of each run."""
-        return {key_of(record): record for record in self.read()}
+        """Return the latest record of each run; a withdrawn run counts as not made."""
+        return {key_of(record): record for record in self.standing()}
 
     def add(self, record: Record) -> None:
         """Append a record, whole or not at all."""
@@ -67,6 +71,11 @@ class Records:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def standing(records: Sequence[Record]) -> List[Record]:
+    """Return the records whose figures count: those without a reason under ``"withdrawn"``."""
+    return [record for record in records if not record.get("withdrawn")]
 
 
 def key_of(record: Record) -> Key:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, overall
 from benchmarks.evidence.records import FOLDER, Record, Records
-from benchmarks.evidence.tables import REPORTED, Runs, cost_ratio, difference, runs_of, tables
+from benchmarks.evidence.tables import REPORTED, Runs, cost_ratio, difference, runs_of, tables, withdrawn_of
 from benchmarks.evidence.variants import FROZEN, VARIANTS
 from clda_core import CldaError
 
@@ -126,15 +126,19 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
     """
     parts: List[str] = []
     for path in sorted(folder.glob("*.jsonl")):
-        for setting, runs in sorted(runs_of(Records(path).read()).items()):
+        records = Records(path).read()
+        withdrawn = withdrawn_of(records)
+        for setting, runs in sorted(runs_of(records).items()):
             figure = Path("assets/evidence") / f"{setting}.svg"
             if not check:
                 cost_figure(runs, docs / figure)
             counts = sorted({seed for of_variant in runs.values() for seed in of_variant})
             picture = f"![Gain against time]({figure.as_posix()})"
-            parts.append("\n\n".join([f"## {setting}", _provenance(runs, counts), tables(runs), picture]))
+            gone = withdrawn.get(setting, {})
+            told = [_provenance(runs, counts), *withdrawal(gone), tables(runs, gone), picture]
+            parts.append("\n\n".join([f"## {setting}", *told]))
     for path in sorted((folder / "observation").glob("*.jsonl")):
-        records = [record for record in Records(path).read() if record["seed"] in REPORTED]
+        records = [record for record in Records(path).standing() if record["seed"] in REPORTED]
         if records:
             figure = Path("assets/evidence") / f"observation-{path.stem}.svg"
             if not check:
@@ -142,7 +146,7 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
             picture = f"![LSR by layer]({figure.as_posix()})"
             parts.append("\n\n".join([f"## The observation: {path.stem}", observation_table(records), picture]))
     for path in sorted((folder / "teaching").glob("*.jsonl")):
-        records = [record for record in Records(path).read() if record["seed"] in REPORTED]
+        records = [record for record in Records(path).standing() if record["seed"] in REPORTED]
         if records:
             parts.append(f"## One direction alone: {path.stem}\n\n{teaching_table(records)}")
     if not parts:
@@ -171,6 +175,21 @@ def _split(page: str) -> Tuple[str, str, str]:
     if not start or not end:
         raise CldaError(f"docs/evidence.md has no place for the tables. Fix: put {START} and {END} into it")
     return before, inside, after
+
+
+def withdrawal(withdrawn: Runs) -> List[str]:
+    """Return a paragraph per reason: how many runs of which variants it took out of the tables."""
+    by_reason: Dict[str, Dict[str, int]] = {}
+    for name, of_seed in withdrawn.items():
+        for record in of_seed.values():
+            counts = by_reason.setdefault(record["withdrawn"], {})
+            counts[name] = counts.get(name, 0) + 1
+    return [
+        f"**Withdrawn**, {sum(counts.values())} runs ("
+        + ", ".join(f"{VARIANTS[name].title}: {counts[name]}" for name in VARIANTS if name in counts)
+        + f"): {reason}."
+        for reason, counts in sorted(by_reason.items())
+    ]
 
 
 def _provenance(runs: Runs, seeds: Sequence[int]) -> str:

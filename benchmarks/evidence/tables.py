@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.evidence.records import Record
+from benchmarks.evidence.records import Record, key_of, standing
 from benchmarks.evidence.statistics import Difference, holm, paired
 from benchmarks.evidence.variants import CLDA, FROZEN, FROZEN_DIST, TURNS, UDA, VARIANTS
 
@@ -53,10 +53,25 @@ CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
 
 
 def runs_of(records: Sequence[Record], seeds: Sequence[int] = REPORTED) -> Dict[str, Runs]:
-    """Return the latest record by setting, variant and seed, of the given seeds and known variants."""
+    """Return the latest record by setting, variant and seed, of the given seeds and known variants.
+
+    Withdrawn records are left out.
+    """
+    settings: Dict[str, Runs] = {}
+    for record in standing(records):
+        if record["seed"] in seeds and record["variant"] in VARIANTS:
+            of_setting = settings.setdefault(record["setting"], {})
+            of_setting.setdefault(record["variant"], {})[record["seed"]] = record
+    return settings
+
+
+def withdrawn_of(records: Sequence[Record], seeds: Sequence[int] = REPORTED) -> Dict[str, Runs]:
+    """Return, as :func:`runs_of` does, the withdrawn runs that have not been made anew."""
+    made = {key_of(record) for record in standing(records)}
     settings: Dict[str, Runs] = {}
     for record in records:
-        if record["seed"] in seeds and record["variant"] in VARIANTS:
+        known = record["seed"] in seeds and record["variant"] in VARIANTS
+        if known and record.get("withdrawn") and key_of(record) not in made:
             of_setting = settings.setdefault(record["setting"], {})
             of_setting.setdefault(record["variant"], {})[record["seed"]] = record
     return settings
@@ -73,22 +88,40 @@ def difference(runs: Runs, variant: str, role: str, *, to: str = FROZEN) -> Opti
     return paired([ours for ours, _ in whole], [theirs for _, theirs in whole])
 
 
-def tables(runs: Runs) -> str:
-    """Return one table a group: means, and paired differences to frozen KD, or to CLDA with one part replaced."""
+def tables(runs: Runs, withdrawn: Optional[Runs] = None) -> str:
+    """Return one table per group: means, and paired differences to frozen KD, or to CLDA with one part replaced.
+
+    Args:
+        runs: By variant and seed.
+        withdrawn: Runs whose figures do not count; a variant that has no others gets a row that says so, and stays in
+            the family that Holm's correction is over.
+    """
     parts: List[str] = []
+    gone: Mapping[str, Any] = withdrawn or {}
     for group, heading in GROUPS.items():
-        names = [name for name, variant in VARIANTS.items() if variant.group == group and name in runs]
-        if not names:
+        of_group = [name for name, variant in VARIANTS.items() if variant.group == group]
+        names = [name for name in of_group if name in runs]
+        if not names and not any(name in gone for name in of_group):
             continue
         base, called = (CLDA, "CLDA") if group in COMPARED_WITH_CLDA else (FROZEN, "frozen KD")
         compared = [name for name in names if name != base]
         found = {(name, role): difference(runs, name, role, to=base) for name in compared for role in BOTH}
+        uncounted = {name: 1.0 for name in of_group if name in gone and name not in runs}
         adjusted = {
-            role: holm({name: item.p for (name, whose), item in found.items() if whose == role and item is not None})
+            role: holm(
+                {
+                    **uncounted,
+                    **{name: item.p for (name, whose), item in found.items() if whose == role and item is not None},
+                }
+            )
             for role in BOTH
         }
         rows = []
-        for name in names:
+        for name in of_group:
+            if name not in runs:
+                if name in gone:
+                    rows.append([VARIANTS[name].title, f"withdrawn ({len(gone[name])})", *[""] * 5])
+                continue
             records = runs[name]
             row: List[Any] = [VARIANTS[name].title, len(records)]
             for role in BOTH:
@@ -97,11 +130,14 @@ def tables(runs: Runs) -> str:
             rows.append(row)
         headers = ["", "seeds", "student", f"vs {called}", "teacher", f"vs {called}", "time"]
         parts.append(f"### {heading}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}")
-    return "\n\n".join([*parts, *contrasts(runs), *per_class(runs)])
+    return "\n\n".join([*parts, *contrasts(runs, gone), *per_class(runs)])
 
 
-def contrasts(runs: Runs) -> List[str]:
-    """Return a table of the paired differences between variants of which neither is frozen-teacher KD."""
+def contrasts(runs: Runs, withdrawn: Optional[Mapping[str, Any]] = None) -> List[str]:
+    """Return a table of the paired differences between variants of which neither is frozen-teacher KD.
+
+    Comparisons with withdrawn runs stay in the family that Holm's correction is over.
+    """
     found = {
         (f"{_titled(variant)} − {_titled(other)}", role): item
         for variant, other, roles in CONTRASTS
@@ -111,7 +147,13 @@ def contrasts(runs: Runs) -> List[str]:
     }
     if not found:
         return []
-    adjusted = holm({" ".join(key): item.p for key, item in found.items()})
+    uncounted = {
+        f"{_titled(variant)} − {_titled(other)} {role}": 1.0
+        for variant, other, roles in CONTRASTS
+        for role in roles
+        if withdrawn and (variant in withdrawn or other in withdrawn)
+    }
+    adjusted = holm({**uncounted, **{" ".join(key): item.p for key, item in found.items()}})
     rows = [[*key, item.seeds, _described(item, adjusted[" ".join(key)])] for key, item in found.items()]
     headers = ["", "of the", "seeds", "difference"]
     return [f"### Head to head\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"]

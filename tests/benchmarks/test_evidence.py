@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -94,6 +95,16 @@ def test_two_processes_write_whole_lines(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sorted(item["seed"] for item in Records(tmp_path / "r.jsonl").read()) == list(range(100))
+
+
+def test_a_withdrawn_run_counts_as_not_made_until_it_is_made_anew(tmp_path: Path) -> None:
+    records = Records(tmp_path / "digits.jsonl")
+    records.add({**record(0), "withdrawn": "made with a fault"})
+    records.add(record(1))
+    assert [item["seed"] for item in records.read()] == [0, 1]
+    assert [seed for _, seed, _ in records.done()] == [1]
+    records.add(record(0, student=90.0))
+    assert records.done()[("digits-600-600", 0, FROZEN)]["student"] == {"accuracy": 90.0}
 
 
 def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
@@ -323,6 +334,50 @@ def test_head_to_head_and_by_class() -> None:
     car = next(line for line in by_class.splitlines() if line.startswith("| car"))
     assert [cell.strip() for cell in car.strip("|").split("|")] == ["car", "40.0", "1.0", "41.5", "1.0"]
     assert tables.per_class({FROZEN: {0: record()}}) == []
+
+
+def test_the_report_leaves_withdrawn_runs_out_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = pytest.importorskip("benchmarks.evidence.report")
+    drawn: List[List[str]] = []
+    monkeypatch.setattr(report, "cost_figure", lambda runs, path: drawn.append(sorted(runs)))
+    records = Records(tmp_path / "digits.jsonl")
+    for seed in range(4):
+        records.add(record(seed, FROZEN, student=80.0 + 0.1 * seed))
+        records.add({**record(seed, CLDA, student=66.6, teacher=66.6), "withdrawn": "made with a fault"})
+        records.add(record(seed, "select-all", student=81.0))
+    page = tmp_path / "evidence.md"
+    page.write_text(f"{report.START}\n{report.END}\n")
+    assert report.write_report(folder=tmp_path, docs=tmp_path) == 0
+    text = page.read_text()
+    assert "**Withdrawn**, 4 runs (CLDA: 4): made with a fault." in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| CLDA ")]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["CLDA", "withdrawn (4)", *[""] * 5]
+    assert "66.6" not in text
+    assert "CLDA − all layers" not in text
+    assert drawn == [[FROZEN, "select-all"]]
+    records.add(record(0, CLDA, student=81.5))  # one of them is made anew
+    assert report.write_report(folder=tmp_path, docs=tmp_path) == 0
+    text = page.read_text()
+    assert "**Withdrawn**, 3 runs (CLDA: 3): made with a fault." in text
+    assert "| CLDA                            | 1       | 81.5" in text
+    assert "66.6" not in text
+
+
+def test_withdrawn_comparisons_stay_in_the_family_of_holms_correction() -> None:
+    """A comparison does not become significant because others were withdrawn."""
+    tables = pytest.importorskip("benchmarks.evidence.tables")
+    of: Dict[str, Dict[int, Dict[str, Any]]] = {name: {} for name in ("former", "former-random", FROZEN)}
+    for seed in range(8):
+        for name, figure in (("former", 82.0 + 0.1 * seed), ("former-random", 81.0), (FROZEN, 80.0)):
+            of[name][seed] = record(seed, name, student=figure, teacher=figure)
+    # All differences of one sign, in both roles: p = 2 / 2^8, doubled by the correction.
+    gone = {"former-all": {0: record()}, CLDA: {0: record()}}
+    starred = [re.findall(r"\]\*", table) for table in (tables.contrasts(of)[0], tables.contrasts(of, gone)[0])]
+    assert [len(stars) for stars in starred] == [2, 0]
+    heading = "### Which layers, with the former defaults"
+    beside = tables.tables(of, {f"former-{name}": {0: record()} for name in ("highest", "all")})
+    assert heading in beside
+    assert "| all layers    | withdrawn (1)" in beside
 
 
 def test_report_without_records_or_page_says_what_to_do(tmp_path: Path) -> None:
