@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Dict, Iterator, Sequence
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,40 @@ def load_plain(path: str) -> Any:
     if "weights_only" in inspect.signature(torch.load).parameters:
         return torch.load(path, map_location="cpu", weights_only=True)
     return torch.load(path, map_location="cpu")
+
+
+def noting_draws() -> Optional[ContextManager[List[str]]]:
+    """Return a context that lists this thread's operations that draw from a global generator, from torch 1.13 on."""
+    tag = getattr(getattr(torch, "Tag", None), "nondeterministic_seeded", None)
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:
+        return None
+    if tag is None:
+        return None
+    noted: List[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if tag in func.tags and kwargs.get("generator") is None and _drops(func, args, kwargs):
+                noted.append(str(func))
+            return func(*args, **kwargs)
+
+        def __enter__(self) -> Any:
+            super().__enter__()
+            return noted
+
+    return Noting()
+
+
+def _drops(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether an operation with a probability of dropout (fused attention) drops anything; True without one."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[index] if index < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(given)
+    return True
 
 
 @contextmanager

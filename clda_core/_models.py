@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ._buffers import Buffers
 from ._named import modules_of
 from ._sharded import reshard
+from ._undo import undoing
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode, so that dropout draws nothing and BatchNorm statistics stay; restore every module.
+    """Run models in eval mode, so that dropout draws nothing; restore the mode of every module, and every buffer.
 
-    Parameters that a forward pass gathered from other ranks are given up too.
+    Buffers are restored because not all of them are statistics that eval mode leaves alone: a forward pass may count
+    its calls, fill a queue or follow ranges in eval mode too. Parameters that a forward pass gathered from other ranks
+    are given up.
     """
-    modules = [module for model in models for module in modules_of(model)]
+    borrowed = [(model, modules_of(model)) for model in dict.fromkeys(models)]
+    modules = [module for _, parts in borrowed for module in parts]
     changed = [module for module in modules if module.training]
-    try:
+    buffers: List[Buffers] = []
+    complete = False
+
+    def give_back() -> None:
+        for module in changed:
+            module.training = True
+        for one in buffers:
+            one.put_back(complete=complete)
+        reshard(modules)
+
+    with undoing(give_back):
+        buffers.extend(Buffers(model, parts) for model, parts in borrowed)
         for module in changed:
             module.training = False
         yield
-    finally:
-        for module in changed:
-            module.training = True
-        reshard(modules)
+        complete = True
 
 
 @contextmanager
@@ -40,15 +53,32 @@ def requiring_grad(parameters: Iterable[Tensor], *, of: Iterable[Tensor] = ()) -
     """
     wanted = list(parameters)
     everyone = {id(parameter): parameter for parameter in [*of, *wanted]}
-    before = [(parameter, parameter.requires_grad) for parameter in everyone.values()]
+    before: List[Tuple[Tensor, bool]] = [(parameter, parameter.requires_grad) for parameter in everyone.values()]
     chosen = {id(parameter) for parameter in wanted}
-    try:
+
+    def give_back() -> None:
+        for parameter, flag in before:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+    with undoing(give_back):
         for parameter, flag in before:
             if flag != (id(parameter) in chosen):
                 parameter.requires_grad_(not flag)
         with torch.enable_grad():
             yield
-    finally:
-        for parameter, flag in before:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let every parameter's ``.grad`` be the block's own, ``None`` at first; put the host's back."""
+    before = [(parameter, parameter.grad) for parameter in parameters]
+
+    def give_back() -> None:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+    with undoing(give_back):
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
