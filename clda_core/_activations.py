@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ._compat import uncompiled
 from ._models import evaluating
+from ._random import keeping_rng
+from ._undo import undoing
 
 _SPATIAL = {
     1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d),
@@ -32,8 +34,9 @@ Read = Callable[[str, nn.Module, Tuple[Any, ...], Any], None]
 @contextmanager
 def capturing(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
     """Hand each module's first call to ``read`` while the context is open; leave no hook behind."""
-    seen = set()
-    handles = []
+    seen: Set[str] = set()
+    handles: List[Any] = []
+    hooks: List[Any] = []
 
     def hook_for(name: str) -> Callable[[nn.Module, Tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
@@ -43,13 +46,18 @@ def capturing(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
 
         return hook
 
-    try:
-        for name, module in modules.items():
-            handles.append(module.register_forward_hook(hook_for(name)))
-        yield
-    finally:
+    def remove() -> None:
         for handle in handles:
             handle.remove()
+        for module in modules.values():  # a hook whose handle an interrupt kept from us
+            for key in [key for key, hook in module._forward_hooks.items() if hook in hooks]:
+                del module._forward_hooks[key]
+
+    with undoing(remove):
+        for name, module in modules.items():
+            hooks.append(hook_for(name))
+            handles.append(module.register_forward_hook(hooks[-1]))
+        yield
 
 
 @contextmanager
@@ -58,8 +66,7 @@ def watching(*models: nn.Module) -> Iterator[None]:
 
     Compiled models run uncompiled meanwhile, so that hooks are called and nothing is compiled anew for them.
     """
-    devices = sorted({p.device.index or 0 for m in models for p in m.parameters() if p.device.type == "cuda"})
-    with uncompiled(*models), torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(*models):
+    with uncompiled(*models), keeping_rng("watch", *models), torch.no_grad(), evaluating(*models):
         yield
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterable, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ._config import Strategy
 from ._sharded import check_sharding
 from .errors import check_number, problem
 from .layers import Layer, canonical_parameters
@@ -83,6 +84,47 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
             received="the same object twice" if teacher is student else f"shared: {shared[:5]}",
             fix="build the student on its own, or start it from the teacher with init_student()",
         )
+
+
+def check_apart(role: str, strategy: Any, models: Sequence[nn.Module]) -> None:
+    """Raise if a strategy that is or contains a module has parameters of the host's models among its own."""
+    if isinstance(strategy, Strategy) and not isinstance(strategy, nn.Module):
+        for part in vars(strategy).values():  # a guard's update and criterion, an update's loss
+            check_apart(role, part, models)
+        return
+    if not isinstance(strategy, nn.Module):
+        return
+    own = {_identity(parameter) for parameter in strategy.parameters()}
+    for whose, model in zip(("teacher", "student"), models):
+        shared = [name for name, parameter in canonical_parameters(model).items() if _identity(parameter) in own]
+        if own and shared:
+            raise problem(
+                f"{role}= holds the {whose}'s parameters, so the learner would train and save them as the strategy's",
+                expected=f"a module whose parameters() are its own, without the {whose}",
+                received=f"{type(strategy).__name__} with {shared[:5]}",
+                fix=f"keep the {whose} out of its sub-modules (self.models = [model] hides it from parameters()), or "
+                "read features through extract= and Outputs",
+            )
+
+
+def shapes_of(model: nn.Module, layers: Iterable[Layer]) -> Dict[str, Tuple[int, ...]]:
+    """Return the shape of every parameter of some layers by canonical name; names that the model lacks are absent."""
+    parameters = canonical_parameters(model)
+    names = [name for layer in layers for name in layer.parameters]
+    return {name: tuple(parameters[name].shape) for name in names if name in parameters}
+
+
+def check_as_built(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mapping[str, Tuple[int, ...]]) -> None:
+    """Raise if a model's parameters have other names or shapes than when the learner was built."""
+    for name, shape in built.items():
+        if now.get(name) != shape:
+            raise problem(
+                f"the {whose}'s parameters were renamed, resized or replaced after the learner was built",
+                expected=f"{name!r} of shape {shape}",
+                received=f"shape {now[name]}" if name in now else "no such parameter",
+                fix="prune, parametrize (weight_norm, spectral_norm), add or merge adapters before you build the "
+                "learner, or build a new one afterwards",
+            )
 
 
 def size(model: nn.Module) -> int:

@@ -123,8 +123,8 @@ def load_plain(path: str) -> Any:
     return torch.load(path, map_location="cpu")
 
 
-def noting_draws() -> Optional[ContextManager[List[str]]]:
-    """Return a context that lists this thread's operations that draw from a global generator, from torch 1.13 on."""
+def noting_draws(noted: List[str]) -> Optional[ContextManager[Any]]:
+    """Return a context that lists this thread's draws from global generators in ``noted``; None before torch 1.13."""
     tag = getattr(getattr(torch, "Tag", None), "nondeterministic_seeded", None)
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,20 +132,16 @@ def noting_draws() -> Optional[ContextManager[List[str]]]:
         return None
     if tag is None:
         return None
-    noted: List[str] = []
+    mode: Any = TorchDispatchMode
 
-    class Noting(TorchDispatchMode):
+    class Noting(mode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if tag in func.tags and kwargs.get("generator") is None and _drops(func, args, kwargs):
                 noted.append(str(func))
             return func(*args, **kwargs)
 
-        def __enter__(self) -> Any:
-            super().__enter__()
-            return noted
-
-    return Noting()
+    return Noting()  # type: ignore[no-any-return]
 
 
 def _drops(func: Any, args: Any, kwargs: Any) -> bool:

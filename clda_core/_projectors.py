@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_apart
 from ._distributed import mean_where_seen
 from .update.writing import copied
 
@@ -18,9 +19,15 @@ class Projectors:
 
     Args:
         distillation: The KD loss. If it is a module its parameters may appear as late as its first call.
+        models: The host's, of which the loss may own nothing.
+
+    Raises:
+        CldaError: If the loss has parameters of the host's models among its own; from any method if it got them later.
     """
 
-    def __init__(self, distillation: Callable[..., Tensor]) -> None:
+    def __init__(self, distillation: Callable[..., Tensor], models: Sequence[nn.Module] = ()) -> None:
+        self._models = tuple(models)
+        self._checked: Tuple[int, ...] = ()
         self.module: Optional[nn.Module] = distillation if isinstance(distillation, nn.Module) else None
         self._optimizer: Optional[torch.optim.Optimizer] = None
         self._restored: Optional[Mapping[str, Any]] = None
@@ -87,4 +94,11 @@ class Projectors:
         self._optimizer, self._restored = None, copied(state["optimizer"])
 
     def _parameters(self) -> List[nn.Parameter]:
-        return [] if self.module is None else [p for p in self.module.parameters() if p.requires_grad]
+        if self.module is None:
+            return []
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        identities = tuple(map(id, parameters))
+        if identities != self._checked:
+            check_apart("distillation", self.module, self._models)
+            self._checked = identities
+        return parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import contextmanager, nullcontext
-from typing import ContextManager, Dict, Iterator, List, MutableMapping, Tuple
+from typing import Dict, Iterator, List, MutableMapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,9 @@ def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
     """
     known = _draws.setdefault(models[0], {})
     others = threading.active_count() > 1
-    watching = noting_draws() if others and doing not in known else None
-    watched: ContextManager[List[str]] = nullcontext([]) if watching is None else watching
-    before = _states(models)
     noted: List[str] = []
+    watching = noting_draws(noted) if others and doing not in known else None
+    before = _states(models)
     finished = False
 
     def give_back() -> None:
@@ -51,7 +50,7 @@ def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
             for index in changed:
                 _set_state(index, before[index])
 
-    with undoing(give_back), watched as noted:
+    with undoing(give_back), nullcontext() if watching is None else watching:
         yield
         finished = True
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Set, cast
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
 from ._checks import (
+    check_apart,
+    check_as_built,
     check_callable,
     check_loss,
     check_mask,
@@ -20,6 +22,7 @@ from ._checks import (
     check_strategies,
     check_strength,
     check_trainable,
+    shapes_of,
     warn_if_swapped,
 )
 from ._compat import uncompiled
@@ -28,14 +31,16 @@ from ._distributed import adding, world_size
 from ._models import evaluating
 from ._plain import plain
 from ._projectors import Projectors
+from ._random import keeping_rng
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
+from ._undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.base import in_students_classes, leaves_nothing
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
-from .outputs import Extract, Outputs, as_outputs, call_model, stand_in, without_graph
+from .outputs import Extract, Outputs, as_outputs, call_model, owned, stand_in, without_graph
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Earlier, Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
@@ -47,6 +52,7 @@ from .update.writing import copied, undone_on_error
 __all__ = ["CollaborativeLearner"]
 
 _ROLES = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
+_FIXED = frozenset({"teacher", "student", "extract", *_ROLES})
 
 
 class CollaborativeLearner:
@@ -130,13 +136,16 @@ class CollaborativeLearner:
         self.keep_rounds = keep_rounds
         check_strategies({role: getattr(self, role) for role in _ROLES})
         check_callable("extract", extract)
+        for role in _ROLES:
+            check_apart(role, getattr(self, role), (teacher, student))
         self._teacher_view = ModelView(teacher, group_layers(teacher, layers))
         self._student_view = ModelView(student, group_layers(student, layers))
+        self._shapes = (_shapes(self._teacher_view), _shapes(self._student_view))
         self._related: Optional[RelatedLayers] = None
         if not self.relation.needs_inputs:
             self._relate(None)
         self._observer = Observer(self._teacher_view, self.saliency, self.selection.threshold, self.probe, self._logits)
-        self._projectors = Projectors(self.distillation)
+        self._projectors = Projectors(self.distillation, (teacher, student))
         self._steps = 0
         self._history: List[RoundRecord] = []
         self._earlier = Earlier()
@@ -147,6 +156,17 @@ class CollaborativeLearner:
         self._mask: Optional[Tensor] = None
         self._has_data = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to exchange models or strategies: observations, relation and checkpoints are of those built with."""
+        if name in _FIXED and name in vars(self):
+            raise problem(
+                f"learner.{name} cannot be replaced",
+                expected=f"the {name} that the learner was built with",
+                received=type(value).__name__,
+                fix=f"build a new CollaborativeLearner with {name}=; only enabled may be assigned",
+            )
+        super().__setattr__(name, value)
+
     # ------------------------------------------------------------------------------------------------ every step
 
     @property
@@ -154,6 +174,7 @@ class CollaborativeLearner:
         """Whether gradients are observed at the optimizer step now in the making."""
         return self.enabled and self._observes(self._steps + 1)
 
+    @settled
     def distill(
         self,
         student_output: Any,
@@ -201,8 +222,9 @@ class CollaborativeLearner:
                     received="neither",
                     fix="call learner.distill(student_output, inputs)",
                 )
-            teacher_output = self._run_teacher(inputs, student)
-        teacher = as_outputs(teacher_output, self.extract, "teacher", may_be_empty=not has_data)
+            teacher = self._run_teacher(inputs, student, may_be_empty=not has_data)
+        else:
+            teacher = as_outputs(teacher_output, self.extract, "teacher", may_be_empty=not has_data)
         if not has_data:
             teacher = stand_in(teacher)
         check_values(student.logits, teacher.logits, mask)
@@ -219,6 +241,7 @@ class CollaborativeLearner:
                 self._inputs, self._mask = without_graph(inputs), without_graph(mask)
         return loss
 
+    @settled
     def step(
         self,
         optimizer: Any = None,
@@ -266,6 +289,7 @@ class CollaborativeLearner:
 
     # -------------------------------------------------------------------------------------------- the two halves
 
+    @settled
     def observe(
         self,
         loss: Optional[LossOrFunction] = None,
@@ -295,13 +319,15 @@ class CollaborativeLearner:
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
         if self.observing:
-            with self._keeping_rng(), adding(self._has_data), uncompiled(self.teacher):
+            self._check_as_built()
+            with keeping_rng(f"observe {domain}", self.teacher), adding(self._has_data), uncompiled(self.teacher):
                 elements = self.update.granularity == "parameter"
                 self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
         if self.enabled:
             self._projectors.unscale(scaler)
         self._observed.add(domain)
 
+    @settled
     def after_step(self, *, stepped: bool = True) -> None:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
 
@@ -329,10 +355,10 @@ class CollaborativeLearner:
         self._steps += 1
         try:
             self._projectors.step()
-            with self._keeping_rng(), adding(self._has_data):
+            with adding(self._has_data):
                 if self._observer.commit() and self.schedule.due(self._steps):
                     # Compiled, the models would be compiled anew for every set of selected layers.
-                    with uncompiled(self.teacher, self.student):
+                    with keeping_rng("round", self.teacher, self.student), uncompiled(self.teacher, self.student):
                         self._round()
         finally:
             self._forget_step()
@@ -428,10 +454,10 @@ class CollaborativeLearner:
         single = self.update.granularity == "parameter"
         return self.schedule.observes(step) or (single and self.schedule.due(step))
 
-    def _run_teacher(self, inputs: Any, student: Outputs) -> Any:
+    def _run_teacher(self, inputs: Any, student: Outputs, *, may_be_empty: bool) -> Outputs:
         try:
-            with self._keeping_rng(), evaluating(self.teacher), torch.no_grad():
-                return call_model(self.teacher, inputs)
+            with keeping_rng("distill", self.teacher), evaluating(self.teacher), torch.no_grad():
+                raw = call_model(self.teacher, inputs)
         except Exception as error:
             if not isinstance(inputs, Tensor) or inputs.shape != student.logits.shape:
                 raise
@@ -441,6 +467,17 @@ class CollaborativeLearner:
                 received="a tensor of the shape of the student's logits",
                 fix="if it is the teacher's output call learner.distill(student_output, inputs, teacher_output=...)",
             ) from error
+        return owned(as_outputs(raw, self.extract, "teacher", may_be_empty=may_be_empty))
+
+    def _check_as_built(self) -> None:
+        """Raise if the teacher, or the student where its layers matter, is not what the learner was built with."""
+        check_as_built("teacher", self._shapes[0], _shapes(self._teacher_view))
+        if self.update.needs_relation:
+            check_as_built("student", self._shapes[1], _shapes(self._student_view))
+
+    def _broken_off(self) -> None:
+        """Forget the step in the making, which an interrupt ended."""
+        self._forget_step()
 
     def _forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
@@ -450,13 +487,6 @@ class CollaborativeLearner:
         self._has_data = True
         self._observer.forget_step()
         self._projectors.forget_gradients()
-
-    def _keeping_rng(self) -> ContextManager[None]:
-        """Give the host's random state back, should a model or a strategy draw from it."""
-        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            return torch.random.fork_rng(devices=[])
-        devices = {parameter.device for model in (self.teacher, self.student) for parameter in model.parameters()}
-        return torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices if d.type == "cuda"))
 
     @staticmethod
     def _has_samples(student: Outputs, mask: Optional[Tensor], in_round: bool) -> bool:
@@ -514,6 +544,7 @@ class CollaborativeLearner:
 
     def _round(self) -> None:
         """Select, relate, update, and record; nothing where no target data was observed as it should have been."""
+        self._check_as_built()
         layers = {layer.name: layer for layer in self._teacher_view.layers}
         rates, source_rates = self._observer.rates()
         if not rates and self._history and not self._observes(self._steps):
@@ -578,6 +609,10 @@ class CollaborativeLearner:
                 f"the update {type(self.update).__name__} raised {type(error).__name__}: {error}. The teacher is as it "
                 "was before the round. Fix: see the exception that caused this one"
             ) from error
+
+
+def _shapes(view: ModelView) -> Dict[str, Tuple[int, ...]]:
+    return shapes_of(view.model, view.layers)
 
 
 def _check_result(result: Any, context: RoundContext) -> None:

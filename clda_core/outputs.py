@@ -121,6 +121,15 @@ def stand_in(value: Any) -> Any:
     return torch.cat([value, value.new_zeros((1, *value.shape[1:]))])
 
 
+def owned(outputs: Outputs) -> Outputs:
+    """Return outputs in memory of their own, without a graph.
+
+    A model replayed as a CUDA graph (``make_graphed_callables``, ``torch.compile(mode="reduce-overhead")``) returns the
+    same memory at every call, so its next pass would overwrite what the last one returned.
+    """
+    return Outputs(outputs.logits.detach().clone(), tuple(feature.detach().clone() for feature in outputs.features))
+
+
 def without_graph(value: Any) -> Any:
     """Return inputs, or anything else, whose tensors have no graph; containers are made anew."""
     if isinstance(value, Tensor):

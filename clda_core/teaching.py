@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._models import evaluating
+from ._random import keeping_rng
 from .errors import problem
 from .learner import CollaborativeLearner
 from .outputs import call_model
@@ -63,7 +64,7 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
     empty = True
     for inputs in batches:
         empty = False
-        with learner._keeping_rng(), evaluating(student), torch.no_grad():
+        with keeping_rng("distill", student), evaluating(student), torch.no_grad():
             learner.distill(call_model(student, inputs), inputs)
         learner.step(step_fn=lambda: None)
     if empty:

@@ -12,7 +12,7 @@ from typing_extensions import Literal, Protocol
 from .._models import evaluating
 from ..errors import problem
 from ..layers import Layer
-from ..outputs import Outputs
+from ..outputs import Outputs, owned
 
 __all__ = ["Granularity", "RoundContext", "Update", "UpdateResult"]
 
@@ -61,13 +61,13 @@ class RoundContext:
         return self._cache["student"]
 
     def predict(self, model: nn.Module) -> Outputs:
-        """Return a model's outputs on ``inputs`` in eval mode, without a graph.
+        """Return a model's outputs on ``inputs`` in eval mode, without a graph and in memory of their own.
 
         Raises:
             CldaError: If this step's ``distill`` got no inputs.
         """
         with evaluating(model), torch.no_grad():
-            return self.forward(model, self.required_inputs())
+            return owned(self.forward(model, self.required_inputs()))
 
     def required_inputs(self) -> Any:
         """Return ``inputs``.
