@@ -141,7 +141,7 @@ def noting_draws(noted: List[str]) -> Optional[ContextManager[Any]]:
                 noted.append(str(func))
             return func(*args, **kwargs)
 
-    return Noting()  # type: ignore[no-any-return]
+    return Noting()
 
 
 def _drops(func: Any, args: Any, kwargs: Any) -> bool:
