@@ -115,9 +115,14 @@ def test_without_other_threads_a_model_that_begins_to_draw_is_noticed(monkeypatc
 def test_the_block_that_raises_gives_back_too() -> None:
     model = Drawing(6, draws=True)
     before = random_states()
-    with pytest.raises(ValueError, match="stop"), keeping_rng("distill", model):
-        torch.rand(3)
-        raise ValueError("stop")
+
+    def block() -> None:
+        with keeping_rng("distill", model):
+            torch.rand(3)
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        block()
     assert random_states() == before
 
 
