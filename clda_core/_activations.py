@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._compat import uncompiled
+from ._compat import has_float64, uncompiled
 from ._models import evaluating
 from ._random import keeping_rng
 from ._undo import undoing
@@ -138,7 +138,7 @@ def rows(first: Tensor, second: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
 
 def wide(value: Tensor) -> Tensor:
     """Convert to float64, which autocast leaves alone, where the device has it."""
-    return value.float() if value.device.type == "mps" else value.double()
+    return value.double() if has_float64(value.device) else value.float()
 
 
 def _evenly(total: int, count: int, device: torch.device) -> Tensor:

@@ -75,15 +75,6 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
                 fix="call CollaborativeLearner(teacher, student)",
             )
         check_sharding(whose, model)
-    ours = {_identity(parameter) for parameter in canonical_parameters(student).values()}
-    shared = [name for name, parameter in canonical_parameters(teacher).items() if _identity(parameter) in ours]
-    if shared:
-        raise problem(
-            "teacher and student share parameters",
-            expected="two models without a common parameter",
-            received="the same object twice" if teacher is student else f"shared: {shared[:5]}",
-            fix="build the student on its own, or start it from the teacher with init_student()",
-        )
 
 
 def check_apart(role: str, strategy: Any, models: Sequence[nn.Module]) -> None:
@@ -283,6 +274,13 @@ def check_related(related: Any, teacher: ModelView, student: ModelView, needed: 
             received=f"unrelated: {dict(related.unrelated)}",
             fix="pass another relation=, for example Explicit({...}), or an update that needs none",
         )
+
+
+def check_teacher_of(update: Any, teacher: nn.Module) -> None:
+    """Let an update that can tell say whether what it has restored belongs to this teacher."""
+    check = getattr(update, "check_teacher", None)
+    if check is not None:
+        check(teacher)
 
 
 def check_strength(strength: Any) -> None:

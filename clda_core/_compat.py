@@ -11,6 +11,8 @@ from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._layout import is_dense
+
 
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *, alike: bool = False) -> None:
     """Move each target in place towards its source: ``target <- target + weight · (source - target)``.
@@ -40,24 +42,53 @@ def halve_towards_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norms of tensors that are not empty, float32; fused where torch has the kernel."""
+    """Return the Euclidean norms of tensors that are not empty, float32 on the first one's device.
+
+    Fused where torch has the kernel.
+    """
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
         return torch.zeros(0, device=tensors[0].device)
     fused = getattr(torch, "_foreach_norm", None)
     found = [tensor.norm() for tensor in filled] if fused is None else fused(filled)
-    return torch.stack([norm.float() for norm in found])
+    return torch.stack([norm.float().to(tensors[0].device) for norm in found])
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device has float64, which MPS has not."""
+    return device.type in ("cpu", "cuda") or _makes_float64(device)
+
+
+@functools.lru_cache(maxsize=None)
+def _makes_float64(device: torch.device) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
 
 
 def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
-    """Return Adam, all parameters in one kernel where torch has that for the CPU too, or else in a few."""
+    """Return Adam, all parameters in one kernel where torch has that for them, or else in a few, or one by one."""
     options: Dict[str, Any] = {}
-    if all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters):
-        options = {"fused": True} if _has_fused_adam() else {"foreach": True}
+    if all(type(one) in (Tensor, nn.Parameter) and one.is_floating_point() for one in parameters):
+        # What the fused kernel cannot do is found out as late as in its first step.
+        devices = {parameter.device.type for parameter in parameters}
+        flat = devices <= {"cpu", "cuda"} and all(map(is_dense, parameters))
+        options = {"fused": True} if flat and _has_fused_adam() else {"foreach": True}
     try:
         return torch.optim.Adam(parameters, lr=learning_rate, **options)
     except (TypeError, RuntimeError):  # before torch 1.12; on a device without the kernel
         return torch.optim.Adam(parameters, lr=learning_rate)
+
+
+@functools.lru_cache(maxsize=1)
+def has_complex_adam() -> bool:
+    """Return whether Adam takes the real and the imaginary part of a parameter for two: from torch 1.13 on."""
+    parameter = torch.tensor([1 + 1j], requires_grad=True, device="cpu")
+    parameter.grad = torch.tensor([3 + 0.1j], device="cpu")
+    torch.optim.Adam([parameter], lr=0.1).step()
+    return bool((parameter.detach() - (0.9 + 0.9j)).abs().max() < 1e-3)
 
 
 @functools.lru_cache(maxsize=1)

@@ -32,17 +32,21 @@ def world_size() -> int:
 
 
 def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
-    """Return each tensor summed over the ranks with data, one call a dtype; in one process the tensors themselves."""
+    """Return each tensor summed over the ranks with data; in one process the tensors themselves.
+
+    One call for each dtype and device. What comes back is row-major, whatever the layout was: bring it to that of a
+    parameter before it meets one in an optimizer (:func:`clda_core._layout.laid_out_like`).
+    """
     if world_size() == 1:
         return list(tensors)
     summed: List[Tensor] = list(tensors)
     # Not a set, whose order differs from process to process.
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
+        chosen = [index for index, tensor in enumerate(tensors) if (tensor.dtype, tensor.device) == kind]
         flat = torch.cat([tensors[index].reshape(-1) for index in chosen])
         if not _has_data.get():
             flat.zero_()
-        dist.all_reduce(flat)
+        dist.all_reduce(torch.view_as_real(flat) if flat.is_complex() else flat)
         offset = 0
         for index in chosen:
             size = tensors[index].numel()

@@ -7,6 +7,7 @@ from typing import Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor, nn
 
+from ._layout import strided
 from ._sharded import local, sum_over_shards
 from .layers import canonical_parameters
 
@@ -51,7 +52,7 @@ def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
     """
     stale = still_leftover(model, leftover)
     found = {
-        name: parameter.grad
+        name: strided(parameter.grad)
         for name, parameter in canonical_parameters(model).items()
         if parameter.requires_grad and parameter.grad is not None and name not in stale
     }

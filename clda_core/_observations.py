@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ._compat import has_float64
 from ._distributed import sum_across_ranks
 from .errors import problem
 from .saliency.histogram import Histogram
@@ -84,7 +85,8 @@ class Observations:
         nothing = torch.zeros(self._layers, dtype=torch.float64, device="cpu")
         rows = [self._sums.get(domain, nothing) for domain in ("target", "source")]
         rows += [self._counts.get(domain, nothing).double() for domain in ("target", "source")]
-        table = sum_across_ranks([torch.stack(rows).to(device)])[0].tolist()
+        stacked = torch.stack(rows)
+        table = sum_across_ranks([stacked.to(device) if has_float64(device) else stacked])[0].tolist()
 
         def means(sums: List[float], counts: List[float]) -> Dict[str, float]:
             return {name: total / count for name, total, count in zip(names, sums, counts) if count}

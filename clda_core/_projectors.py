@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._checks import check_apart
 from ._distributed import mean_where_seen
+from ._layout import laid_out_like, strided
 from .update.writing import copied
 
 _LEARNING_RATE = 1e-3
@@ -55,11 +56,13 @@ class Projectors:
             if self._restored is not None:
                 self._optimizer.load_state_dict(dict(self._restored))
                 self._restored = None
-        gradients = mean_where_seen([parameter.grad for parameter in parameters], parameters)
+        found = [None if parameter.grad is None else strided(parameter.grad) for parameter in parameters]
+        gradients = mean_where_seen(found, parameters)
         for parameter, gradient in zip(parameters, gradients):
             # One non-finite gradient would stay in Adam's moments for good.
             if gradient is not None:
                 gradient = torch.where(torch.isfinite(gradient), gradient, torch.zeros_like(gradient))
+                gradient = laid_out_like(gradient, parameter)
             parameter.grad = gradient
         self._optimizer.step()
 

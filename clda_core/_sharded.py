@@ -90,6 +90,10 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> List[Optional[Tenso
             parameter.grad = gradient
     plain = [index for index, parameter in enumerate(parameters) if not is_sharded(parameter)]
     if plain:
+        for index in plain:
+            gradient = found[index]
+            if gradient is not None and gradient.is_sparse:
+                found[index] = gradient.to_dense()
         with adding(True):  # the loss already is zero where there is no data
             averaged = mean_where_seen([found[index] for index in plain], [parameters[index] for index in plain])
         for index, gradient in zip(plain, averaged):

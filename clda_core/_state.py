@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Mapping
 from .errors import problem
 from .report import Earlier
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
 
 
@@ -50,5 +50,10 @@ def _from_1(state: Dict[str, Any]) -> Dict[str, Any]:
     return {**state, "config": config, "earlier": asdict(Earlier())}
 
 
-_MIGRATIONS: Dict[int, Callable[[Dict[str, Any]], Dict[str, Any]]] = {1: _from_1}
+def _from_2(state: Dict[str, Any]) -> Dict[str, Any]:
+    """Before it was noted whose saliency is known; an update's moments had positions, which it still reads itself."""
+    return {**state, "observer": {**state["observer"], "known": None, "round_is_over": False}}
+
+
+_MIGRATIONS: Dict[int, Callable[[Dict[str, Any]], Dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """By version, what makes a state of that version one of the next."""

@@ -21,6 +21,7 @@ from ._checks import (
     check_steppable,
     check_strategies,
     check_strength,
+    check_teacher_of,
     check_trainable,
     shapes_of,
     warn_if_swapped,
@@ -35,6 +36,7 @@ from ._random import keeping_rng
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
 from ._undo import settled
+from ._writable import check_memory, check_precision, check_writable, writable_layers, written_now
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.base import in_students_classes, leaves_nothing
 from .errors import CldaError, check_choice, check_number, problem
@@ -44,7 +46,7 @@ from .outputs import Extract, Outputs, as_outputs, call_model, owned, stand_in, 
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Earlier, Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
-from .schedule import RoundSchedule, Schedule
+from .schedule import Never, RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
 from .update.writing import copied, undone_on_error
@@ -144,7 +146,10 @@ class CollaborativeLearner:
         self._related: Optional[RelatedLayers] = None
         if not self.relation.needs_inputs:
             self._relate(None)
-        self._observer = Observer(self._teacher_view, self.saliency, self.selection.threshold, self.probe, self._logits)
+        # Relations are between whole models; observed and written is what the host has not frozen.
+        self._writable = ModelView(teacher, writable_layers(self._teacher_view))
+        self._check_teacher()
+        self._observer = Observer(self._writable, self.saliency, self.selection.threshold, self.probe, self._logits)
         self._projectors = Projectors(self.distillation, (teacher, student))
         self._steps = 0
         self._history: List[RoundRecord] = []
@@ -155,6 +160,7 @@ class CollaborativeLearner:
         self._inputs: Any = None
         self._mask: Optional[Tensor] = None
         self._has_data = True
+        self._checked = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to exchange models or strategies: observations, relation and checkpoints are of those built with."""
@@ -318,6 +324,9 @@ class CollaborativeLearner:
         """
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
+        if self.enabled and not self._checked:
+            self._check_teacher()
+            self._checked = True
         if self.observing:
             self._check_as_built()
             with keeping_rng(f"observe {domain}", self.teacher), adding(self._has_data), uncompiled(self.teacher):
@@ -416,7 +425,7 @@ class CollaborativeLearner:
     def report(self) -> Report:
         """Return the history: ``print(report)``, ``report.to_dict()``, ``report.plot()``."""
         return Report(
-            layers=tuple(layer.name for layer in self._teacher_view.layers),
+            layers=tuple(layer.name for layer in self._writable.layers),
             rounds=tuple(self._history),
             unrelated={} if self._related is None else dict(self._related.unrelated),
             steps=self._steps,
@@ -506,6 +515,7 @@ class CollaborativeLearner:
         self._observer.load_state_dict(state["observer"])
         self._projectors.load_state_dict(state["projectors"])
         self.update.load_state_dict(state["update"])
+        check_teacher_of(self.update, self.teacher)
         self._steps, self._history, self._earlier, self._related = steps, history, earlier, related
         self._sum_up()
         self._forget_step()
@@ -518,7 +528,7 @@ class CollaborativeLearner:
     def _config(self) -> Dict[str, Any]:
         return {
             **{role: describe(getattr(self, role)) for role in _ROLES},
-            "teacher_layers": [[layer.name, layer.numel] for layer in self._teacher_view.layers],
+            "teacher_layers": [[layer.name, layer.numel] for layer in self._writable.layers],
             "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
         }
 
@@ -542,19 +552,28 @@ class CollaborativeLearner:
             self._related = related
         return self._related
 
+    def _check_teacher(self) -> None:
+        """Raise if rounds could not write the teacher as it is now; for a learner that makes rounds."""
+        rounds = self.enabled and not isinstance(self.schedule, Never)
+        check_memory(self.teacher, self.student, self._writable.layers if rounds else ())
+        if rounds:
+            check_writable(self._writable, self.saliency)
+
     def _round(self) -> None:
         """Select, relate, update, and record; nothing where no target data was observed as it should have been."""
         self._check_as_built()
-        layers = {layer.name: layer for layer in self._teacher_view.layers}
+        layers = {layer.name: layer for layer in written_now(self._writable, self._observer.known())}
         rates, source_rates = self._observer.rates()
         if not rates and self._history and not self._observes(self._steps):
             rates, source_rates = dict(self._history[-1].rates), dict(self._history[-1].source_rates)
-        if not rates:
+        known = {name: rate for name, rate in rates.items() if name in layers}
+        if not known:
             return
+        check_precision(self.teacher, tuple(layers.values()))
         strength = self.schedule.strength(self._steps)
         check_strength(strength)
-        selected = self.selection(rates, source_rates, {name: layer.numel for name, layer in layers.items()})
-        check_selected(selected, rates)
+        selected = self.selection(known, source_rates, {name: layer.numel for name, layer in layers.items()})
+        check_selected(selected, known)
         related = self._relate(self._inputs)
         context = RoundContext(
             teacher=self.teacher,

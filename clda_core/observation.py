@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_differentiable, check_reached
+from ._compat import has_float64
 from ._distributed import inside_ddp, mean_across_ranks, mean_where_seen
 from ._gradients import hosts_gradients, leftover_gradients, still_leftover
 from ._models import evaluating, requiring_grad
@@ -93,9 +94,14 @@ def non_salient_elements(
     return {
         name: torch.zeros_like(local(parameters[name]), dtype=torch.bool)
         if derivative is None and estimator.order > 0
-        else _scores(estimator, name, parameters[name], derivative) <= threshold.to(parameters[name].device)
+        else _not_above(_scores(estimator, name, parameters[name], derivative), threshold)
         for name, derivative in found.items()
     }
+
+
+def _not_above(scores: Tensor, threshold: Tensor) -> Tensor:
+    wide = threshold if has_float64(scores.device) else threshold.float()
+    return scores <= wide.to(scores.device)
 
 
 def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
@@ -151,7 +157,14 @@ class Observer:
         self._generator = torch.Generator().manual_seed(0)
         self._discarded_in_a_row = 0
         self._leftover = leftover_gradients(view.model)
-        self._pending: List[Tuple[str, Histogram]] = []
+        self._pending: List[Tuple[str, Histogram, Set[str]]] = []
+        # Of the round in the making; those of the round before until then, whose rates may be used again.
+        self._known: Optional[Set[str]] = None
+        self._round_is_over = True
+
+    def known(self) -> Optional[Set[str]]:
+        """Return the parameters whose saliency on target data is known, by name; ``None`` if nobody noted that."""
+        return self._known
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**vars(self), "_generator": self._generator.get_state()}  # which not every torch copies itself
@@ -181,10 +194,11 @@ class Observer:
         found = self._derivatives(loss, domain, inputs, mask, parameters)
         histogram = score_layers(self._saliency, self._view.layers, parameters, found)
         if domain == "target" and elements:
-            source = [other for kind, other in self._pending if kind == "source"]
+            source = [other for kind, other, _ in self._pending if kind == "source"]
             threshold = self._observations.threshold(self._threshold, histogram, source)
             self.non_salient = non_salient_elements(self._saliency, parameters, found, threshold)
-        self._pending.append((domain, histogram))
+        known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
+        self._pending.append((domain, histogram, known))
 
     def commit(self) -> bool:
         """Add what is pending to the averages, and return whether all of it was finite on every rank.
@@ -194,7 +208,7 @@ class Observer:
         """
         # Source data first: the threshold on target data may refer to it.
         pending = sorted(self._pending, key=lambda entry: entry[0])
-        finite = [self._add(domain, histogram) for domain, histogram in pending]
+        finite = [self._add(*entry) for entry in pending]
         return all(finite)
 
     def rates(self) -> Tuple[Dict[str, float], Dict[str, float]]:
@@ -205,6 +219,7 @@ class Observer:
     def start_next_round(self) -> None:
         """Forget the averages of the finished round."""
         self._observations.start_next_round()
+        self._round_is_over = True
 
     def forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
@@ -219,6 +234,8 @@ class Observer:
             "generator": self._generator.get_state(),
             "discarded": self.discarded,
             "discarded_in_a_row": self._discarded_in_a_row,
+            "known": None if self._known is None else sorted(self._known),
+            "round_is_over": self._round_is_over,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,6 +247,8 @@ class Observer:
         counters = int(state["discarded"]), int(state["discarded_in_a_row"])
         self._observations, self._generator = observations, generator
         self.discarded, self._discarded_in_a_row = counters
+        self._known = None if state["known"] is None else set(state["known"])
+        self._round_is_over = bool(state["round_is_over"])
 
     def _derivatives(
         self,
@@ -321,9 +340,14 @@ class Observer:
         check_differentiable(loss, "what the probe returned", "return a differentiable scalar from probe=")
         return loss
 
-    def _add(self, domain: str, histogram: Histogram) -> bool:
-        if bool(mean_across_ranks([histogram.finite.double()])[0] == 1):
+    def _add(self, domain: str, histogram: Histogram, known: Set[str]) -> bool:
+        if bool(mean_across_ranks([histogram.finite.float()])[0] == 1):
             self._observations.add(domain, histogram, self._threshold)
+            if domain == "target":
+                if self._round_is_over:
+                    self._known, self._round_is_over = known, False
+                elif self._known is not None:
+                    self._known |= known
             self._discarded_in_a_row = 0
             return True
         self.discarded += 1

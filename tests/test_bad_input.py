@@ -620,7 +620,7 @@ WRONG_STATES: Dict[str, Any] = {
     "of a model": (lambda: networks()[0].state_dict(), "cannot be read"),
     "of a newer version": (
         lambda: changed(state_after(), "version", 99),
-        "written by a newer clda-core.*from version 1 to version 2.*received version 99. Fix: pip install --upgrade",
+        "written by a newer clda-core.*from version 1 to version 3.*received version 99. Fix: pip install --upgrade",
     ),
     "of version 0": (lambda: changed(state_after(), "version", 0), "cannot be read.*received version 0"),
     "of no version": (lambda: without(state_after(), "version"), "cannot be read.*received version None"),

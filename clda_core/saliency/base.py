@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Literal, Protocol
 
+from .._layout import strided
 from ..errors import check_number, problem
 
 __all__ = ["Probe", "SaliencyEstimator", "derivatives"]
@@ -113,7 +114,8 @@ def _gradients(
     found = iter(
         torch.autograd.grad(loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     )
-    return [next(found) if parameter.requires_grad else None for parameter in parameters]
+    gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
+    return [None if gradient is None else strided(gradient) for gradient in gradients]
 
 
 def _hessian_diagonal(
@@ -153,7 +155,7 @@ def _hessian_diagonal(
             ) from error
         for (_, _, total), sign, product in zip(rows, signs, products):
             if product is not None:
-                total.addcmul_(sign, product, value=1.0 / samples)
+                total.addcmul_(sign, strided(product), value=1.0 / samples)
     return diagonal
 
 

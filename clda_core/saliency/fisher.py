@@ -57,4 +57,6 @@ class Fisher(Strategy):
             CldaError: If ``derivative`` is ``None``.
         """
         product = needed(derivative, self).mul(parameter)
+        if product.is_complex():
+            product = product.abs()
         return product.mul_(product).mul_(0.5)

@@ -9,7 +9,7 @@ from typing import Tuple, Union
 import torch
 from torch import Tensor
 
-from .._compat import leading_bits
+from .._compat import has_float64, leading_bits
 from ..errors import check_number, problem
 
 __all__ = ["Histogram", "fraction_above", "mean", "quantile"]
@@ -60,12 +60,14 @@ class Histogram:
 
         Args:
             layers: Number of layers, >= 1.
-            device: Where scores will be.
+            device: Where scores will be. A device without float64 counts its scores and leaves the rest to the CPU.
 
         Raises:
             CldaError: If ``layers`` is no integer >= 1.
         """
         check_number("layers", layers, at_least=1, integer=True)
+        if device is not None and not has_float64(torch.device(device)):
+            device = "cpu"
         return cls(
             torch.zeros(layers, _BINS, dtype=torch.int64, device=device),
             torch.zeros(layers, dtype=torch.float64, device=device),
@@ -76,8 +78,8 @@ class Histogram:
 
         Args:
             layer: Index of the layer.
-            scores: Any shape, any floating dtype (read as float32: what is larger is infinite), on the histogram's
-                device. Invalid scores are accepted here and seen in :attr:`finite` and :attr:`negative`.
+            scores: Any shape, any floating dtype (read as float32: what is larger is infinite), all on one device.
+                Invalid scores are accepted here and seen in :attr:`finite` and :attr:`negative`.
 
         Note:
             The one place that synchronises with a CUDA device (``torch.bincount`` does).
@@ -87,9 +89,11 @@ class Histogram:
         # On a CPU a chunk and its bins stay in the cache, which halves the time.
         split = flat.device.type == "cpu" and flat.numel() > CHUNK
         counts, total = self.counts[layer], self.sums[layer]
+        precise = torch.float64 if has_float64(flat.device) else torch.float32
         for chunk in torch.split(flat, CHUNK) if split else (flat,):
-            counts.add_(torch.bincount(leading_bits(chunk, _BITS), minlength=_BINS))
-            total.add_(chunk.sum(dtype=torch.float64))
+            found = torch.bincount(leading_bits(chunk, _BITS), minlength=_BINS)
+            counts.add_(found.to(counts.device))
+            total.add_(chunk.sum(dtype=precise).to(total.device))
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of a histogram over the same layers, in place.

@@ -48,4 +48,5 @@ class Taylor(Strategy):
         Raises:
             CldaError: If ``derivative`` is ``None``.
         """
-        return needed(derivative, self).mul(parameter).abs_()
+        product = needed(derivative, self).mul(parameter)
+        return product.abs() if product.is_complex() else product.abs_()

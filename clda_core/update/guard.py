@@ -7,8 +7,9 @@ import math
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._activations import wide
 from .._config import Strategy
 from .._distributed import mean_across_ranks
 from ..distillation import kl_distillation
@@ -197,6 +198,12 @@ class Guard(Strategy):
         updated = result.updated if accepted else ()
         return UpdateResult(updated, result.skipped, accepted, _known(before), _known(after))
 
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """Let the guarded update say whether what it has restored belongs to this teacher."""
+        check = getattr(self.update, "check_teacher", None)
+        if check is not None:
+            check(teacher)
+
     def state_dict(self) -> Dict[str, Any]:
         """Return the guarded update's state."""
         return self.update.state_dict()
@@ -219,7 +226,7 @@ class Guard(Strategy):
                 received=type(score).__name__ if not isinstance(score, Tensor) else f"shape {tuple(score.shape)}",
                 fix="return a scalar tensor, higher for a better teacher, from criterion=",
             )
-        return float(mean_across_ranks([score.detach().double()])[0])
+        return float(mean_across_ranks([wide(score.detach())])[0])
 
 
 def _parameters(criterion: Criterion) -> Optional[inspect.Signature]:

@@ -52,7 +52,8 @@ def init_student(
         >>> init_student(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), big).updated
         ('0', '2')
     """
-    from .._checks import check_models, size  # which itself reads this package's types
+    from .._checks import check_models, size  # which themselves read this package's types
+    from .._writable import check_memory
 
     check_models(teacher, student)
     if size(student) > size(teacher):
@@ -63,6 +64,7 @@ def init_student(
             fix="swap them; the learner takes the teacher first, init_student what it writes to",
         )
     of_teacher, of_student = group_layers(teacher, layers), group_layers(student, layers)
+    check_memory(teacher, student, of_teacher)
     related = (relation or ByRelativeDepth())(ModelView(teacher, of_teacher), ModelView(student, of_student), inputs)
     if not isinstance(related, RelatedLayers):
         raise problem(

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Set
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._compat import adam, norms
+from .._compat import has_float64, norms
 from .._config import Strategy
 from .._distributed import mean_where_seen
+from .._layout import strided
 from .._models import evaluating, requiring_grad
 from .._sharded import as_sharded, gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
-from ..errors import check_choice, check_number, problem
+from ..errors import check_choice, check_number
 from ..layers import canonical_parameters
 from .base import Granularity, RoundContext, UpdateResult
-from .writing import copied
+from .own_optimizer import OptimizerFactory, OwnOptimizer
 
 __all__ = ["MaskedDistillation"]
-
-_KERNELS = ("foreach", "fused")
-
-OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 class MaskedDistillation(Strategy):
@@ -75,9 +72,7 @@ class MaskedDistillation(Strategy):
         self.distillation = KLDistillation(temperature=1.0) if distillation is None else distillation
         self.optimizer = optimizer
         self.granularity: Granularity = granularity
-        self._optimizer: Optional[torch.optim.Optimizer] = None
-        self._base_rates: List[float] = []
-        self._restored: Optional[Mapping[str, Any]] = None
+        self._own = OwnOptimizer(learning_rate, optimizer)
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Take the steps on this step's target batch."""
@@ -85,7 +80,7 @@ class MaskedDistillation(Strategy):
         names = [name for layer in context.layers for name in layer.parameters]
         selected = [everything[name] for name in names]
         movable = context.movable(self.granularity)
-        optimizer = self._own_optimizer(list(everything.values()))
+        self._own.prepare(context.teacher, everything)
         target = context.student_outputs()
         inputs = context.required_inputs()
         reached: Set[str] = set()
@@ -101,73 +96,43 @@ class MaskedDistillation(Strategy):
             if not all_finite(found.values()):
                 reason = "a gradient of the round is not finite"
                 break
-            self._step(optimizer, everything, found, movable, context.strength)
+            self._step(context.teacher, everything, found, movable, context.strength)
             reached.update(found)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
 
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """Raise unless a restored state belongs to this teacher."""
+        self._own.check_fits(canonical_parameters(teacher))
+
     def state_dict(self) -> Dict[str, Any]:
-        """Return the optimizer's state; under FSDP2 this rank's part of it, as plain tensors."""
-        if self._optimizer is None:
-            return {} if self._restored is None else dict(self._restored)
-        return {"optimizer": _without_shards(self._optimizer.state_dict()), "base_rates": list(self._base_rates)}
+        """Return the optimizer's state by parameter name; under FSDP2 this rank's part of it, as plain tensors."""
+        return self._own.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the optimizer's state; it is applied when the teacher is at hand."""
-        self._optimizer = None
-        # Optimizers adopt the tensors they load and then write to them.
-        self._restored = copied(dict(state)) if state else None
-
-    def _own_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        if self._optimizer is None:
-            with requiring_grad(parameters):
-                if self.optimizer is None:
-                    optimizer = adam(parameters, self.learning_rate)
-                else:
-                    optimizer = self.optimizer(parameters)
-            _check_held(optimizer, parameters)
-            self._base_rates = [group["lr"] for group in optimizer.param_groups]
-            if self._restored is not None:
-                kernels = [{key: group[key] for key in _KERNELS if key in group} for group in optimizer.param_groups]
-                optimizer.load_state_dict(_with_shards(self._restored["optimizer"], optimizer))
-                for group, ours in zip(optimizer.param_groups, kernels):
-                    for key in _KERNELS:  # another version of torch may have saved a choice that this one lacks
-                        group.pop(key, None)
-                    group.update(ours)
-                self._base_rates = list(self._restored["base_rates"])
-                self._restored = None
-            self._optimizer = optimizer
-        _check_held(self._optimizer, parameters)
-        return self._optimizer
+        self._own.load_state_dict(state)
 
     def _step(
         self,
-        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
         parameters: Mapping[str, Tensor],
         found: Mapping[str, Tensor],
         movable: Mapping[str, Tensor],
         strength: float,
     ) -> None:
-        """Step with the gradients ``found`` alone; the ``.grad`` of every parameter is as before afterwards."""
+        """Step with the gradients ``found`` alone, in each parameter only where it is ``movable``."""
         # Momentum and weight decay move elements without a gradient too, so these are put back after the step.
         kept = {name: local(parameters[name]).clone() for name in found if name in movable}
-        before = [(parameter, parameter.grad) for parameter in parameters.values()]
-        try:
-            for name, parameter in parameters.items():
-                gradient = found.get(name)
-                if gradient is not None and name in kept:
-                    gradient = as_sharded(local(gradient) * movable[name], parameter)
-                parameter.grad = gradient
-            for group, rate in zip(optimizer.param_groups, self._base_rates):
-                group["lr"] = rate * strength
-            optimizer.step()
-        finally:
-            for parameter, gradient in before:
-                parameter.grad = gradient
+        masked = {
+            name: as_sharded(local(gradient) * movable[name], parameters[name]) if name in kept else gradient
+            for name, gradient in found.items()
+        }
+        self._own.step(model, parameters, masked, strength)
         with torch.no_grad():
-            for name, copied in kept.items():
+            for name, before in kept.items():
                 part = local(parameters[name])
-                part.copy_(torch.where(movable[name], part, copied))
+                part.copy_(torch.where(movable[name], part, before))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -176,17 +141,18 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     It synchronises with the device once, and once more if a norm overflows.
     """
     every = list(tensors)
-    parts = [local(tensor) for tensor in every]
+    parts = [torch.view_as_real(part) if part.is_complex() else part for part in map(local, every)]
     # Norms are NaN or infinite where an element is; where finite elements make one overflow, sums in float64 decide.
-    if not _any_rank(~torch.isfinite(norms(parts)).all(), every):
+    if _on_every_rank(torch.isfinite(norms(parts)).all(), every):
         return True
-    precise = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    sums = torch.stack([part.sum(dtype=precise) for part in parts])
-    return not _any_rank(~torch.isfinite(sums).all(), every)
+    device = parts[0].device
+    precise = torch.float64 if all(has_float64(part.device) for part in parts) else torch.float32
+    sums = torch.stack([part.sum(dtype=precise).to(device) for part in parts])
+    return _on_every_rank(torch.isfinite(sums).all(), every)
 
 
-def _any_rank(here: Tensor, sharded: Sequence[Tensor]) -> bool:
-    return bool(sum_over_shards(here.float(), sharded))
+def _on_every_rank(here: Tensor, sharded: Sequence[Tensor]) -> bool:
+    return bool(sum_over_shards(1 - here.float(), sharded) == 0)
 
 
 def _averaged_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
@@ -194,44 +160,5 @@ def _averaged_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[
         return gradients(loss, parameters)
     if not loss.requires_grad:  # nothing of what is differentiated by took part
         return mean_where_seen([None] * len(parameters), parameters)
-    return mean_where_seen(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
-
-
-def _without_shards(state: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return an optimizer's state with this rank's parts in place of sharded tensors."""
-    held = {
-        index: {key: local(value) if is_sharded(value) else value for key, value in of_one.items()}
-        for index, of_one in state["state"].items()
-    }
-    return {**state, "state": held}
-
-
-def _with_shards(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
-    """Return what :func:`_without_shards` returned with tensors sharded like the optimizer's parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    held: Dict[Any, Any] = {}
-    for index, of_one in state["state"].items():
-        held[index] = dict(of_one)
-        for key, value in of_one.items():
-            if is_sharded(parameters[index]) and isinstance(value, Tensor) and value.dim():
-                expected = tuple(local(parameters[index]).shape)
-                if tuple(value.shape) != expected:
-                    raise problem(
-                        "the saved state of the update's optimizer is of other shards",
-                        expected=f"a part of shape {expected}",
-                        received=f"shape {tuple(value.shape)}",
-                        fix="load on every rank what that rank saved, on as many ranks",
-                    )
-                held[index][key] = as_sharded(value, parameters[index])
-    return {**state, "state": held}
-
-
-def _check_held(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
-    if held != {id(parameter) for parameter in parameters}:
-        raise problem(
-            "the update's optimizer does not hold the teacher's parameters",
-            expected=f"an optimizer of these {len(parameters)} parameters",
-            received=f"{type(optimizer).__name__} of {len(held)}, not the same ones",
-            fix="let optimizer= take all the parameters it is given, and give every learner an update of its own",
-        )
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return mean_where_seen([None if one is None else strided(one) for one in found], parameters)

@@ -1,0 +1,262 @@
+"""The optimizer with which an update changes a teacher: its state belongs to parameters by name."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._compat import adam
+from .._layout import is_dense, laid_out_like
+from .._models import requiring_grad
+from .._sharded import as_sharded, is_sharded, local
+from ..errors import CldaError, problem
+from .writing import copied
+
+__all__ = ["OptimizerFactory", "OwnOptimizer"]
+
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+_KERNELS = ("foreach", "fused")
+
+
+class OwnOptimizer:
+    """An optimizer of all of a teacher's parameters, built when the teacher is first at hand.
+
+    Gradients and moments are brought to the memory layout of their parameter before every step, since fused kernels
+    pair elements by memory. The state is saved by canonical parameter name.
+
+    Args:
+        learning_rate: Of Adam.
+        factory: Builds another optimizer instead.
+    """
+
+    def __init__(self, learning_rate: float, factory: Optional[OptimizerFactory]) -> None:
+        self._learning_rate = learning_rate
+        self._factory = factory
+        self._optimizer: Optional[torch.optim.Optimizer] = None
+        self._names: List[str] = []
+        self._base_rates: List[float] = []
+        self._model: Optional[weakref.ReferenceType[nn.Module]] = None
+        self._restored: Optional[Mapping[str, Any]] = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Leave the weak reference to the model out of a pickle."""
+        return {**self.__dict__, "_model": None}
+
+    def prepare(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """Return the optimizer of these parameters, built if there is none.
+
+        Where the model's parameters were replaced since, the optimizer is built anew and the state follows by name.
+
+        Args:
+            model: Whose parameters these are.
+            parameters: All of them, by canonical name.
+
+        Raises:
+            CldaError: If the optimizer holds other parameters, or the state does not fit these.
+        """
+        if self._optimizer is not None and not _holds(self._optimizer, parameters):
+            if self._model is None or self._model() is not model:
+                raise _other_parameters(self._optimizer, parameters)
+            self._restored, self._optimizer = self.state_dict(), None
+        if self._optimizer is None:
+            self._optimizer = self._build(parameters)
+            self._names = _names_in_order(self._optimizer, parameters)
+            self._restored = None
+        self._model = weakref.ref(model)
+        return self._optimizer
+
+    def step(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], strength: float
+    ) -> None:
+        """Step with these gradients alone; the ``.grad`` of every parameter is as before afterwards.
+
+        Args:
+            model: As in :meth:`prepare`.
+            parameters: As in :meth:`prepare`.
+            gradients: By name, of any layout; a parameter without one is not moved.
+            strength: Factor on the learning rate.
+
+        Raises:
+            CldaError: As :meth:`prepare`, or if a fused optimizer would get a parameter whose elements do not fill
+                their memory.
+        """
+        optimizer = self.prepare(model, parameters)
+        _check_kernels(optimizer, {name: parameters[name] for name in gradients})
+        before = [(parameter, parameter.grad) for parameter in parameters.values()]
+        try:
+            for name, parameter in parameters.items():
+                gradient = gradients.get(name)
+                parameter.grad = None if gradient is None else laid_out_like(gradient, parameter)
+                if gradient is not None:
+                    _lay_out_moments(optimizer, parameter)
+            for group, rate in zip(optimizer.param_groups, self._base_rates):
+                group["lr"] = rate * strength
+            optimizer.step()
+        finally:
+            for parameter, gradient in before:
+                parameter.grad = gradient
+
+    def check_fits(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise unless a restored state belongs to parameters of these names and shapes."""
+        if self._restored is not None:
+            _check_shapes(self._restored, parameters)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state by parameter name; under FSDP2 this rank's part of it, as plain tensors."""
+        if self._optimizer is None:
+            return {} if self._restored is None else dict(self._restored)
+        saved = self._optimizer.state_dict()
+        held = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        state = {
+            self._names[index]: {key: local(value) if is_sharded(value) else value for key, value in of_one.items()}
+            for index, of_one in saved["state"].items()
+        }
+        groups = [
+            {**group, "params": [self._names[index] for index in group["params"]]} for group in saved["param_groups"]
+        ]
+        return {
+            "optimizer": {"state": state, "param_groups": groups},
+            "base_rates": list(self._base_rates),
+            "shapes": {name: list(local(parameter).shape) for name, parameter in zip(self._names, held)},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state; it is applied when the teacher is at hand."""
+        self._optimizer = None
+        # Optimizers adopt the tensors they load and then write to them.
+        self._restored = copied(dict(state)) if state else None
+
+    def _build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        values = list(parameters.values())
+        with requiring_grad(values):
+            optimizer = adam(values, self._learning_rate) if self._factory is None else self._factory(values)
+        if not _holds(optimizer, parameters):
+            raise _other_parameters(optimizer, parameters)
+        base_rates = [group["lr"] for group in optimizer.param_groups]
+        if self._restored is not None:
+            kernels = [{key: group[key] for key in _KERNELS if key in group} for group in optimizer.param_groups]
+            optimizer.load_state_dict(_by_position(self._restored, optimizer, parameters))
+            for group, ours in zip(optimizer.param_groups, kernels):
+                for key in _KERNELS:  # another version of torch may have saved a choice that this one lacks
+                    group.pop(key, None)
+                group.update(ours)
+            base_rates = list(self._restored["base_rates"])
+        self._base_rates = base_rates
+        return optimizer
+
+
+def _holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> bool:
+    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    return held == {id(parameter) for parameter in parameters.values()}
+
+
+def _other_parameters(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> CldaError:
+    count = sum(len(group["params"]) for group in getattr(optimizer, "param_groups", ()))
+    return problem(
+        "the update's optimizer does not hold the teacher's parameters",
+        expected=f"an optimizer of these {len(parameters)} parameters",
+        received=f"{type(optimizer).__name__} of {count}, not the same ones",
+        fix="let optimizer= take all the parameters it is given, and give every learner an update of its own",
+    )
+
+
+def _names_in_order(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> List[str]:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_kernels(optimizer: torch.optim.Optimizer, moved: Mapping[str, Tensor]) -> None:
+    fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
+    flat = {id(parameter) for held in fused for parameter in held}
+    gaps = [name for name, value in moved.items() if id(value) in flat and not is_dense(local(value))]
+    if gaps:
+        raise problem(
+            "a fused optimizer cannot step parameters whose elements do not fill their memory",
+            expected="parameters with memory of their own",
+            received=f"views or slices: {gaps[:5]}",
+            fix="build the optimizer= of the update with fused=False",
+        )
+
+
+def _lay_out_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Bring the moments to the parameter's layout, which may have changed since, or be another one in a checkpoint."""
+    moments = optimizer.state.get(parameter, {})
+    for key, value in moments.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape:
+            moments[key] = laid_out_like(value, parameter)
+
+
+def _by_position(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> Dict[str, Any]:
+    """Return what ``Optimizer.load_state_dict`` takes, with moments sharded like their parameters."""
+    names = _names_in_order(optimizer, parameters)
+    _check_shapes(saved, parameters, names)
+    own, groups = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
+        raise _misfit(
+            f"{len(own)} groups of {[len(group['params']) for group in own]} parameters",
+            f"{len(groups)} groups of {[len(group['params']) for group in groups]}",
+        )
+    by_name = _is_by_name(saved)
+    state: Dict[int, Dict[str, Any]] = {}
+    for index, name in enumerate(names):
+        of_one = dict(saved["optimizer"]["state"].get(name if by_name else index, {}))
+        for key, value in of_one.items():
+            if is_sharded(parameters[name]) and isinstance(value, Tensor) and value.dim():
+                of_one[key] = as_sharded(value, parameters[name])
+        if of_one:
+            state[index] = of_one
+    return {
+        "state": state,
+        "param_groups": [{**group, "params": ours["params"]} for group, ours in zip(groups, own)],
+    }
+
+
+def _is_by_name(saved: Mapping[str, Any]) -> bool:
+    """Return whether a state has names; older ones count the parameters instead."""
+    return "shapes" in saved
+
+
+def _check_shapes(
+    saved: Mapping[str, Any], parameters: Mapping[str, Tensor], order: Optional[Sequence[str]] = None
+) -> None:
+    """Raise unless a saved state belongs to parameters of these names and shapes.
+
+    Args:
+        saved: By name, or by position.
+        parameters: By name.
+        order: Their names in the optimizer's order; for states by position. The model's, if ``None``.
+    """
+    shapes = {name: tuple(local(parameter).shape) for name, parameter in parameters.items()}
+    if _is_by_name(saved):
+        received = {name: tuple(shape) for name, shape in saved["shapes"].items()}
+        if received != shapes:
+            names = [name for name in {**shapes, **received} if shapes.get(name) != received.get(name)]
+            raise _misfit(
+                str({name: shapes.get(name, "no such parameter") for name in names[:5]}),
+                str({name: received.get(name, "no such parameter") for name in names[:5]}),
+            )
+        return
+    names = list(parameters) if order is None else list(order)
+    count = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
+    if count != len(names):
+        raise _misfit(f"{len(names)} parameters", f"moments of {count}")
+    for index, of_one in saved["optimizer"]["state"].items():
+        for key, value in of_one.items():
+            if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shapes[names[index]]:
+                raise _misfit(f"{names[index]}: {shapes[names[index]]}", f"{key} of shape {tuple(value.shape)}")
+
+
+def _misfit(expected: str, received: str) -> CldaError:
+    return problem(
+        "the saved state of the update's optimizer is of other parameters",
+        expected=expected,
+        received=received,
+        fix="load it into a learner of the teacher it was saved with; under FSDP2 on every rank what that rank saved, "
+        "on as many ranks",
+    )
