@@ -210,3 +210,16 @@ def uncompiled(*models: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in before:
             attributes[name] = value
+
+
+def parametrized(module: nn.Module) -> bool:
+    """Return whether torch.nn.utils.parametrize, which came with torch 1.9, computes tensors of this module."""
+    kind = getattr(getattr(nn.utils, "parametrize", None), "ParametrizationList", None)
+    lists = module._modules.get("parametrizations")
+    return kind is not None and lists is not None and any(isinstance(one, kind) for one in lists.children())
+
+
+def uninitialized(tensor: Tensor) -> bool:
+    """Return whether this is a parameter or buffer of a lazy module (from torch 1.8 on) that has no shape yet."""
+    is_lazy = getattr(nn.parameter, "is_lazy", None)
+    return is_lazy is not None and bool(is_lazy(tensor))

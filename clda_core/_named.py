@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, combinations
 from operator import attrgetter, is_
-from typing import Any, Dict, List, MutableMapping, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Container, Dict, Iterable, List, Mapping, MutableMapping, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ._compat import uninitialized
 from ._sharded import reshard
 from .errors import problem
 
 _T = TypeVar("_T", bound=Tensor)
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_PRIVATE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""What compile, FSDP, activation checkpointing and Lightning's Fabric call the module that they wrap."""
+
+_WRAPPERS = frozenset(
+    {
+        *("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "ShardedDataParallel"),
+        *("DeepSpeedEngine", "PipelineEngine"),
+        *("AveragedModel", "BaseAveragedModel", "ModelEmaV2", "ModelEmaV3"),
+    }
+)
+"""Classes (of torch, apex, fairscale, DeepSpeed, mmengine, timm) that call the module that they wrap ``module``."""
 
 
 def canonical_name(name: str) -> str:
-    """Strip what wrappers add to a parameter's name.
+    """Strip what wrappers usually add to a parameter's name, where no more than the name is known.
 
-    Leading ``module.`` (DataParallel and its kin) goes in any number and order with ``_orig_mod`` (compile); the
-    wrappers' private names go wherever they stand. A ``module`` in the middle is the user's own and stays.
+    The private names of wrappers (``_orig_mod`` of compile) go wherever they stand, and any number of leading
+    ``module.``, as DataParallel adds them. A name alone does not say whether a leading ``module`` is a wrapper's or an
+    attribute of the user's own; :func:`canonical_parameters` looks at the model and strips only a wrapper's.
 
     Example:
         >>> canonical_name("module._orig_mod.module.layer1.0._orig_mod.weight")
         'layer1.0.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = _public(name).split(".")
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
@@ -41,7 +53,7 @@ def canonical_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     Under FSDP2 they are the sharded ones. Integer ones, as of quantised weights, have no derivative and are left out.
 
     Raises:
-        CldaError: If two parameters get the same canonical name.
+        CldaError: If two parameters get the same canonical name, or one is of a lazy module and has no shape yet.
     """
     return named_tensors(model).parameters
 
@@ -78,7 +90,8 @@ def named_tensors(model: nn.Module) -> NamedTensors:
     """Return the model's parameters and buffers by canonical name; the model is walked only if it has changed.
 
     Raises:
-        CldaError: If two parameters, or two buffers, get the same canonical name.
+        CldaError: If two parameters, or two buffers, get the same canonical name, or one is of a lazy module and has
+            no shape yet.
     """
     walk = _walks.get(model)
     found = None if walk is None else walk.tensors()
@@ -88,15 +101,17 @@ def named_tensors(model: nn.Module) -> NamedTensors:
     # FSDP2 exchanges parameters all the time, and scripted modules make their tables anew at every look.
     unsteady = reshard(modules) or any(isinstance(module, torch.jit.ScriptModule) for module in modules)
     parameters: Dict[str, nn.Parameter] = {}
+    unwrapped = _unwrapped(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() or parameter.is_complex():
-            _insert(parameters, name, parameter)
+            _insert(parameters, _of_tensor(name, unwrapped), name, parameter)
     buffers: Dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         transient = getattr(module, "_non_persistent_buffers_set", ())
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in transient and buffer.is_floating_point():
-                _insert(buffers, f"{prefix}.{name}" if prefix else name, buffer)
+        for own, buffer in module.named_buffers(recurse=False):
+            if own not in transient and buffer.is_floating_point():
+                name = _joined(prefix, own)
+                _insert(buffers, _of_tensor(name, unwrapped), name, buffer)
     found = NamedTensors(parameters, buffers, object())
     if unsteady:
         _walks.pop(model, None)
@@ -114,15 +129,88 @@ def modules_of(model: nn.Module) -> List[nn.Module]:
 
 def canonical_modules(model: nn.Module) -> Dict[str, nn.Module]:
     """Return modules by canonical name; of a wrapper and what it wraps, the wrapped one."""
-    named: Dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        short = canonical_name(name)
-        named["" if short == "module" else short] = module
-    return named
+    unwrapped = _unwrapped(model)
+    return {unwrapped[name]: module for name, module in model.named_modules()}
 
 
-def _insert(named: Dict[str, _T], name: str, tensor: _T) -> None:
-    short = canonical_name(name)
+def paired_names(saved: Iterable[str], model: nn.Module) -> Optional[Dict[str, str]]:
+    """Return the saved name for each name in a model's ``state_dict()``, where wrappers are all that sets them apart.
+
+    Of the saved names no more than the text is known, so what counts is whether all of them become the model's own
+    without some leading ``module.``, or each without some ``module`` in it.
+
+    Returns:
+        ``None`` if the names are of another model.
+    """
+    keys = list(model.state_dict())
+    unwrapped = {_public(name): short for name, short in _unwrapped(model).items()}
+    own = {_of_tensor(_public(key), unwrapped): key for key in keys}
+    short = {name: _public(name) for name in saved}
+    while short and set(short.values()) != set(own) and all(name.startswith("module.") for name in short.values()):
+        short = {name: wrapped[len("module.") :] for name, wrapped in short.items()}
+    found = {_without_wrappers(name, own): saved_name for saved_name, name in short.items()}
+    if found.keys() != own.keys() or not len(found) == len(short) == len(keys):
+        return None
+    return {key: found[name] for name, key in own.items()}
+
+
+def _unwrapped(model: nn.Module) -> Dict[str, str]:
+    """Return the canonical by the full name of every module of a model."""
+    modules = dict(model.named_modules())
+    short: Dict[str, str] = {}
+    for name in modules:
+        parent, _, attribute = name.rpartition(".")
+        if not name:
+            short[name] = ""
+        elif attribute in _PRIVATE or (attribute == "module" and _is_wrapper(modules[parent], not short[parent])):
+            short[name] = short[parent]
+        else:
+            short[name] = _joined(short[parent], attribute)
+    return short
+
+
+def _is_wrapper(module: nn.Module, outermost: bool) -> bool:
+    """Return whether a module's attribute ``module`` is the model it wraps: by its class, or if it is all there is."""
+    if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
+        return True
+    return outermost and not module._parameters and not module._buffers and list(module._modules) == ["module"]
+
+
+def _of_tensor(name: str, unwrapped: Mapping[str, str]) -> str:
+    owner, _, rest = name.rpartition(".")
+    while owner not in unwrapped:  # a second name of a shared module
+        owner, _, between = owner.rpartition(".")
+        rest = f"{between}.{rest}"
+    return _joined(unwrapped[owner], rest)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _public(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _PRIVATE)
+
+
+def _without_wrappers(name: str, known: Container[str]) -> str:
+    """Return a name without as few ``module`` as make it a known one; as it is if that cannot be."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts) if part == "module"]
+    for dropped in chain.from_iterable(combinations(places, count) for count in range(len(places) + 1)):
+        short = ".".join(part for place, part in enumerate(parts) if place not in dropped)
+        if short in known:
+            return short
+    return name
+
+
+def _insert(named: Dict[str, _T], short: str, name: str, tensor: _T) -> None:
+    if uninitialized(tensor):
+        raise problem(
+            "the model has lazy modules that have not been run yet",
+            expected="a model whose parameters and buffers all have a shape",
+            received=f"{name!r} without one",
+            fix="run the model once on a batch, as torch asks of lazy modules, before you build the learner",
+        )
     if short in named:
         raise problem(
             "two tensors of the model share a canonical name",

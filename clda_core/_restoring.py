@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Tuple, cast
 
 from torch import Tensor, nn
 
-from ._named import canonical_name
+from ._named import paired_names
 from ._plain import plain_state
 from .errors import CldaError, problem
 from .learner import CollaborativeLearner
@@ -80,7 +80,7 @@ def fitted(role: str, model: nn.Module, state: Any) -> Mapping[str, Any]:
         )
     own = model.state_dict()
     if set(own) != set(state):
-        state = _renamed(state, own)
+        state = _renamed(state, model)
     ours, theirs = _shapes(own), _shapes(state)
     if ours != theirs:
         name = next(name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name))
@@ -93,21 +93,16 @@ def fitted(role: str, model: nn.Module, state: Any) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], state)
 
 
-def _renamed(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``state`` under the names of ``own`` where they are the same but for wrappers, else as it is."""
-    ours = {canonical_name(name): name for name in own}
-    theirs = {canonical_name(name): name for name in state}
-    if set(ours) != set(theirs) or len(ours) != len(own) or len(theirs) != len(state):
+def _renamed(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Return ``state`` under the names of ``model`` where they are the same but for wrappers, else as it is."""
+    names = paired_names(map(str, state), model)
+    if names is None:
         return state
-    renamed = OrderedDict((ours[name], state[theirs[name]]) for name in ours)
-    versions = {_canonical_module(name): value for name, value in getattr(state, "_metadata", {}).items()}
-    modules = {name: versions.get(_canonical_module(name)) for name in getattr(own, "_metadata", {})}
+    renamed = OrderedDict((own, state[name]) for own, name in names.items())
+    versions = getattr(state, "_metadata", {})
+    modules = {own.rpartition(".")[0]: versions.get(name.rpartition(".")[0]) for own, name in names.items()}
     renamed._metadata = {name: value for name, value in modules.items() if value}  # type: ignore[attr-defined]
     return renamed
-
-
-def _canonical_module(name: str) -> str:
-    return canonical_name(f"{name}.tensor" if name else "tensor").rpartition(".")[0]
 
 
 def _shapes(tensors: Mapping[str, Any]) -> Dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from torch import nn
 
+from ._compat import parametrized
 from ._named import canonical_buffers, canonical_modules, canonical_name, canonical_parameters
 from .errors import problem
 
@@ -18,6 +19,7 @@ LayerGrouping = Union[Callable[[str], Optional[str]], Sequence[str]]
 """How a user regroups: a function from a parameter's name to its layer's name, or regular expressions."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,18 @@ class Layer:
 def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[Layer, ...]:
     """Divide a model's parameters into named layers.
 
-    By default a layer is a repeated block (a residual or transformer block: a composite module inside a ``Sequential``,
-    ``ModuleList`` or ``ModuleDict`` whose class occurs at least twice so, the innermost where they nest), and every
-    remaining leaf module is a layer of its own. A leaf with one-dimensional parameters only (a norm) joins the leaf
-    before it under the same parent. A parameter that hangs directly on a composite module (a class token) is a layer.
+    By default a layer is a *repeated block* (a residual or transformer block): a composite module, an element of a
+    ``Sequential``, ``ModuleList`` or ``ModuleDict``, whose class occurs at least twice as such an element. Where these
+    nest, one that lists blocks is a stage and no layer; one that lists only parts of itself is the block. An element of
+    a list inside is a part, not a block of its own right, if
+
+    - it has fewer than two parameters that mix channels (a convolution with its norm and activation), or
+    - it has no norm although the module around it has one (a head of attention, an expert, squeeze and excitation), or
+    - its list holds other things and none of its own class (the attention of a block that lists its sub-layers).
+
+    Every remaining leaf module is a layer of its own, under whatever parametrization. A leaf with one-dimensional
+    parameters only (a norm) joins the leaf before it under the same parent. A parameter that hangs directly on a
+    composite module (a class token) is a layer.
 
     Args:
         model: Any module; it is only read.
@@ -89,7 +99,7 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
                 fix="return the layer's name, or None to leave the parameter out",
             )
         members.setdefault(layer, []).append(name)
-        owner_layer.setdefault(name.rpartition(".")[0], layer)
+        owner_layer.setdefault(_parent(_plain_name(name, modules)), layer)
     if not members:
         raise problem(
             "the layer grouping leaves every parameter out",
@@ -99,8 +109,7 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
         )
     buffers: Dict[str, List[str]] = {}
     for name in canonical_buffers(model):
-        owner = name.rpartition(".")[0]
-        layer = owner_layer.get(owner, name_of(name) if by is None else None)
+        layer = owner_layer.get(_parent(_plain_name(name, modules)), name_of(name) if by is None else None)
         if layer in members:
             buffers.setdefault(layer, []).append(name)
     return tuple(
@@ -145,11 +154,56 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _above(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module or tensor, the nearest first, the model's own excepted."""
+    name = _parent(name)
+    while name:
+        yield name
+        name = _parent(name)
+
+
+def _plain_name(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the name of a module's tensor; of what a parametrised one is computed from, that of the computed one."""
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-2]):
+        owner = ".".join(parts[:place])
+        if part == "parametrizations" and owner in modules and parametrized(modules[owner]):
+            return f"{owner}.{parts[place + 1]}" if owner else parts[place + 1]
+    return name
+
+
+def _kind(module: nn.Module) -> type:
+    """Return a module's class; of a parametrised module, which has a class of its own, the class it had before."""
+    return type(module).__bases__[0] if parametrized(module) else type(module)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
+    """Return whether a module holds its parameters itself: it has no parts, or none of them has parameters."""
+    computed = parametrized(module)
+    parts = [part for name, part in module.named_children() if not (computed and name == "parametrizations")]
+    own = computed or next(module.parameters(recurse=False), None) is not None
+    return not parts or (own and not any(map(_has_parameters, parts)))
 
 
-def _blocks(modules: Dict[str, nn.Module]) -> List[str]:
+def _is_norm(module: nn.Module) -> bool:
+    shapes = [parameter.dim() for parameter in module.parameters()]
+    return _is_leaf(module) and (isinstance(module, _NORMS) or (bool(shapes) and max(shapes) == 1))
+
+
+def _weights(module: nn.Module) -> int:
+    """Count the parameters that mix channels: matrices and kernels, but no depthwise ones."""
+    return sum(
+        parameter.dim() > 1 and parameter.shape[1] > 1 and sum(size > 1 for size in parameter.shape) > 1
+        for parameter in module.parameters()
+    )
+
+
+def _blocks(modules: Mapping[str, nn.Module]) -> FrozenSet[str]:
+    """Return the names of the repeated blocks, as :func:`group_layers` describes them."""
     candidates = [
         name
         for name, module in modules.items()
@@ -157,15 +211,36 @@ def _blocks(modules: Dict[str, nn.Module]) -> List[str]:
         and not isinstance(module, _CONTAINERS)
         and not _is_leaf(module)
         and isinstance(modules.get(_parent(name)), _CONTAINERS)
-        and next(module.parameters(), None) is not None
+        and _has_parameters(module)
     ]
-    kinds = Counter(type(modules[name]) for name in candidates)
-    repeated = [name for name in candidates if kinds[type(modules[name])] > 1]
-    return [name for name in repeated if not any(other.startswith(name + ".") for other in repeated)]
+    kinds = Counter(_kind(modules[name]) for name in candidates)
+    repeated = {name: _kind(modules[name]) for name in candidates if kinds[_kind(modules[name])] > 1}
+    stages = {
+        repeated[around]
+        for name in repeated
+        for around in _above(name)
+        if around in repeated and _is_listed_block(modules[name], modules[_parent(name)], modules[around])
+    }
+    holding = {around for name in repeated for around in _above(name)}
+    blocks: Set[str] = set()
+    for name, kind in repeated.items():
+        is_stage = kind in stages and name in holding
+        if not is_stage and blocks.isdisjoint(_above(name)):
+            blocks.add(name)
+    return frozenset(blocks)
 
 
-def _default_grouping(modules: Dict[str, nn.Module]) -> Callable[[str], Optional[str]]:
-    blocks = frozenset(_blocks(modules))
+def _is_listed_block(module: nn.Module, container: nn.Module, around: nn.Module) -> bool:
+    """Return whether an element of a container is a block of its own right, and not a part of the block around it."""
+    others = [other for other in container.children() if other is not module and _has_parameters(other)]
+    alone = bool(others) and all(_kind(other) is not _kind(module) for other in others)
+    without_norm = not any(map(_is_norm, module.modules())) and any(map(_is_norm, around.modules()))
+    return not alone and not without_norm and _weights(module) > 1
+
+
+def _default_grouping(modules: Mapping[str, nn.Module]) -> Callable[[str], Optional[str]]:
+    modules = {name: module for name, module in modules.items() if _plain_name(f"{name}.", modules) == f"{name}."}
+    blocks = _blocks(modules)
     leaf_layer: Dict[str, str] = {}
     last_weight: Dict[str, str] = {}
     for name, module in modules.items():
@@ -173,19 +248,18 @@ def _default_grouping(modules: Dict[str, nn.Module]) -> Callable[[str], Optional
         if not _is_leaf(module):
             last_weight.pop(parent, None)
             continue
-        shapes = [parameter.dim() for parameter in module.parameters(recurse=False)]
-        if any(dim > 1 for dim in shapes):
+        leaf = next((around for around in _above(name) if around in leaf_layer), None)
+        if leaf is not None:
+            leaf_layer[name] = leaf_layer[leaf]
+            continue
+        if any(parameter.dim() > 1 for parameter in module.parameters()):
             last_weight[parent] = name
         leaf_layer[name] = last_weight.get(parent, name)
 
     def name_of(tensor_name: str) -> Optional[str]:
-        owner = _parent(tensor_name)
-        ancestor = owner
-        while ancestor:
-            if ancestor in blocks:
-                return ancestor
-            ancestor = _parent(ancestor)
-        return leaf_layer.get(owner) or tensor_name
+        plain = _plain_name(tensor_name, modules)
+        block = next((around for around in _above(plain) if around in blocks), None)
+        return block or leaf_layer.get(_parent(plain)) or plain
 
     return name_of
 
@@ -217,5 +291,5 @@ def _user_grouping(by: LayerGrouping) -> Callable[[str], Optional[str]]:
     return name_of
 
 
-def _stage(layer: str, modules: Dict[str, nn.Module]) -> Optional[str]:
+def _stage(layer: str, modules: Mapping[str, nn.Module]) -> Optional[str]:
     return _parent(layer) if isinstance(modules.get(_parent(layer)), _CONTAINERS) else None

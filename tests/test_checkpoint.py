@@ -348,6 +348,21 @@ def test_a_model_is_restored_whatever_wraps_it(of: str, to: str, tmp_path: Path)
         assert [bits(value) for value in one.state_dict().values()] == [bits(v) for v in same.state_dict().values()]
 
 
+def test_a_wrappers_module_is_told_from_one_of_the_users_own(tmp_path: Path) -> None:
+    def backbone_and_head(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Module()
+        model.module, model.head = nn.Module(), nn.Linear(3, 3)
+        model.module.head = nn.Linear(3, 3)
+        return model
+
+    for of, to in ((nn.DataParallel, lambda model: model), (lambda model: model, nn.DataParallel)):
+        one, other = backbone_and_head(1), backbone_and_head(2)
+        checkpoint.save(tmp_path / "last.pt", make_learner(*networks()), ema=of(one))
+        checkpoint.load(tmp_path / "last.pt", make_learner(*networks()), ema=to(other))
+        assert bits(one.state_dict()) == bits(other.state_dict())
+
+
 def test_versions_of_modules_go_with_their_names(tmp_path: Path) -> None:
     """Without its version a BatchNorm would be taken for one from before it counted batches."""
     seen = []

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._named import named_tensors
+from clda_core._named import canonical_modules, named_tensors, paired_names
 from clda_core.errors import CldaError
-from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers
+from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers, local_names
+from clda_core.relation import ByName, ByRelativeDepth, ModelView
 from tests.models import CNN, Block, ResNet, SegFormer, ViT, Wrapped, mlp
+from tests.nested_models import NESTED, UnitResNet
 
 MODELS = {"resnet": ResNet, "vit": ViT, "segformer": SegFormer, "cnn": CNN, "mlp": mlp}
 
@@ -99,6 +101,43 @@ def test_nested_containers_give_the_innermost_repeated_blocks() -> None:
     assert names(model) == ["0.blocks.0", "0.blocks.1", "0.reduction", "1.blocks.0", "1.blocks.1", "1.reduction"]
 
 
+@pytest.mark.parametrize("case", NESTED)
+def test_of_nested_repeated_modules_the_residual_block_is_the_layer(case) -> None:
+    model, blocks = NESTED[case]
+    layers = group_layers(model)
+    for block in blocks:
+        (layer,) = [layer for layer in layers if layer.name == block]
+        inside = tuple(name for name, _ in model.named_parameters() if name.startswith(block + "."))
+        assert layer.parameters == inside
+        assert layer.stage == block.rpartition(".")[0]
+    others = {layer.name for layer in layers} - set(blocks)
+    leaves = {name for name, module in model.named_modules() if not list(module.children())}
+    assert others <= leaves | {"cls_token"}
+
+
+def test_stages_of_different_depth_relate_block_by_block() -> None:
+    for gated in (False, True):
+        teacher, student = UnitResNet((3, 4, 2), gated), UnitResNet((1, 1, 1), gated)
+        related = ByRelativeDepth()(
+            ModelView(teacher, group_layers(teacher)), ModelView(student, group_layers(student))
+        )
+        assert related.unrelated == {}
+        assert [related.pairs[f"stages.1.layers.{i}"].name for i in range(4)] == ["stages.1.layers.0"] * 4
+
+
+def test_a_class_that_lists_parts_everywhere_is_repeated_at_its_innermost() -> None:
+    class Residual(nn.Module):
+        def __init__(self, *parts: nn.Module) -> None:
+            super().__init__()
+            self.parts = nn.Sequential(*parts)
+
+    def block() -> nn.Module:
+        return Residual(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+
+    model = nn.Sequential(Residual(block(), block()), Residual(block(), block(), block()))
+    assert names(model) == [f"0.parts.{i}" for i in range(2)] + [f"1.parts.{i}" for i in range(3)]
+
+
 def test_blocks_in_a_module_dict() -> None:
     assert names(nn.ModuleDict({"a": Block(4), "b": Block(4)})) == ["a", "b"]
 
@@ -161,11 +200,127 @@ def test_canonical_name(name, canonical) -> None:
     assert canonical_name(name) == canonical
 
 
+class OfTheUser(nn.Module):
+    """A network whose backbone is called ``module``."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.module = nn.Sequential()
+        self.module.add_module("stem", nn.Linear(3, width))
+        self.module.add_module("fc", nn.Linear(width, width))
+        self.fc = nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.fc(self.module(x))
+
+
+class Engine(nn.Module):
+    """As DeepSpeed's engine: the wrapped model is not all that it holds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("scale", torch.ones(1))
+
+
+Engine.__name__ = "DeepSpeedEngine"
+OWN = ["module.stem.weight", "module.stem.bias", "module.fc.weight", "module.fc.bias", "fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_an_attribute_of_the_users_own_called_module_is_no_wrapper(wrap) -> None:
+    assert list(canonical_parameters(OfTheUser())) == OWN
+    assert list(canonical_parameters(wrap(OfTheUser()))) == OWN
+    assert group_layers(wrap(OfTheUser())) == group_layers(OfTheUser())
+    modules = canonical_modules(wrap(OfTheUser()))
+    assert isinstance(modules[""], OfTheUser)
+    assert isinstance(modules["module.fc"], nn.Linear)
+
+
+def test_a_part_called_module_inside_is_the_users_own() -> None:
+    model = nn.Sequential(nn.Sequential(), nn.Linear(2, 2))
+    model[0].add_module("module", nn.Linear(2, 2))
+    assert list(canonical_parameters(model)) == ["0.module.weight", "0.module.bias", "1.weight", "1.bias"]
+
+
+def test_a_part_that_is_wrapped_is_named_as_if_it_were_not() -> None:
+    model = OfTheUser()
+    model.module.fc = nn.DataParallel(model.module.fc)
+    assert list(canonical_parameters(model)) == OWN
+    assert type(canonical_modules(model)["module.fc"]) is nn.Linear
+
+
+def test_wrappers_are_known_by_their_class_whatever_else_they_hold() -> None:
+    assert list(canonical_parameters(Engine(OfTheUser()))) == OWN
+    assert list(canonical_buffers(Engine(mlp()))) == ["scale"]
+    averaged = torch.optim.swa_utils.AveragedModel(OfTheUser())
+    assert list(canonical_parameters(averaged)) == OWN
+
+
+def test_a_teacher_with_an_own_module_pairs_with_a_student_that_has_none() -> None:
+    teacher, student = OfTheUser(8), OfTheUser(4)
+    pairs = ByName()(ModelView(teacher, group_layers(teacher)), ModelView(student, group_layers(student))).pairs
+    assert {name: layer.name for name, layer in pairs.items()} == {
+        name: name for name in ("module.stem", "module.fc", "fc")
+    }
+    bare = nn.Sequential()
+    bare.add_module("stem", nn.Linear(3, 4))
+    bare.add_module("fc", nn.Linear(4, 2))
+    pairs = ByName()(ModelView(teacher, group_layers(teacher)), ModelView(bare, group_layers(bare))).pairs
+    assert {name: layer.name for name, layer in pairs.items()} == {"fc": "fc"}
+
+
+def fit(one: nn.Module, other: nn.Module) -> bool:
+    """Whether every tensor of one state is paired with that of the other which is its own in the bare model."""
+    ours, theirs = other.state_dict(keep_vars=True), one.state_dict(keep_vars=True)
+    names = paired_names(theirs, other)
+    return names is not None and len(names) == len(ours) and all(ours[a] is theirs[b] for a, b in names.items())
+
+
+@pytest.mark.parametrize("loaded", ["bare", *WRAPPERS])
+@pytest.mark.parametrize("saved", ["bare", *WRAPPERS])
+@pytest.mark.parametrize("build", [mlp, OfTheUser, lambda: nn.Sequential(ResNet((1, 1)), ResNet((1, 1)))])
+def test_a_state_is_paired_with_the_names_of_another_wrapper(build, saved, loaded) -> None:
+    model = build()
+    wrappers = {"bare": lambda model: model, **WRAPPERS}
+    assert fit(wrappers[saved](model), wrappers[loaded](model))
+
+
+def test_a_state_of_wrapped_and_of_shared_parts_is_paired() -> None:
+    plain, wrapped = OfTheUser(), OfTheUser()
+    wrapped.module.fc = nn.DataParallel(wrapped.module.fc)
+    inside = "module.fc.module.weight"
+    assert paired_names(wrapped.state_dict(), plain)["module.fc.weight"] == inside
+    assert paired_names(plain.state_dict(), wrapped)[inside] == "module.fc.weight"
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    there = nn.DataParallel(model)
+    assert paired_names(there.state_dict(), model) == {name: f"module.{name}" for name in model.state_dict()}
+    assert paired_names(model.state_dict(), there) == {f"module.{name}": name for name in model.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[], ["0.weight"], ["0.weight", "1.bias"], ["module.a", "module.b"], ["0.weight", "0.bias", "module.0.bias"]],
+)
+def test_a_state_of_another_model_is_paired_with_none(names) -> None:
+    assert paired_names(names, nn.Sequential(nn.Linear(2, 2))) is None
+
+
+def test_lazy_modules_are_refused_until_they_have_shapes() -> None:
+    lazy = getattr(nn, "LazyLinear", None)
+    model = nn.Sequential(nn.Linear(3, 4) if lazy is None else lazy(4), nn.Linear(4, 2))
+    if lazy is not None:
+        with pytest.raises(CldaError, match=r"lazy modules.*received '0.weight' without one. Fix: run the model once"):
+            group_layers(model)
+    model(torch.zeros(1, 3))
+    assert [(layer.name, layer.numel) for layer in group_layers(model)] == [("0", 16), ("1", 10)]
+
+
 def test_names_that_collide_are_an_error() -> None:
-    model = nn.Module()
-    model.module = nn.Linear(2, 2)
+    model = Wrapped(nn.Linear(2, 2))
     model.weight = nn.Parameter(torch.zeros(1))
-    with pytest.raises(CldaError, match=r"share a canonical name.*'module.weight', which becomes 'weight' again"):
+    with pytest.raises(CldaError, match=r"share a canonical name.*'_orig_mod.weight', which becomes 'weight' again"):
         canonical_parameters(model)
 
 
@@ -200,6 +355,111 @@ def test_a_norm_without_parameters_joins_by_its_buffers() -> None:
     layers = by_name(model)
     assert list(layers) == ["0", "2"]
     assert layers["0"].buffers == ("1.running_mean", "1.running_var")
+
+
+def _weight_norm_by_hooks(module: nn.Module) -> nn.Module:
+    return nn.utils.weight_norm(module)
+
+
+PARAMETRIZED = {"weight_norm": _weight_norm_by_hooks, "spectral_norm": nn.utils.spectral_norm}
+if hasattr(nn.utils, "parametrizations"):  # from torch 1.9 on, weight_norm from 2.0 on
+    PARAMETRIZED["parametrized orthogonal"] = nn.utils.parametrizations.orthogonal
+    PARAMETRIZED["parametrized spectral_norm"] = nn.utils.parametrizations.spectral_norm
+    if hasattr(nn.utils.parametrizations, "weight_norm"):
+        PARAMETRIZED["parametrized weight_norm"] = nn.utils.parametrizations.weight_norm
+
+
+class Computed(nn.Module):
+    """Blocks, a stack with norms, and leaves, whose weights are computed from others."""
+
+    def __init__(self, compute, depth: int = 3) -> None:
+        super().__init__()
+
+        def linear() -> nn.Module:
+            return compute(nn.Linear(4, 4))
+
+        self.stem, self.norm = linear(), nn.LayerNorm(4)
+        self.blocks = nn.Sequential(*[Block(4) for _ in range(depth)])
+        for block in self.blocks:
+            block.mlp.fc1, block.attn.proj = compute(block.mlp.fc1), linear()
+        self.features = nn.Sequential(*[part for _ in range(depth) for part in (linear(), nn.LayerNorm(4))])
+        self.head = linear()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("compute", PARAMETRIZED.values(), ids=PARAMETRIZED)
+class TestParametrized:
+    """Layers whose weights are computed from other parameters, by hooks or by torch.nn.utils.parametrize."""
+
+    def test_the_layers_are_those_of_the_plain_network(self, compute) -> None:
+        model, plain = Computed(compute), Computed(lambda module: module)
+        layers = group_layers(model)
+        assert [(layer.name, layer.stage) for layer in layers] == [
+            (layer.name, layer.stage) for layer in group_layers(plain)
+        ]
+        assert "norm.weight" in layers[0].parameters
+        assert [name for layer in layers for name in layer.parameters] == sorted(
+            (name for name, _ in model.named_parameters()), key=_place_in(layers)
+        )
+        buffers = sorted(name for name, buffer in model.named_buffers() if buffer.is_floating_point())
+        assert sorted(name for layer in layers for name in layer.buffers) == buffers
+
+    def test_blocks_that_are_parametrized_themselves_repeat(self, compute) -> None:
+        class Scaled(nn.Linear):
+            def __init__(self) -> None:
+                super().__init__(4, 4)
+                self.inner = nn.Linear(4, 4)
+
+        model = nn.Sequential(compute(Scaled()), compute(Scaled()))
+        assert names(model) == ["0", "1"]
+
+    def test_a_parameter_of_a_composite_module_is_one_layer(self, compute) -> None:
+        composite = nn.Linear(4, 4, bias=False)
+        composite.inner = nn.Linear(4, 4)
+        model = nn.Module()
+        model.outer = compute(composite)
+        layers = [layer for layer in group_layers(model) if not layer.name.startswith("outer.inner")]
+        by_hooks = not any("parametrizations" in name for name, _ in model.named_parameters())
+        assert by_hooks or [layer.name for layer in layers] == ["outer.weight"]
+        assert {name for layer in layers for name in layer.parameters} == {
+            name for name, _ in model.named_parameters() if not name.startswith("outer.inner")
+        }
+
+    def test_tensors_pair_with_those_of_the_related_layer(self, compute) -> None:
+        teacher, student = Computed(compute, depth=3), Computed(compute, depth=2)
+        ours, theirs = by_name(teacher), by_name(student)
+        related = ByRelativeDepth()(
+            ModelView(teacher, tuple(ours.values())), ModelView(student, tuple(theirs.values()))
+        )
+        assert related.unrelated == {}
+        last, its_last = ours["features.4"], related.pairs["features.4"]
+        assert its_last.name == "features.2"
+        pairs = local_names(last, last.parameters + last.buffers)
+        assert pairs.keys() == local_names(its_last, its_last.parameters + its_last.buffers).keys()
+        assert pairs["+1.weight"] == "features.5.weight"
+        assert len(pairs) == len(last.parameters) + len(last.buffers)
+
+    def test_regrouped_by_a_pattern_buffers_stay_with_their_parameters(self, compute) -> None:
+        (layer,) = group_layers(Computed(compute), by=[r"features"])
+        assert set(layer.buffers) == {name for name in canonical_buffers(Computed(compute)) if "features" in name}
+
+
+def _place_in(layers):
+    order = {name: place for place, name in enumerate(name for layer in layers for name in layer.parameters)}
+    return order.__getitem__
+
+
+def test_a_leaf_with_parts_that_have_no_parameters_is_a_leaf() -> None:
+    class Quantised(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.fake_quantise = nn.Identity()
+            self.fake_quantise.register_buffer("scale", torch.ones(1))
+
+    model = nn.Sequential(Quantised(), nn.LayerNorm(2), Quantised())
+    assert names(model) == ["0", "2"]
+    assert by_name(model)["0"].parameters == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert by_name(model)["2"].buffers == ("2.fake_quantise.scale",)
 
 
 def test_patterns_name_layers_by_what_they_match() -> None:
