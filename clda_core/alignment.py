@@ -50,6 +50,11 @@ class Moments(NamedTuple):
             * _whitening(self.second_square / self.samples, b)
         )
 
+    def varying(self) -> Tuple[Tensor, Tensor]:
+        """Return which channels of both sets vary, bool of shapes ``(p,)`` and ``(q,)``."""
+        first, second = self.first_square / self.samples, self.second_square / self.samples
+        return _whitening(first, self.first / self.samples) > 0, _whitening(second, self.second / self.samples) > 0
+
 
 def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
     r"""Choose for every teacher channel the student channel that plays its part.

@@ -158,7 +158,7 @@ class LogitDistillation(Strategy):
     ) -> None:
         check_number("temperature", temperature, above=0)
         check_number("weight", weight, at_least=0)
-        _check_class_map(class_map)
+        check_class_map(class_map)
         self.temperature = temperature
         self.weight = weight
         self.class_map = class_map
@@ -228,7 +228,7 @@ def align_logits(
             fix="write a binary problem as two logits, for example torch.cat([-x, x], 1) / 2",
         )
     if class_map is not None:
-        _check_class_map(class_map)
+        check_class_map(class_map)
         if len(class_map) != classes or max(class_map) >= teacher_classes:
             raise problem(
                 "class_map does not fit the logits",
@@ -352,7 +352,7 @@ def per_position(values: Tensor, like: Tensor, grid: Sequence[int], what: str) -
     return values
 
 
-def _check_class_map(class_map: Optional[Sequence[int]]) -> None:
+def check_class_map(class_map: Optional[Sequence[int]]) -> None:
     """Raise :class:`CldaError` unless ``class_map`` is ``None`` or a sequence of plain indices."""
     if class_map is None:
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._activations import capturing, positions, rows, watching
+from .._activations import LEAST_ROWS, capturing, positions, rows, watching
 from .._config import Strategy
 from .._distributed import sum_across_ranks
 from .._named import canonical_buffers, canonical_modules, canonical_parameters
@@ -20,6 +20,7 @@ from ..alignment import Moments, match_channels
 from ..errors import check_choice, check_number
 from ..layers import Layer, local_names
 from .base import Granularity, RoundContext, UpdateResult
+from .classes import MAY_BE_CLASSES, Classes, is_logits
 from .statistics import NO_STATISTIC, running_statistics
 from .writing import blend, copied
 
@@ -27,6 +28,7 @@ __all__ = ["AlignedAverage"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NOT_CALLED = "its module is not called in the forward pass"
+_UNLIKE = "its activations cannot be compared with the student's (not finite, or on grids of other rank)"
 
 
 class AlignedAverage(Strategy):
@@ -44,8 +46,12 @@ class AlignedAverage(Strategy):
 
     where :math:`m_c` is the number of teacher channels that take student channel :math:`c` (1 for equal widths). So a
     student that is a permuted or a narrower Net2Net copy of the teacher is mapped back to the teacher's own function.
-    A channel without a counterpart (it does not vary, or correlates with none) keeps the teacher's weights. Where a
-    student module's output is the logits, classes stay as they are.
+    A channel without a counterpart (it does not vary, or correlates with none) keeps the teacher's weights. Where the
+    outputs of both modules are the logits, classes stay as they are, or go where the KD loss's ``class_map`` says;
+    rows of classes that the student does not have, or has several of, keep the teacher's weights.
+
+    Fewer than 32 rows (samples x positions, summed over ranks) match nothing: the modules are skipped, and matched in
+    the next round that has more.
 
     Args:
         decay: :math:`d` in [0, 1]; 1 changes nothing.
@@ -53,7 +59,7 @@ class AlignedAverage(Strategy):
             leaves the teacher's. All other buffers (masks, observers, counters, queues, tables) are left alone.
         granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
         minimum: Channels must be correlated by more than this, in [0, 1), to correspond.
-        samples: Most samples (images x positions) to correlate over, >= 2; bounds memory.
+        samples: Most samples (images x positions) to correlate over, >= 32; bounds memory.
         realign_every: Rounds for which channels that were matched stay matched, >= 1. Matching takes far longer than
             the rest of a round, and a round moves the teacher by a hundredth of the way.
 
@@ -95,7 +101,7 @@ class AlignedAverage(Strategy):
         check_choice("buffers", buffers, ("keep", "average"))
         check_choice("granularity", granularity, ("layer", "parameter"))
         check_number("minimum", minimum, at_least=0, below=1)
-        check_number("samples", samples, at_least=2, integer=True)
+        check_number("samples", samples, at_least=LEAST_ROWS, integer=True)
         check_number("realign_every", realign_every, at_least=1, integer=True)
         self.decay = decay
         self.buffers = buffers
@@ -168,16 +174,30 @@ class AlignedAverage(Strategy):
         if self._rounds % self.realign_every == 0:
             self._rounds, self._maps = 0, {}
         missing = [pair for pair in pairs if _key(pair) not in self._maps]
+        for_now: Dict[str, Union[_Maps, str]] = {}
         if missing:
             found = _channel_maps(context, missing, self.samples, self.minimum)
-            self._maps.update({_key(pair): found.get(pair.name, _NOT_CALLED) for pair in missing})
+            for pair in missing:
+                of_pair = found.get(pair.name, _NOT_CALLED)
+                kept = for_now if isinstance(of_pair, _TooFewRows) else self._maps
+                kept[_key(pair)] = of_pair
         self._rounds += 1
-        return {pair.name: self._maps[_key(pair)] for pair in pairs}
+        known = {**self._maps, **for_now}
+        return {pair.name: known[_key(pair)] for pair in pairs}
 
 
 def _key(pair: _Pair) -> str:
     """Return what a map is kept under: both modules' names."""
     return f"{pair.name} <- {pair.other}"
+
+
+class _TooFewRows(str):
+    """A reason that the next round's batch may remove, so that it is not kept."""
+
+    def __new__(cls, count: float) -> _TooFewRows:
+        return super().__new__(
+            cls, f"{count:.0f} rows (samples x positions) are too few to match channels, {LEAST_ROWS} are needed"
+        )
 
 
 class _Counterparts:
@@ -304,7 +324,12 @@ def _channel_maps(
     """
     student: Dict[str, Tuple[Optional[Tensor], Optional[Tensor]]] = {}
     maps: Dict[str, Union[_Maps, str]] = {}
+    outputs: Dict[str, Tensor] = {}
     partners = {pair.name: pair.other for pair in pairs}
+    classes = None if context.class_map is None else Classes(tuple(context.class_map))
+
+    def may_be_classes(ours: Tensor, theirs: Tensor) -> bool:
+        return classes is not None and classes.concern(ours.shape[1:2], theirs.shape[1:2])
 
     def keep(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
         student[name] = (positions(inputs, module, samples), positions(output, module, samples))
@@ -313,42 +338,59 @@ def _channel_maps(
         if partners[name] not in student:
             return
         into, out = student[partners[name]]
-        found_out = _matched(positions(output, module, samples), out, minimum)
-        found_into = _matched(positions(inputs, module, samples), into, minimum)
-        if found_into is None or found_out is None:
-            maps[name] = "its activations cannot be compared with the student's (not finite, or on grids of other rank)"
-            return
-        if out is not None and len(found_out) == out.shape[1] and _is_same(out, logits):
-            found_out = list(range(len(found_out)))
-        maps[name] = _Maps(found_into, found_out)
+        ours = positions(output, module, samples)
+        found = [_matched(ours, out, minimum), _matched(positions(inputs, module, samples), into, minimum)]
+        reason = next((one for one in found if isinstance(one, str)), None)
+        maps[name] = _Maps(found[1], found[0]) if reason is None else reason  # type: ignore[arg-type]
+        if ours is not None and out is not None and (partners[name] in heads or may_be_classes(ours, out)):
+            outputs[name] = ours
 
     with watching(context.teacher, context.student):
         with capturing({pair.other: pair.theirs for pair in pairs}, keep):
-            outputs = context.forward(context.student, context.inputs)
-        logits = positions(outputs.logits, None, samples)
+            logits = positions(context.predict(context.student).logits, None, samples)
+        heads = {name for name, (_, out) in student.items() if out is not None and is_logits(out, logits)}
         with capturing({pair.name: pair.ours for pair in pairs}, match):
-            context.forward(context.teacher, context.inputs)
+            logits = positions(context.predict(context.teacher).logits, None, samples)
+    for name, ours in outputs.items():
+        maps[name] = _by_class(maps[name], ours, logits, classes, partners[name] in heads)
     return maps
 
 
-def _matched(ours: Optional[Tensor], theirs: Optional[Tensor], minimum: float) -> Optional[List[int]]:
-    correlation = _correlation(ours, theirs)
-    if correlation is None or not bool(torch.isfinite(correlation).all()):
-        return None
+def _by_class(
+    maps: Union[_Maps, str], ours: Tensor, logits: Optional[Tensor], classes: Optional[Classes], theirs_are: bool
+) -> Union[_Maps, str]:
+    """Return maps whose output channels are matched by their classes where both modules' outputs are the logits.
+
+    Args:
+        maps: What was matched by activations.
+        ours: The teacher's output.
+        logits: The teacher's, in the student's classes.
+        classes: Where the student's classes are in the teacher, if their places differ.
+        theirs_are: Whether the student's output is its logits.
+    """
+    if isinstance(maps, str) or logits is None:
+        return maps
+    chosen = list(range(logits.shape[1])) if classes is None else list(classes.class_map)
+    both = theirs_are and max(chosen) < ours.shape[1] and is_logits(ours[:, chosen], logits)
+    if not both:
+        unclear = len(chosen) == ours.shape[1] if classes is None else classes.concern(ours.shape[1:2], (len(chosen),))
+        return MAY_BE_CLASSES if unclear else maps
+    places = {index: index for index in chosen} if classes is None else classes.places
+    return _Maps(maps.into.match, [places.get(channel, -1) for channel in range(ours.shape[1])])
+
+
+def _matched(ours: Optional[Tensor], theirs: Optional[Tensor], minimum: float) -> Union[List[int], str]:
+    """Return the student channel of every teacher channel, or why they cannot be matched; equal on every rank."""
+    both = None if ours is None or theirs is None else rows(ours, theirs)
+    if both is None:
+        return _UNLIKE
+    moments = Moments(*sum_across_ranks(Moments.of(*both)))
+    if not bool(moments.samples >= LEAST_ROWS):
+        return _TooFewRows(float(moments.samples))
+    correlation = moments.correlation()
+    if not bool(torch.isfinite(correlation).all()):
+        return _UNLIKE
     return match_channels(correlation, minimum=minimum)
-
-
-def _correlation(first: Optional[Tensor], second: Optional[Tensor]) -> Optional[Tensor]:
-    both = None if first is None or second is None else rows(first, second)
-    return None if both is None else Moments(*sum_across_ranks(Moments.of(*both))).correlation()
-
-
-def _is_same(output: Tensor, logits: Optional[Tensor]) -> bool:
-    """Return whether a module's output is the logits, but for their size: then its channels are the classes."""
-    if logits is None or logits.shape[1] != output.shape[1]:
-        return False
-    correlation = _correlation(output, logits)
-    return correlation is not None and bool((correlation.diagonal() > 0.9).all())
 
 
 def _expressed(target: Tensor, source: Tensor, maps: _Maps, depthwise: bool) -> Optional[Tensor]:

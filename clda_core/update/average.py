@@ -8,12 +8,14 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Sequence, Tu
 from torch import Tensor, nn
 from typing_extensions import Literal
 
+from .._activations import watching
 from .._compat import lerp_
 from .._config import Strategy
 from .._named import named_tensors
-from .._sharded import local, part_for
+from .._sharded import local, part_for, whole
 from ..errors import check_choice, check_number
 from .base import Granularity, RoundContext, UpdateResult
+from .classes import Classes, find_classes
 from .statistics import running_statistics
 from .writing import blend, pair_tensors
 
@@ -27,6 +29,10 @@ class Average(Strategy):
     that the related student layer has under the same local name and in the same shape; :math:`d` is ``decay`` and
     :math:`s` the schedule's strength. What has no counterpart is reported as skipped. The paper's rule is not public;
     this is the plainest reading of it.
+
+    Where the KD loss has a ``class_map``, the student's rows of the layer that makes the logits go to their classes'
+    rows in the teacher. That layer is found by running both models on a round's inputs once, as the one whose output is
+    the logits. Whatever else may have classes in one of its first two dimensions is skipped.
 
     Args:
         decay: :math:`d` in [0, 1]; 1 changes nothing.
@@ -61,6 +67,7 @@ class Average(Strategy):
         self.buffers = buffers
         self.granularity: Granularity = granularity
         self._pairs: Optional[_Pairs] = None
+        self._classes: Optional[Tuple[Any, Classes]] = None
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the related student layers into the selected teacher layers, in place."""
@@ -68,19 +75,40 @@ class Average(Strategy):
         weight = (1 - self.decay) * context.strength
         of_teacher, of_student = named_tensors(context.teacher), named_tensors(context.student)
         related = [context.related.get(layer.name) for layer in context.layers]
-        made_of = (of_teacher.state, of_student.state, context.layers, related)
+        classes = self._where_classes_are(context, (of_teacher.state, of_student.state))
+        made_of = (of_teacher.state, of_student.state, classes, context.layers, related)
         ours, theirs = of_teacher.all(), of_student.all()
         pairs = self._pairs
         if pairs is None or pairs.made_of != made_of or not pairs.where_they_were(ours, theirs):
             statistics = running_statistics(context.teacher) if self.buffers == "average" else None
             pairs = self._pairs = _pair(made_of, ours, theirs, statistics)
         targets, sources = pairs.of(ours, theirs)
+        if classes is not None:
+            for index, (name, other) in enumerate(pairs.names.items()):
+                if classes.are_rows(name, targets[index].shape, other, sources[index].shape):
+                    sources[index] = classes.in_teachers(whole(targets[index]), whole(sources[index]))
         if pairs.memory and not movable:
             lerp_(targets, sources, weight, alike=True)
         else:
             parts = {name: part_for(source, target) for name, source, target in zip(pairs.names, sources, targets)}
             blend({name: local(target) for name, target in zip(pairs.names, targets)}, parts, weight, movable)
         return UpdateResult(pairs.updated, dict(pairs.skipped))
+
+    def _where_classes_are(self, context: RoundContext, models: Tuple[Any, Any]) -> Optional[Classes]:
+        """Return where the classes are, ``None`` without a class map; both models are run unless it is known."""
+        if context.class_map is None:
+            return None
+        class_map = tuple(context.class_map)
+        if self._classes is not None and self._classes[0] == models and self._classes[1].class_map == class_map:
+            return self._classes[1]
+        if context.inputs is None:
+            return Classes(class_map)
+        with watching(context.teacher, context.student):
+            found = find_classes(context.teacher, context.student, context.predict, class_map)
+        if found is None:  # until a larger batch comes
+            return Classes(class_map)
+        self._classes = models, found
+        return found
 
     def state_dict(self) -> Dict[str, Any]:
         """Return nothing: averaging has no state."""
@@ -95,7 +123,7 @@ class _Pairs:
     """Which tensors are averaged, by name, so that it need not be found out anew in every round.
 
     Attributes:
-        made_of: The states of both models, the selected layers and the related ones.
+        made_of: The states of both models, where the classes are, the selected layers and the related ones.
         names: The student's names by the teacher's.
         updated: Names of the layers that have pairs.
         skipped: What has no pair, and why.
@@ -128,11 +156,12 @@ def _pair(
     names: Dict[str, str] = {}
     updated: List[str] = []
     skipped: Dict[str, str] = {}
-    for layer, related in zip(*made_of[2:]):
+    classes = made_of[2]
+    for layer, related in zip(*made_of[3:]):
         if related is None:
             skipped[layer.name] = "no related student layer"
             continue
-        pairs, unpaired = pair_tensors(ours, layer, theirs, related, statistics)
+        pairs, unpaired = pair_tensors(ours, layer, theirs, related, statistics, classes=classes)
         names.update(pairs)
         skipped.update(unpaired)
         if pairs:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torch import nn
 
-from .._sharded import local, part_for
+from .._activations import LEAST_ROWS, watching
+from .._sharded import local, part_for, whole
+from ..distillation.base import check_class_map, in_students_classes
 from ..errors import problem
 from ..layers import Layer, LayerGrouping, group_layers
+from ..outputs import Extract, Outputs, as_outputs, call_model
 from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .base import UpdateResult
+from .classes import Classes, find_classes
 from .statistics import frozen_norms, running_statistics
 from .writing import pair_tensors, tensors_of, undone_on_error
 
@@ -25,6 +29,8 @@ def init_student(
     *,
     layers: Optional[LayerGrouping] = None,
     inputs: Any = None,
+    class_map: Optional[Sequence[int]] = None,
+    extract: Optional[Extract] = None,
 ) -> UpdateResult:
     """Copy related teacher layers into the student, once, before its training.
 
@@ -38,14 +44,19 @@ def init_student(
         teacher: Only read.
         relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
         layers: A regrouping for both models, as in :func:`~clda_core.layers.group_layers`.
-        inputs: A batch, for relations that need one.
+        inputs: A batch, for relations that need one and for ``class_map``.
+        class_map: For each student class the index of the teacher's class, as in the KD loss, where the classes differ.
+            The layer that makes the logits, found by running both models on ``inputs``, is then copied row by row of
+            its classes; whatever else may have classes in one of its first two dimensions is skipped.
+        extract: Reads logits from what the models return, as in the learner; for ``class_map``.
 
     Returns:
         The student layers written, and what was skipped with its reason.
 
     Raises:
         CldaError: If the models share parameters, the student is larger than the teacher (they may have been swapped),
-            or nothing can be copied; the student is unchanged.
+            nothing can be copied, or ``class_map`` comes without inputs (32 samples or positions at least) or does not
+            fit the logits; the student is unchanged.
 
     Example:
         >>> big = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
@@ -80,6 +91,7 @@ def init_student(
     updated: List[str] = []
     skipped: Dict[str, str] = {}
     targets, origins = tensors_of(student), tensors_of(teacher)
+    classes = None if class_map is None else _classes(teacher, student, inputs, class_map, extract)
     statistics = running_statistics(student) | frozen_norms(student)
     with undone_on_error(student, of_student), torch.no_grad():
         for layer in of_student:
@@ -88,10 +100,13 @@ def init_student(
                 continue
             peers = [other.name for other in of_student if other.stage == layer.stage and other.name in sources]
             source = _at_relative_place(sources[layer.name], peers.index(layer.name), len(peers))
-            pairs, unpaired = pair_tensors(targets, layer, origins, source, statistics, ("student", "teacher"))
+            pairs, unpaired = pair_tensors(targets, layer, origins, source, statistics, ("student", "teacher"), classes)
             skipped.update(unpaired)
             for target, origin in pairs.items():
-                local(targets[target]).copy_(part_for(origins[origin], targets[target]))
+                value, into = origins[origin], targets[target]
+                if classes is not None and classes.are_rows(origin, value.shape, target, into.shape):
+                    value = classes.in_students(whole(value))
+                local(into).copy_(part_for(value, into))
             if pairs:
                 updated.append(layer.name)
         if not updated:
@@ -102,6 +117,37 @@ def init_student(
                 fix="pass a relation that pairs layers of equal shape, or start the student otherwise",
             )
     return UpdateResult(tuple(updated), skipped)
+
+
+def _classes(
+    teacher: nn.Module, student: nn.Module, inputs: Any, class_map: Sequence[int], extract: Optional[Extract]
+) -> Classes:
+    def run(model: nn.Module) -> Outputs:
+        whose = "teacher" if model is teacher else "student"
+        outputs = as_outputs(call_model(model, inputs), extract, whose)
+        count = outputs.logits.shape[1]
+        if max(class_map) >= count if model is teacher else len(class_map) != count:
+            raise problem(
+                "class_map does not fit the logits",
+                expected="as many entries as the student has classes, each below the teacher's number of classes",
+                received=f"{list(class_map)!r} and {count} classes of the {whose}",
+                fix="pass for each class of the student the index of the teacher's class",
+            )
+        return outputs._replace(logits=in_students_classes(outputs.logits, class_map)) if model is teacher else outputs
+
+    check_class_map(class_map)
+    found = None
+    if inputs is not None:
+        with watching(teacher, student):
+            found = find_classes(teacher, student, run, class_map)
+    if found is None:
+        raise problem(
+            "the layers that make the logits cannot be found, which class_map= is about",
+            expected=f"a batch of at least {LEAST_ROWS} samples, or of as many positions",
+            received="no inputs" if inputs is None else "a smaller one",
+            fix="pass inputs=, a batch as the models are called with",
+        )
+    return found
 
 
 def _at_relative_place(candidates: List[Layer], position: int, count: int) -> Layer:

@@ -13,6 +13,7 @@ from .._compat import halve_towards_, lerp_
 from .._named import named_tensors
 from .._sharded import local
 from ..layers import Layer, local_names
+from .classes import MAY_BE_CLASSES, Classes
 from .statistics import NO_STATISTIC
 
 __all__ = ["Snapshot", "blend", "copied", "pair_tensors", "tensors_of", "undone_on_error"]
@@ -97,6 +98,7 @@ def pair_tensors(
     related: Layer,
     statistics: Optional[AbstractSet[str]],
     roles: Tuple[str, str] = ("teacher", "student"),
+    classes: Optional[Classes] = None,
 ) -> Tuple[Dict[str, str], Dict[str, str]]:
     """Pair the tensors of a layer with those of its related layer in the other model by local name.
 
@@ -108,10 +110,11 @@ def pair_tensors(
         statistics: Names of the only buffers to be paired (:mod:`~clda_core.update.statistics`); ``None`` passes over
             buffers without a word.
         roles: What the reasons call the two models.
+        classes: Where the classes are in both, if their places differ.
 
     Returns:
-        The source's canonical name by the target's, of tensors of equal shape, and for what has no counterpart a reason
-        by ``"layer: name"``.
+        The source's canonical name by the target's, of tensors of equal shape or with a row for each class
+        (:meth:`Classes.are_rows`), and for what has no counterpart a reason by ``"layer: name"``.
     """
     kinds = [(layer.parameters, related.parameters)]
     if statistics is not None:
@@ -128,7 +131,13 @@ def pair_tensors(
                 unpaired[f"{layer.name}: {short}"] = f"{roles[1]} layer {related.name!r} has no {short!r}"
                 continue
             ours, theirs = targets[name], sources[available[short]]
-            if ours.shape != theirs.shape:
+            sides = [(name, ours.shape), (available[short], theirs.shape)]
+            (of_teacher, big), (of_student, small) = sides if roles[0] == "teacher" else sides[::-1]
+            if classes is not None and classes.are_rows(of_teacher, big, of_student, small) and big[1:] == small[1:]:
+                pairs[name] = available[short]
+            elif classes is not None and classes.concern(big, small):
+                unpaired[f"{layer.name}: {short}"] = MAY_BE_CLASSES
+            elif ours.shape != theirs.shape:
                 shapes = f"{tuple(ours.shape)} in the {roles[0]}, {tuple(theirs.shape)} in the {roles[1]}"
                 unpaired[f"{layer.name}: {short}"] = f"shapes differ: {shapes}"
             else:

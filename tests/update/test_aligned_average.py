@@ -1,5 +1,7 @@
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -13,6 +15,7 @@ from clda_core.outputs import Outputs
 from clda_core.relation import ByName, ModelView
 from clda_core.update import RoundContext
 from clda_core.update.aligned_average import AlignedAverage, _expressed, _Maps
+from clda_core.update.classes import MAY_BE_CLASSES
 from tests import reference_relation as reference
 from tests.helpers import bits
 from tests.models import CNN, ResNet, SegFormer, ViT, mlp
@@ -81,7 +84,7 @@ def alive(seed: int, **widths: int) -> nn.Module:
 def test_a_teacher_that_copies_the_student_is_mapped_back_to_itself(a: List[int], b: List[int]) -> None:
     student = alive(0)
     teacher = copied(student, a, b)
-    inputs = images(count=16)
+    inputs = images(count=40)
     before, expected = values(teacher), teacher.eval()(inputs)
     assert torch.allclose(expected, student.eval()(inputs), atol=1e-5)
     result = AlignedAverage(decay=0.0, buffers="average").apply(round_context(teacher, student, inputs=inputs))
@@ -98,7 +101,7 @@ def test_a_net2net_teacher_with_uneven_shares_keeps_its_function() -> None:
     with torch.no_grad():
         teacher.conv2.weight[:, 5] += 0.4
         teacher.conv2.weight[:, 6] -= 0.4
-    inputs = images(count=16)
+    inputs = images(count=40)
     expected, before = teacher.eval()(inputs), values(teacher)
     AlignedAverage(decay=0.0).apply(round_context(teacher, student, inputs=inputs))
     assert changed(teacher, before)
@@ -108,14 +111,14 @@ def test_a_net2net_teacher_with_uneven_shares_keeps_its_function() -> None:
 def test_only_one_layer_of_a_permuted_student_fits_the_others_of_the_teacher() -> None:
     teacher = alive(0)
     student = copied(teacher, [3, 0, 5, 1, 4, 2], [4, 2, 0, 1, 3])
-    expected = teacher.eval()(images(count=16))
+    expected = teacher.eval()(images(count=40))
     with torch.no_grad():
         teacher.conv2.weight += 0.01 * torch.randn(
             teacher.conv2.weight.shape, generator=torch.Generator().manual_seed(0)
         )
-    assert not torch.allclose(teacher(images(count=16)), expected, atol=1e-3)
-    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["conv2"], inputs=images(count=16)))
-    assert torch.allclose(teacher(images(count=16)), expected, atol=1e-5)
+    assert not torch.allclose(teacher(images(count=40)), expected, atol=1e-3)
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["conv2"], inputs=images(count=40)))
+    assert torch.allclose(teacher(images(count=40)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -123,9 +126,9 @@ def test_only_one_layer_of_a_permuted_student_fits_the_others_of_the_teacher() -
 def test_the_step_is_exponential(decay: float, strength: float) -> None:
     teacher, student = alive(0), alive(1)
     aligned = copy.deepcopy(teacher)
-    AlignedAverage(decay=0.0).apply(round_context(aligned, student, inputs=images()))
+    AlignedAverage(decay=0.0).apply(round_context(aligned, student, inputs=images(count=40)))
     target, before = values(aligned), values(teacher)
-    AlignedAverage(decay=decay).apply(round_context(teacher, student, inputs=images(), strength=strength))
+    AlignedAverage(decay=decay).apply(round_context(teacher, student, inputs=images(count=40), strength=strength))
     weight = strength * (1 - decay)
     for name, _ in teacher.named_parameters():
         expected = before[name] + weight * (target[name] - before[name])
@@ -165,7 +168,7 @@ def test_unrelated_networks_of_any_width_leave_no_trace_but_the_selected_layers(
     allowed = [name for layer in selected for name in layer.parameters]
     allowed += [name for layer in selected for name in layer.buffers if buffers == "average"]
     of_teacher, of_student, traced = values(teacher), values(student), traces(teacher, student)
-    context = round_context(teacher, student, [layer.name for layer in selected], inputs=images())
+    context = round_context(teacher, student, [layer.name for layer in selected], inputs=images(count=40))
     result = AlignedAverage(decay=0.5, buffers=buffers).apply(context)
     assert result.updated
     assert set(changed(teacher, of_teacher)) <= set(allowed)
@@ -183,7 +186,7 @@ def test_the_logits_keep_their_classes() -> None:
     with torch.no_grad():
         student.fc.weight.copy_(teacher.fc.weight.flip(0))
         student.fc.bias.copy_(teacher.fc.bias.flip(0))
-    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["fc"], inputs=images(count=16)))
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["fc"], inputs=images(count=40)))
     assert torch.allclose(teacher.fc.weight, student.fc.weight, atol=1e-6)
 
 
@@ -192,7 +195,7 @@ def test_channels_that_do_not_vary_keep_the_teachers_weights() -> None:
     with torch.no_grad():
         teacher.depth.weight[2] = 0
     before = values(teacher)
-    AlignedAverage(decay=0.0).apply(round_context(teacher, student, inputs=images()))
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, inputs=images(count=40)))
     assert torch.equal(teacher.depth.weight[2], before["depth.weight"][2])
     assert torch.equal(teacher.depth.bias[2], before["depth.bias"][2])
     kept = (teacher.conv2.weight == before["conv2.weight"]).all(3).all(2).all(0)
@@ -203,7 +206,7 @@ def test_single_parameters_move_only_where_they_are_not_salient() -> None:
     teacher, student = alive(0), alive(1)
     before = values(teacher)
     masks = {name: torch.rand(value.shape) < 0.5 for name, value in teacher.named_parameters() if name != "bn2.bias"}
-    context = round_context(teacher, student, inputs=images(), non_salient=masks)
+    context = round_context(teacher, student, inputs=images(count=40), non_salient=masks)
     result = AlignedAverage(decay=0.0, granularity="parameter").apply(context)
     assert result.skipped == {
         "conv2: bn2.bias": "no gradient of it was observed, so its non-salient elements are unknown"
@@ -216,7 +219,7 @@ def test_single_parameters_move_only_where_they_are_not_salient() -> None:
 
 def pair(teacher: nn.Module, student: nn.Module) -> RoundContext:
     related = ByName()(ModelView(teacher, group_layers(teacher)), ModelView(student, group_layers(student))).pairs
-    return round_context(teacher, student, inputs=images(), related=related)
+    return round_context(teacher, student, inputs=images(count=40), related=related)
 
 
 def body(layer: Optional[nn.Module], after: Optional[nn.Module] = None) -> nn.Module:
@@ -253,12 +256,12 @@ def test_a_bias_the_student_lacks_is_skipped() -> None:
 
 
 def test_parameters_without_a_leaf_module_and_modules_not_called_are_skipped() -> None:
-    result = AlignedAverage().apply(round_context(randomise(ViT(), 0), randomise(ViT(), 1), inputs=images()))
+    result = AlignedAverage().apply(round_context(randomise(ViT(), 0), randomise(ViT(), 1), inputs=images(count=40)))
     assert result.skipped["cls_token: cls_token"] == "it does not belong to a leaf module"
     teacher, student = ResNet((1, 1)), ResNet((1, 1))
     teacher.spare = nn.Linear(2, 2)
     student.spare = nn.Linear(2, 2)
-    result = AlignedAverage().apply(round_context(teacher, student, inputs=images()))
+    result = AlignedAverage().apply(round_context(teacher, student, inputs=images(count=40)))
     assert result.skipped["spare: weight"] == "its module is not called in the forward pass"
 
 
@@ -267,14 +270,14 @@ def test_activations_that_are_not_finite_are_skipped() -> None:
     with torch.no_grad():
         student.conv2.bias.fill_(float("nan"))
     before = values(teacher)
-    result = AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["conv2"], inputs=images()))
+    result = AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["conv2"], inputs=images(count=40)))
     assert not result.updated
     assert "not finite" in result.skipped["conv2: weight"]
     assert not changed(teacher, before)
 
 
 def test_layers_without_a_relation_are_skipped() -> None:
-    context = round_context(alive(0), alive(1), inputs=images(), related={})
+    context = round_context(alive(0), alive(1), inputs=images(count=40), related={})
     assert set(AlignedAverage().apply(context).skipped.values()) == {"no related student layer"}
 
 
@@ -295,7 +298,7 @@ def test_without_inputs() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"decay": 1.1}, {"decay": float("nan")}, {"buffers": "copy"}, {"granularity": "block"}]
-    + [{"minimum": 1.0}, {"samples": 1}],
+    + [{"minimum": 1.0}, {"samples": 31}],
 )
 def test_refuses_arguments_out_of_range(options: Any) -> None:
     with pytest.raises(CldaError, match=f"^{next(iter(options))} is"):
@@ -319,7 +322,7 @@ def _aligned(update: AlignedAverage, teacher: nn.Module, student: nn.Module, see
     for seed in seeds:
         runs.append(0)
         layers = ["conv1", "conv2"] if seed < 2 else ["conv1", "conv2", "fc"]
-        update.apply(round_context(teacher, student, layers, inputs=images(seed), forward=forward))
+        update.apply(round_context(teacher, student, layers, inputs=images(seed, 40), forward=forward))
     return runs
 
 
@@ -369,23 +372,104 @@ def test_mlp() -> None:
     assert result.updated == ("0", "2", "5")
 
 
-def test_ranks_with_other_images_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(inputs: Tensor, others: Optional[List[Any]]) -> "tuple[nn.Module, List[Any]]":
-        teacher, seen = alive(0), []
+class Ranks:
+    """Two ranks in two threads, whose sums wait for one another."""
 
-        def reduced(tensors: Any) -> List[Tensor]:
-            seen.append([tensor.clone() for tensor in tensors])
-            return list(tensors) if others is None else [a + b for a, b in zip(tensors, others[len(seen) - 1])]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.barrier, self.rank = threading.Barrier(2, timeout=20), threading.local()
+        self.given: List[Any] = [None, None]
+        for module in ("aligned_average", "classes"):
+            monkeypatch.setattr(f"clda_core.update.{module}.sum_across_ranks", self.sum)
 
-        monkeypatch.setattr("clda_core.update.aligned_average.sum_across_ranks", reduced)
-        AlignedAverage(decay=0.0).apply(round_context(teacher, alive(1), inputs=inputs))
-        return teacher, seen
+    def sum(self, tensors: Any) -> List[Tensor]:
+        self.given[self.rank.index] = list(tensors)
+        self.barrier.wait()
+        ours, theirs = self.given
+        self.barrier.wait()
+        return [a + b for a, b in zip(ours, theirs)]
 
-    halves = [images(seed=0), images(seed=1)]
-    alone = [run(half, None) for half in halves]
-    assert changed(alone[0][0], values(alone[1][0]))
-    together = [run(halves[rank], alone[1 - rank][1])[0] for rank in (0, 1)]
-    assert not changed(together[0], values(together[1]))
+    def run(self, work: Any) -> List[Any]:
+        def one(index: int) -> Any:
+            self.rank.index = index
+            return work(index)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, (0, 1)))
+
+
+@pytest.mark.parametrize("counts", [(20, 20), (40, 1), (31, 1), (1, 1)], ids=str)
+def test_ranks_with_other_images_decide_and_write_alike(counts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(rank: int) -> Any:
+        teacher = alive(0)
+        update = AlignedAverage(decay=0.0, samples=100_000)
+        result = update.apply(round_context(teacher, alive(1), inputs=images(rank, counts[rank])))
+        return teacher, result, update.state_dict()["maps"]
+
+    (first, of_first, maps), (second, of_second, others) = Ranks(monkeypatch).run(work)
+    assert of_first == of_second
+    assert bits(maps) == bits(others)
+    assert not changed(first, values(second))
+    assert ("fc" in of_first.updated) is (sum(counts) >= 32)
+    monkeypatch.undo()
+    alone, together = alive(0), torch.cat([images(rank, count) for rank, count in enumerate(counts)])
+    expected = AlignedAverage(decay=0.0, samples=100_000).apply(round_context(alone, alive(1), inputs=together))
+    assert of_first == expected
+    assert all(torch.allclose(value, values(alone)[name], atol=1e-6) for name, value in values(first).items())
+
+
+TOO_FEW = "{} rows (samples x positions) are too few to match channels, 32 are needed"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 31])
+def test_a_batch_too_small_to_match_by_changes_nothing_and_is_not_remembered(count: int) -> None:
+    """Over two rows all correlations are 1 or -1, and what they match would stay for twenty rounds."""
+    teacher = randomise(mlp(hidden=16), 0)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student[0].weight.copy_(teacher[0].weight[order])
+        student[0].bias.copy_(teacher[0].bias[order])
+        student[2].weight.copy_(teacher[2].weight[:, order])
+    before, inputs = values(teacher), torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+    update = AlignedAverage(decay=0.5)
+    result = update.apply(round_context(teacher, student, inputs=inputs[:count]))
+    assert result.updated == ()
+    assert set(result.skipped.values()) == {TOO_FEW.format(count)}
+    assert not changed(teacher, before)
+    assert update.state_dict()["maps"] == {}
+    for _ in range(3):
+        assert update.apply(round_context(teacher, student, inputs=inputs)).updated == ("0", "2", "5")
+    assert len(update.state_dict()["maps"]) == 4
+    assert all(torch.allclose(value, before[name], atol=1e-5) for name, value in values(teacher).items())
+
+
+def test_positions_are_rows_and_layers_without_them_wait() -> None:
+    result = AlignedAverage().apply(round_context(alive(0), alive(1), inputs=images(count=4)))
+    assert result.updated == ("conv1", "depth", "conv2")
+    assert result.skipped == {"fc: weight": TOO_FEW.format(4), "fc: bias": TOO_FEW.format(4)}
+
+
+def test_a_students_head_beside_a_teachers_hidden_layer_of_its_width_is_skipped() -> None:
+    """Its rows are classes, and those of the hidden layer are not."""
+    teacher = randomise(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)), 0)
+    student = randomise(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)), 1)
+    before, inputs = values(teacher), torch.randn(64, 5)
+    related = {"2": group_layers(student)[1]}
+    result = AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["2"], inputs=inputs, related=related))
+    assert result.skipped == {"2: weight": MAY_BE_CLASSES, "2: bias": MAY_BE_CLASSES}
+    assert not changed(teacher, before)
+
+
+def test_a_class_that_does_not_vary_leaves_the_others_their_places() -> None:
+    teacher = alive(0)
+    with torch.no_grad():
+        teacher.fc.weight[1] = 0
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.fc.weight.copy_(teacher.fc.weight.flip(0)[[0, 2, 1, 3]])
+        student.fc.bias.copy_(teacher.fc.bias.flip(0)[[0, 2, 1, 3]])
+    AlignedAverage(decay=0.0).apply(round_context(teacher, student, ["fc"], inputs=images(count=40)))
+    assert torch.allclose(teacher.fc.weight, student.fc.weight, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -464,6 +548,6 @@ def test_a_learned_scale_without_channels_is_skipped() -> None:
             return self.scale * super().forward(x)
 
     teacher, student = nn.Sequential(Scaled(4, 3)), nn.Sequential(Scaled(4, 3))
-    result = AlignedAverage().apply(round_context(teacher, student, inputs=torch.randn(16, 4)))
+    result = AlignedAverage().apply(round_context(teacher, student, inputs=torch.randn(40, 4)))
     assert result.updated == ("0",)
     assert "no channels" in result.skipped["0: scale"]
