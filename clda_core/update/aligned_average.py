@@ -28,6 +28,7 @@ __all__ = ["AlignedAverage"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NOT_CALLED = "its module is not called in the forward pass"
+_TOO_FEW = f"rows (samples x positions) are too few to match channels, {LEAST_ROWS} are needed"
 _UNLIKE = "its activations cannot be compared with the student's (not finite, or on grids of other rank)"
 
 
@@ -179,7 +180,7 @@ class AlignedAverage(Strategy):
             found = _channel_maps(context, missing, self.samples, self.minimum)
             for pair in missing:
                 of_pair = found.get(pair.name, _NOT_CALLED)
-                kept = for_now if isinstance(of_pair, _TooFewRows) else self._maps
+                kept = for_now if isinstance(of_pair, str) and of_pair.endswith(_TOO_FEW) else self._maps
                 kept[_key(pair)] = of_pair
         self._rounds += 1
         known = {**self._maps, **for_now}
@@ -189,15 +190,6 @@ class AlignedAverage(Strategy):
 def _key(pair: _Pair) -> str:
     """Return what a map is kept under: both modules' names."""
     return f"{pair.name} <- {pair.other}"
-
-
-class _TooFewRows(str):
-    """A reason that the next round's batch may remove, so that it is not kept."""
-
-    def __new__(cls, count: float) -> _TooFewRows:
-        return super().__new__(
-            cls, f"{count:.0f} rows (samples x positions) are too few to match channels, {LEAST_ROWS} are needed"
-        )
 
 
 class _Counterparts:
@@ -386,7 +378,7 @@ def _matched(ours: Optional[Tensor], theirs: Optional[Tensor], minimum: float) -
         return _UNLIKE
     moments = Moments(*sum_across_ranks(Moments.of(*both)))
     if not bool(moments.samples >= LEAST_ROWS):
-        return _TooFewRows(float(moments.samples))
+        return f"{float(moments.samples):.0f} {_TOO_FEW}"
     correlation = moments.correlation()
     if not bool(torch.isfinite(correlation).all()):
         return _UNLIKE
