@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, Callable, Dict, Mapping, Optional, Union
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import load_checkpoint
 from torch import nn
 
+from .._restoring import restore_pair, saved_pair
 from .._stepping import watching
+from ..errors import problem
 from ..learner import CollaborativeLearner
 from ..schedule import Schedule
+from ._engine import Unstepped, students_optimizer
 
 __all__ = ["CollaborationHook"]
 
@@ -37,7 +41,11 @@ class CollaborationHook(Hook):
         options: Further arguments of :class:`~clda_core.CollaborativeLearner`.
 
     Attributes:
-        learner: The learner, once the run has begun.
+        learner: The learner, once the run has begun; it stays for further runs of the same model.
+
+    Warns:
+        UserWarning: If no optimizer step is seen in an epoch, or in 100 iterations; and if a training resumes from a
+            checkpoint without ``clda``.
     """
 
     priority = "LOW"  # after EMAHook, which copies the model
@@ -57,13 +65,36 @@ class CollaborationHook(Hook):
         self.log_interval = log_interval
         self.options = options
         self.learner: Optional[CollaborativeLearner] = None
+        self._unstepped = Unstepped(
+            "If the model's train_step steps the optimizer itself, let it call optim_wrapper.update_params() or "
+            "optim_wrapper.step()"
+        )
 
     def before_run(self, runner: Any) -> None:
-        """Build the learner, give it to the model, and step it where the wrapper steps."""
+        """Build the learner, give it to the model, and step it where the wrapper steps.
+
+        Raises:
+            CldaError: If there are several optimizers, or the optimizer holds no parameter of the model.
+        """
         wrapper = runner.optim_wrapper
         if not isinstance(wrapper, OptimWrapper):
             return  # the runner tests
+        if isinstance(wrapper, OptimWrapperDict):
+            raise problem(
+                "CollaborationHook cannot tell which optimizer trains the student",
+                expected="one OptimWrapper",
+                received=f"OptimWrapperDict of {', '.join(wrapper.keys())}",
+                fix="give the config one optim_wrapper, with paramwise_cfg= for parts that differ",
+            )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if self.learner is None or self.learner.student is not model:
+            self.learner = model.learner = self._built(model)
+        self._take_off(wrapper)  # left by a run that an exception ended
+        students_optimizer([wrapper.optimizer], self.learner)
+        wrapper.step = partial(_step, self.learner, wrapper, wrapper.step, self._unstepped)
+        self._unstepped.begin()
+
+    def _built(self, model: nn.Module) -> CollaborativeLearner:
         teacher = self.teacher
         if not isinstance(teacher, nn.Module):
             with torch.random.fork_rng(devices=[]):  # the student's weights are drawn after this
@@ -72,36 +103,60 @@ class CollaborationHook(Hook):
             load_checkpoint(teacher, self.checkpoint, map_location="cpu")
         teacher.to(next(model.parameters()).device).requires_grad_(False).eval()
         schedule = Schedule(**self.schedule) if isinstance(self.schedule, Mapping) else self.schedule
-        self.learner = model.learner = CollaborativeLearner(teacher, model, schedule=schedule, **self.options)
-        wrapper.step = partial(_step, self.learner, wrapper, wrapper.step)
+        return CollaborativeLearner(teacher, model, schedule=schedule, **self.options)
 
     def after_run(self, runner: Any) -> None:
         """Give the wrapper its own ``step`` back."""
-        if self.learner is not None:
-            del runner.optim_wrapper.step
+        self._take_off(runner.optim_wrapper)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Optional[Dict[str, Any]] = None
     ) -> None:
         """Write the metrics to the message hub, from where the runner's loggers take them."""
+        if self.learner is not None:
+            self._unstepped.after_batch(self.learner, getattr(runner.optim_wrapper, "_accumulative_counts", 1))
         if self.learner is not None and self.every_n_train_iters(runner, self.log_interval):
             for name, value in self.learner.metrics().items():
                 runner.message_hub.update_scalar(f"train/{name}", value)
 
+    def after_train_epoch(self, runner: Any) -> None:
+        """Say so if no step was seen."""
+        if self.learner is not None:
+            self._unstepped.warn(self.learner)
+
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Put learner and teacher into the checkpoint."""
         if self.learner is not None:
-            both = {"learner": self.learner.state_dict(), "teacher": self.learner.teacher.state_dict()}
-            checkpoint["clda"] = both
+            checkpoint["clda"] = saved_pair(self.learner)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
-        """Restore them."""
-        if self.learner is not None and "clda" in checkpoint:
-            self.learner.load_state_dict(checkpoint["clda"]["learner"])
-            self.learner.teacher.load_state_dict(checkpoint["clda"]["teacher"])
+        """Restore both, or neither.
+
+        Raises:
+            CldaError: If one of the two does not fit.
+        """
+        if self.learner is None:
+            return
+        if "clda" in checkpoint:
+            restore_pair(self.learner, checkpoint["clda"])
+        elif getattr(runner, "_resume", False) and self.learner.enabled:
+            warnings.warn(
+                "the training resumes, and its checkpoint holds no state of CollaborationHook: the learner starts from "
+                "step 0, with the teacher that the config gives",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _take_off(wrapper: Any) -> None:
+        step = vars(wrapper).get("step") if isinstance(wrapper, OptimWrapper) else None
+        if isinstance(step, partial) and step.func is _step:
+            del wrapper.step
 
 
-def _step(learner: CollaborativeLearner, wrapper: OptimWrapper, step: Callable[..., Any], **kwargs: Any) -> None:
+def _step(
+    learner: CollaborativeLearner, wrapper: OptimWrapper, step: Callable[..., Any], seen: Unstepped, **kwargs: Any
+) -> None:
+    seen.stepped()
     learner.observe(scaler=getattr(wrapper, "loss_scaler", None))
     with watching(wrapper.optimizer) as stepped:
         learner.step(step_fn=partial(step, **kwargs), stepped=stepped)

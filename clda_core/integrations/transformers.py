@@ -8,11 +8,12 @@ from typing import Any, Optional
 import torch
 from transformers import TrainerCallback
 
-from .._compat import load_plain
+from .._restoring import restore_pair, saved_pair
 from .._stepping import StepWatch
-from ..checkpoint import atomically
+from ..checkpoint import atomically, read
 from ..errors import problem
 from ..learner import CollaborativeLearner
+from ._engine import Unstepped, check_trains
 
 __all__ = ["CollaborationCallback"]
 
@@ -33,19 +34,31 @@ class CollaborationCallback(TrainerCallback):
     Note:
         The teacher is moved to the student's device. If the loss trains the teacher along under fp16, leave
         ``max_grad_norm`` on: its clipping is what unscales the gradients.
+
+    Warns:
+        UserWarning: If no optimizer step is seen in an epoch, or in 100 steps of the Trainer.
     """
 
     def __init__(self, learner: CollaborativeLearner, *, resume_from: Optional[str] = None) -> None:
         self.learner = learner
         self.resume_from = resume_from
         self._watch: Optional[StepWatch] = None
+        self._unstepped = Unstepped(
+            "If your Trainer has a training loop of its own, call learner.observe() before and learner.after_step() "
+            "after the optimizer's step there, and leave the callback out"
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the teacher, and restore it and the learner if the Trainer resumes.
 
         Raises:
-            CldaError: If the Trainer resumes, and there is no ``clda.pt`` to go on from.
+            CldaError: If the Trainer trains something else than the student, or it resumes, and there is no
+                ``clda.pt`` to go on from, or it does not fit.
         """
+        self._drop()
+        if kwargs.get("model") is not None:
+            check_trains(kwargs["model"], kwargs.get("optimizer"), self.learner)
+        self._unstepped.begin()
         self.learner.teacher.to(next(self.learner.student.parameters()).device)
         if not state.global_step:
             return
@@ -57,26 +70,41 @@ class CollaborationCallback(TrainerCallback):
                 received="no such file",
                 fix="pass the checkpoint's folder as resume_from= to the callback",
             )
-        saved = load_plain(path)
-        self.learner.load_state_dict(saved["learner"])
-        self.learner.teacher.load_state_dict(saved["teacher"])
+        restore_pair(self.learner, read(path))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Observe; gradients are complete and clipped here."""
+        self._drop()
+        self._unstepped.stepped()
         optimizer = kwargs.get("optimizer")
         self.learner.observe(scaler=getattr(optimizer, "scaler", None))
         self._watch = StepWatch(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step, unless it was skipped, and make a round if one is due."""
-        self.learner.after_step(stepped=self._watch is None or self._watch.stepped())
+        watch, self._watch = self._watch, None
+        self.learner.after_step(stepped=watch is None or watch.stepped())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so if no step is ever seen."""
+        self._unstepped.after_batch(self.learner)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so if no step was seen."""
+        self._unstepped.warn(self.learner)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write learner and teacher beside the student."""
         if state.is_world_process_zero:
             with atomically(os.path.join(_folder(args, state), _FILE)) as unfinished:
-                both = {"learner": self.learner.state_dict(), "teacher": self.learner.teacher.state_dict()}
-                torch.save(both, unfinished)
+                torch.save(saved_pair(self.learner), unfinished)
+
+    def _drop(self) -> None:
+        """Forget a step that raised."""
+        if self._watch is not None:
+            self._watch.stepped()
+            self._watch = None
+            self.learner.after_step(stepped=False)
 
 
 def _folder(args: Any, state: Any) -> str:

@@ -1,18 +1,19 @@
 """Real runs of Lightning's Trainer, on the CPU."""
 
+import signal
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from clda_core import CollaborativeLearner, Schedule
+from clda_core import CldaError, CollaborativeLearner, Schedule
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import WithParameter, batch, bits, labels, networks, traces, values
+from tests.helpers import WithParameter, batch, bits, labels, make_sam, networks, traces, values
 
 pytest.importorskip("lightning", reason="an integration with Lightning needs Lightning")
 import lightning.pytorch as lightning
@@ -149,3 +150,176 @@ def test_metrics_reach_the_loggers(tmp_path: Path) -> None:
     header, *lines = file.read_text().splitlines()
     assert {"clda/kd_loss", "clda/rounds", "clda/lsr_mean"} <= set(header.split(","))
     assert [line.split(",")[header.split(",").index("step")] for line in lines] == ["2", "4", "6"]
+
+
+class WithOptimizers(Module):
+    """The host with optimizers of its own, stepped by Lightning or by ``steps``."""
+
+    def __init__(self, learner: CollaborativeLearner, build: Callable[[nn.Module], Any], steps: Any = None) -> None:
+        super().__init__(learner)
+        self.build, self.steps = build, steps
+        self.automatic_optimization = steps is None
+
+    def configure_optimizers(self) -> Any:
+        return self.build(self.student)
+
+    def training_step(self, data: List[Tensor], index: int) -> Any:
+        loss = super().training_step
+        if self.steps is None:
+            return loss(data, index)
+        return self.steps(self, lambda: self.manual_backward(loss(data, index)))
+
+
+def fit_with(learner: CollaborativeLearner, folder: Path, module: Any, callback: Any = None, **options: Any) -> Any:
+    trainer = lightning.Trainer(
+        **{"max_epochs": 1, "logger": False, "enable_checkpointing": False, **options},
+        accelerator="cpu",
+        default_root_dir=str(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback or CollaborationCallback(learner)],
+    )
+    trainer.fit(module, loader())
+    return trainer
+
+
+class ClosureSAM(make_sam()):
+    """A SAM whose ``step`` evaluates its closure twice, as Lightning wants it."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step()
+        return loss
+
+
+def two_halves(module: Any, backward: Any) -> None:
+    optimizer = module.optimizers()
+    backward()
+    optimizer.first_step(zero_grad=True)
+    backward()
+    optimizer.second_step(zero_grad=True)
+
+
+def sam(student: nn.Module) -> Any:
+    return ClosureSAM(student.parameters(), torch.optim.SGD, lr=0.05)
+
+
+TWO_STEPS: Dict[str, Any] = {
+    "LBFGS": (lambda student: torch.optim.LBFGS(student.parameters(), lr=0.01, max_iter=3), None),
+    "SAM with a closure": (sam, None),
+    "SAM in two halves": (sam, two_halves),
+}
+
+
+@pytest.mark.parametrize("kind", TWO_STEPS)
+def test_an_optimizer_that_evaluates_the_loss_several_times_makes_one_step(kind: str, tmp_path: Path) -> None:
+    learner = learner_for(schedule=Schedule(warmup=1, interval=2, observe_every=1))
+    trainer = fit_with(learner, tmp_path, WithOptimizers(learner, *TWO_STEPS[kind]))
+    assert learner.report().steps == 6
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+    optimizer = trainer.optimizers[0]
+    for each in (optimizer, getattr(optimizer, "base_optimizer", optimizer)):
+        assert not each._optimizer_step_post_hooks
+        assert not each._optimizer_step_pre_hooks
+
+
+def test_an_optimizer_that_holds_part_of_the_student_counts(tmp_path: Path) -> None:
+    learner = learner_for()
+    assert learner.student.stem.weight.requires_grad, "the first trainable parameter, which no optimizer holds"
+    parts = lambda student: [torch.optim.SGD(student.blocks.parameters(), lr=0.05)]  # noqa: E731
+    fit_with(learner, tmp_path, WithOptimizers(learner, parts))
+    assert learner.report().steps == 6
+
+
+def test_of_several_optimizers_the_one_with_most_of_the_student_counts(tmp_path: Path) -> None:
+    learner = learner_for()
+
+    def parts(student: nn.Module) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (student.stem, student.blocks)]
+
+    def steps(module: Any, backward: Any) -> None:
+        small, big = module.optimizers()
+        backward()
+        small.step()
+        if module.trainer.fit_loop.epoch_loop.batch_idx % 2:
+            big.step()
+
+    fit_with(learner, tmp_path, WithOptimizers(learner, parts, steps))
+    assert learner.report().steps == 3
+
+
+def test_a_student_that_the_engine_does_not_train_is_refused(tmp_path: Path) -> None:
+    learner = learner_for()
+    module = WithOptimizers(learner, lambda student: torch.optim.SGD(networks()[1].parameters(), lr=0.05))
+    with pytest.raises(CldaError, match="does not train the learner's student.*Fix: build the learner with the very"):
+        fit_with(learner, tmp_path, module)
+    learner.enabled = False
+    fit_with(learner, tmp_path, module)
+
+
+def test_steps_that_are_not_seen_are_said(tmp_path: Path) -> None:
+    def by_hand(module: Any, backward: Any) -> None:
+        backward()
+        with torch.no_grad():
+            for parameter in module.student.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.05 * parameter.grad)
+
+    learner = learner_for()
+    module = WithOptimizers(learner, lambda student: torch.optim.SGD(student.parameters(), lr=0.05), by_hand)
+    with pytest.warns(UserWarning, match="6 batches were trained, and no optimizer step of the student was seen"):
+        fit_with(learner, tmp_path, module)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_a_training_that_raised_in_a_step_can_be_started_again(error: BaseException, tmp_path: Path) -> None:
+    """The optimizer calls ``super().step()``, for which torch fires the hooks of a step once more."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # from when on torch does so
+
+    class Fails(torch.optim.SGD):
+        broken = True
+
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            if Fails.broken:
+                Fails.broken = False
+                raise error
+            return super().step(lambda: loss)
+
+    learner = learner_for()
+    callback = CollaborationCallback(learner)
+    optimizer = Fails(learner.student.parameters(), lr=0.05)
+    module = WithOptimizers(learner, lambda student: optimizer)
+    handler = signal.getsignal(signal.SIGINT)  # which Lightning does not give back
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit_with(learner, tmp_path, module, callback)
+    signal.signal(signal.SIGINT, handler)
+    assert not optimizer._optimizer_step_post_hooks
+    assert learner.report().steps == 0
+    fit_with(learner, tmp_path, module, callback)
+    assert learner.report().steps == 6
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+
+
+def test_learner_and_teacher_are_restored_both_or_neither(tmp_path: Path) -> None:
+    callback = CollaborationCallback(learner_for())
+    learner = learner_for()
+    fit(learner, tmp_path)
+    before = bits(learner.state_dict()), values(learner.teacher)
+    state = callback.state_dict()
+    wrong = torch.nn.Linear(2, 2).state_dict()
+    for broken in ({**state, "teacher": wrong}, {"learner": state["learner"]}, {**state, "learner": {"version": 99}}):
+        with pytest.raises(CldaError, match=r"another architecture|does not hold learner and teacher|newer clda-core"):
+            CollaborationCallback(learner).load_state_dict(broken)
+        assert (bits(learner.state_dict()), values(learner.teacher)) == before
+
+
+def test_a_checkpoint_without_our_state_is_said(tmp_path: Path) -> None:
+    learner = learner_for()
+    trainer = fit(learner, tmp_path, enable_checkpointing=True)
+    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, CollaborationCallback)]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="the training resumes, and its checkpoint holds no state of Collaboration"):
+        fit(learner_for(), tmp_path, tmp_path / "last.ckpt", max_epochs=2)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from clda_core import CldaError
 from clda_core.selection import AllLayers
 from clda_core.update import Average
 from tests.helpers import INPUTS, WithParameter, batch, bits, labels, seeded, values
@@ -19,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it imports of torch is deprecated there
     pytest.importorskip("mmengine.runner", reason="an integration with mmengine needs mmengine")
 from mmengine.model import BaseModel
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
 from clda_core.integrations.mmengine import CollaborationHook
@@ -141,3 +142,86 @@ def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert values(resumed.model) == values(whole.model)
     assert values(other.teacher) == values(learner.teacher)
     assert bits(other.state_dict()) == bits(learner.state_dict())
+
+
+class Fails(torch.optim.SGD):
+    broken = False
+
+    def step(self, closure: Any = None) -> Any:
+        if Fails.broken:
+            Fails.broken = False
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+class StepsItself(Host):
+    def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+        losses = self(**self.data_preprocessor(data, True), mode="loss")
+        optim_wrapper.zero_grad()
+        sum(losses.values()).backward()
+        optim_wrapper.optimizer.step()
+        return losses
+
+
+def built(folder: Path, student: Any, optim_wrapper: Any) -> Any:
+    hook = CollaborationHook(
+        seeded(lambda: Host(8), 8),
+        schedule={"warmup": 1, "interval": 2},
+        update=Average(decay=0.8),
+        selection=AllLayers(),
+    )
+    runner = Runner(
+        model=student,
+        work_dir=str(folder),
+        train_dataloader=DataLoader(data(), batch_size=4),
+        train_cfg={"by_epoch": True, "max_epochs": 1},
+        optim_wrapper=optim_wrapper,
+        custom_hooks=[hook],
+        default_scope="mmengine",
+        experiment_name=f"{folder.name}-{id(hook)}",
+    )
+    return runner, hook
+
+
+def test_a_run_that_raised_can_be_started_again_with_the_same_learner(tmp_path: Path) -> None:
+    student = seeded(lambda: Host(6), 6)
+    wrapper = OptimWrapper(optimizer=Fails(student.parameters(), lr=0.05))
+    runner, hook = built(tmp_path, student, wrapper)
+    Fails.broken = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.train()
+    learner = hook.learner
+    runner.train()
+    assert hook.learner is runner.model.learner is learner
+    assert learner.report().steps == 8
+    assert "step" not in vars(wrapper)
+    runner.call_hook("before_run")  # as runner.test() does
+    assert hook.learner is learner
+    runner.call_hook("after_run")
+    assert learner.report().steps == 8
+
+
+def test_an_optimizer_of_something_else_or_several_are_refused(tmp_path: Path) -> None:
+    student = seeded(lambda: Host(6), 6)
+    other = OptimWrapper(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    runner, _ = built(tmp_path / "other", student, other)
+    with pytest.raises(CldaError, match="does not train the learner's student"):
+        runner.train()
+    several = OptimWrapperDict(body=other, head=other)
+    runner, _ = built(tmp_path / "several", student, several)
+    with pytest.raises(CldaError, match="cannot tell which optimizer trains the student.*received OptimWrapperDict of"):
+        runner.train()
+
+
+def test_steps_that_are_not_seen_are_said(tmp_path: Path) -> None:
+    student = seeded(lambda: StepsItself(6), 6)
+    runner, _ = built(tmp_path, student, OptimWrapper(optimizer=torch.optim.SGD(student.parameters(), lr=0.05)))
+    with pytest.warns(UserWarning, match="8 batches were trained, and no optimizer step of the student was seen"):
+        runner.train()
+
+
+def test_a_checkpoint_without_our_state_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    run(tmp_path / "alone", hooked=False)
+    with pytest.warns(UserWarning, match="the training resumes, and its checkpoint holds no state of Collaboration"):
+        run(tmp_path / "second", resume=str(tmp_path / "alone" / "iter_4.pth"))

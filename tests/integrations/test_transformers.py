@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
+from clda_core.distillation import KLDistillation
 from clda_core.selection import AllLayers
 from clda_core.update import Average
+from tests.docs.test_snippets import snippets
 from tests.helpers import INPUTS, WithParameter, batch, bits, labels, seeded, values
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs Accelerate")
@@ -64,20 +66,22 @@ def learner_for(**options: Any) -> CollaborativeLearner:
     )
 
 
-def trainer_for(learner: CollaborativeLearner, folder: Path, *, host: Any = Host, **options: Any) -> Any:
+def trainer_for(
+    learner: CollaborativeLearner, folder: Path, *, host: Any = Host, callback: Any = None, **options: Any
+) -> Any:
     rows = [{"source": x, "target": y, "labels": z} for x, y, z in zip(batch(0, 24), batch(1, 24), labels(2, 24))]
     settings: Dict[str, Any] = {"max_steps": 6, "save_strategy": "no", "logging_steps": 2}
+    settings["per_device_train_batch_size"] = 4
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         **{**settings, **options},
     )
-    callback = CollaborationCallback(learner)
-    trainer = host(model=learner.student, args=arguments, train_dataset=rows, callbacks=[callback])
+    callbacks = [callback or CollaborationCallback(learner)]
+    trainer = host(model=learner.student, args=arguments, train_dataset=rows, callbacks=callbacks)
     trainer.learner = learner
     return trainer
 
@@ -153,3 +157,104 @@ def test_resumed_without_our_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CldaError, match=r"the Trainer resumes, and the teacher cannot.*resume_from= to the callback"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert values(learner.teacher) == before
+
+
+class TakesKwargs(Classifier):
+    def forward(self, pixel_values: Any, labels: Any = None, **kwargs: Any) -> Any:
+        return super().forward(pixel_values, labels)
+
+
+def recipe() -> Any:
+    """Return the Trainer of docs/integrations.md, by its own code."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
+    (code,) = [snippet.code for snippet in snippets(page) if "class Adaptation(Trainer)" in snippet.code]
+    names: Dict[str, Any] = {"F": F}
+    exec(code.partition("\n\nlearner = ")[0], names)
+    return names["Adaptation"]
+
+
+@pytest.mark.parametrize("kind", [Classifier, TakesKwargs])
+def test_accumulated_by_the_recipe_a_step_is_that_of_the_whole_batch(kind: Any, tmp_path: Path) -> None:
+    """Where the model takes ``**kwargs`` the Trainer itself does not divide by what is accumulated."""
+    moves = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        teacher, student = (seeded(lambda width=width: kind(width), width) for width in (8, 6))
+        learner = CollaborativeLearner(
+            teacher,
+            student,
+            distillation=KLDistillation(),
+            schedule=Schedule(warmup=100),
+            extract=lambda output: output["logits"] if isinstance(output, dict) else output,
+        )
+        before = [parameter.detach().clone() for parameter in student.parameters()]
+        trainer = trainer_for(
+            learner,
+            tmp_path,
+            host=recipe(),
+            max_steps=1,
+            max_grad_norm=0.0,
+            logging_strategy="no",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            optim="sgd",
+            learning_rate=0.1,
+            seed=3,
+        )
+        student.forward = lambda inputs, forward=student.forward: forward(inputs)["logits"]
+        trainer.train_dataset = trainer.train_dataset[:8]
+        trainer.train()
+        assert learner.report().steps == 1
+        moves.append(torch.cat([(now - was).flatten() for now, was in zip(student.parameters(), before)]))
+    assert moves[0].norm() > 1e-3
+    assert torch.allclose(moves[0], moves[1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_student_that_the_trainer_does_not_train_is_refused(tmp_path: Path) -> None:
+    learner = learner_for()
+    trainer = trainer_for(learner, tmp_path)
+    trainer.model = trainer.model_wrapped = seeded(lambda: Classifier(6), 5)
+    with pytest.raises(CldaError, match="does not train the learner's student"):
+        trainer.train()
+
+
+def test_a_training_that_raised_can_be_started_again(tmp_path: Path) -> None:
+    class Fails(torch.optim.SGD):
+        broken = True
+
+        def step(self, closure: Any = None) -> Any:
+            if Fails.broken:
+                Fails.broken = False
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    learner = learner_for()
+    optimizer = Fails(learner.student.parameters(), lr=0.05)
+    callback = CollaborationCallback(learner)
+    for expected in (0, 6):
+        trainer = trainer_for(learner, tmp_path, callback=callback)
+        trainer.optimizer = optimizer
+        if Fails.broken:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                trainer.train()
+        else:
+            trainer.train()
+        assert learner.report().steps == expected
+    assert [record.step for record in learner.report().rounds] == [3, 5]
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("damage", ["cut", "teacher of another width"])
+def test_what_cannot_be_restored_changes_neither(damage: str, tmp_path: Path) -> None:
+    trainer_for(learner_for(), tmp_path, save_strategy="steps", save_steps=4).train()
+    file = tmp_path / "checkpoint-4" / "clda.pt"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        saved = torch.load(file)
+        torch.save({**saved, "teacher": Classifier(9).state_dict()}, file)
+    learner = learner_for()
+    trainer = trainer_for(learner, tmp_path)
+    before = bits(learner.state_dict()), values(learner.teacher)
+    with pytest.raises(CldaError, match="clda.pt cannot be read" if damage == "cut" else "teacher is of another arch"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert (bits(learner.state_dict()), values(learner.teacher)) == before

@@ -1,0 +1,108 @@
+"""What every integration asks of its engine: that it trains the learner's student, and that it steps."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Iterable, List
+
+from ..errors import CldaError, problem
+from ..learner import CollaborativeLearner
+
+_PATIENCE = 100
+"""Batches, each times what is accumulated, after which a training that was not stepped once is worth a warning."""
+
+
+def students_optimizer(optimizers: Iterable[Any], learner: CollaborativeLearner) -> Any:
+    """Return the optimizer that holds most of the student's trainable elements, of several that hold as many the first.
+
+    Returns:
+        The optimizer; ``None`` where none holds any and the learner is not enabled.
+
+    Raises:
+        CldaError: If none holds any parameter of the student.
+    """
+    optimizers = list(optimizers)
+    trainable = {
+        id(parameter): parameter.numel() for parameter in learner.student.parameters() if parameter.requires_grad
+    }
+    held = [sum(trainable.get(id(parameter), 0) for parameter in _parameters(optimizer)) for optimizer in optimizers]
+    if any(held):
+        return optimizers[held.index(max(held))]
+    if not learner.enabled:
+        return None
+    raise problem(
+        "the engine's optimizer does not train the learner's student, so that no step would be counted",
+        expected="an optimizer that holds trainable parameters of learner.student",
+        received=f"{len(optimizers)} optimizers without any"
+        if trainable
+        else "a student whose parameters are all frozen",
+        fix="build the learner with the very model that the engine trains, before anything copies it, and make the "
+        "optimizer of that model's parameters",
+    )
+
+
+def check_trains(model: Any, optimizer: Any, learner: CollaborativeLearner) -> None:
+    """Raise if an engine that steps the learner by itself trains another model, or another part of it.
+
+    Optimizers that hold flat copies of the parameters, as DeepSpeed's do, say nothing of it.
+
+    Raises:
+        CldaError: If the student is none of the engine's model, or the optimizer holds only other parts of that.
+    """
+    of_model = {id(parameter) for parameter in model.parameters()}
+    held = {id(parameter) for parameter in _parameters(optimizer)}
+    of_student = {id(parameter) for parameter in learner.student.parameters()}
+    if held & of_model or not of_student & of_model:
+        students_optimizer([optimizer], learner)
+
+
+class Unstepped:
+    """Warns, once in a training, if the engine goes through many batches, or an epoch, and never steps the learner.
+
+    So it is with an optimizer whose steps the engine does not see: one that is stepped in two halves, or by itself.
+    """
+
+    def __init__(self, fix: str) -> None:
+        self._fix = fix
+        self._batches = 0
+        self._done = True
+
+    def begin(self) -> None:
+        """Start to look, at the start of a training."""
+        self._batches, self._done = 0, False
+
+    def stepped(self) -> None:
+        """Note that a step was seen, made or skipped."""
+        self._done = True
+
+    def after_batch(self, learner: CollaborativeLearner, accumulated: int = 1) -> None:
+        """Note a batch; of those in ``accumulated`` one is a step."""
+        if not self._done:
+            self._batches += 1
+            if self._batches >= _PATIENCE * accumulated:
+                self.warn(learner)
+
+    def warn(self, learner: CollaborativeLearner) -> None:
+        """Say so if there were batches and no step; at the end of an epoch."""
+        if self._done or not self._batches or not learner.enabled:
+            return
+        self._done = True
+        warnings.warn(
+            f"{self._batches} batches were trained, and no optimizer step of the student was seen: the learner counts "
+            f"none and makes no rounds. {self._fix}",
+            stacklevel=3,
+        )
+
+
+def _parameters(optimizer: Any) -> List[Any]:
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def not_watched(optimizer: Any) -> CldaError:
+    """Return the error for an optimizer of which it cannot be seen when it steps."""
+    return problem(
+        f"the steps of {type(optimizer).__name__} cannot be watched",
+        expected="a torch.optim.Optimizer of torch 2.0 or newer, with hooks before and after its step",
+        received=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        fix="leave the callback out, and call learner.observe() before and learner.after_step() after the step",
+    )
