@@ -90,7 +90,7 @@ class Buffers:
         sizes, names, tensors = self._places()
         same = (sizes, names) == (self._sizes, self._names) and _stamps(tensors) == self._stamps
         if self._copies_all or known.ours or not same:
-            self._put_back()
+            self._put_back(complete)
         known.stamps = _stamps(self._tensors)
         if complete:
             _known[self._model] = known
@@ -100,7 +100,7 @@ class Buffers:
         names = list(chain.from_iterable(filled))
         return list(map(len, self._buffers)), names, list(chain.from_iterable([table.values() for table in filled]))
 
-    def _put_back(self) -> None:
+    def _put_back(self, complete: bool) -> None:
         known = self._known
         written = self._written()
         touched: Set[int] = set()
@@ -120,7 +120,7 @@ class Buffers:
                 _restore(tensor, self._copies[place])
         for index in touched.intersection(self._attributes):
             _restore_attributes(self._modules[index], self._attributes[index])
-        if lost:
+        if lost and complete:
             warnings.warn(
                 f"a forward pass of {type(self._model).__name__} in eval mode wrote buffers that no such pass had "
                 f"written before: {lost[:5]}. What this one pass of the learner wrote cannot be undone; from now on it "

@@ -67,18 +67,3 @@ def requiring_grad(parameters: Iterable[Tensor], *, of: Iterable[Tensor] = ()) -
                 parameter.requires_grad_(not flag)
         with torch.enable_grad():
             yield
-
-
-@contextmanager
-def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let every parameter's ``.grad`` be the block's own, ``None`` at first; put the host's back."""
-    before = [(parameter, parameter.grad) for parameter in parameters]
-
-    def give_back() -> None:
-        for parameter, gradient in before:
-            parameter.grad = gradient
-
-    with undoing(give_back):
-        for parameter, _ in before:
-            parameter.grad = None
-        yield

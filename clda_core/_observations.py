@@ -32,6 +32,13 @@ class Observations:
         self._reference: Optional[Histogram] = None
         self._reference_frozen = False
 
+    def copy(self) -> Observations:
+        """Return the same observations, to add to without changing these."""
+        other = Observations(self._layers)
+        other._sums, other._counts = dict(self._sums), dict(self._counts)
+        other._reference, other._reference_frozen = self._reference, self._reference_frozen
+        return other
+
     def add(self, domain: str, histogram: Histogram, threshold: Threshold) -> None:
         """Add one observation.
 
@@ -49,11 +56,9 @@ class Observations:
             self._reference = _merged(self._reference, histogram)
         rates = layer_saliency_rates(histogram, self.threshold(threshold, histogram)).double().cpu()
         known = ~torch.isnan(rates)
-        if domain not in self._sums:
-            self._sums[domain] = torch.zeros(self._layers, dtype=torch.float64, device="cpu")
-            self._counts[domain] = torch.zeros(self._layers, dtype=torch.int64, device="cpu")
-        self._sums[domain] += torch.where(known, rates, torch.zeros_like(rates))
-        self._counts[domain] += known.long()
+        added = {"sums": torch.where(known, rates, torch.zeros_like(rates)), "counts": known.long()}
+        self._sums[domain] = self._sums.get(domain, 0) + added["sums"]
+        self._counts[domain] = self._counts.get(domain, 0) + added["counts"]
 
     def threshold(self, threshold: Threshold, histogram: Histogram, pending: Sequence[Histogram] = ()) -> Tensor:
         """Return the threshold for one observation, a 0-dim tensor.

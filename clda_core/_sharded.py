@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._distributed import adding, mean_where_seen, share_of_mean
+from ._undo import without_gradients
 from .errors import problem
 
 
@@ -79,15 +80,9 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> List[Optional[Tenso
     """
     if not loss.requires_grad:
         return [None] * len(parameters)
-    before = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
+    with without_gradients(parameters):
         (loss * share_of_mean(loss.device)).backward()  # type: ignore[no-untyped-call]
         found = [parameter.grad for parameter in parameters]
-    finally:
-        for parameter, gradient in zip(parameters, before):
-            parameter.grad = gradient
     plain = [index for index, parameter in enumerate(parameters) if not is_sharded(parameter)]
     if plain:
         for index in plain:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import threading
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, TypeVar, cast
+from typing import Any, Callable, Iterable, Iterator, List, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -36,20 +37,33 @@ _pending = _Pending()
 
 
 @contextmanager
-def undoing(give_back: Callable[[], None]) -> Iterator[None]:
+def undoing(give_back: Callable[[], None], *, on_error_only: bool = False) -> Iterator[None]:
     """Call ``give_back`` when the block ends; take what it gives back inside the block only.
+
+    If the block raises, what blocks inside it have yet to give back is given back first.
 
     Args:
         give_back: Must not mind running a second time after an interrupted first one, or without anything taken.
+        on_error_only: Keep what was done in a block that does not raise.
     """
     undo = _Undo(give_back)
     _pending.undo.append(undo)
     try:
         yield
-    finally:
-        undo()
+        if not on_error_only:
+            undo()
+    except BaseException:
         if undo in _pending.undo:
-            _pending.undo.remove(undo)
+            _settle(_pending.undo.index(undo))
+        raise
+    del _pending.undo[_pending.undo.index(undo) :]
+
+
+def _settle(down_to: int) -> None:
+    """Give back what is pending, the latest first, until ``down_to`` of it are left."""
+    while len(_pending.undo) > down_to:
+        _pending.undo[-1]()
+        _pending.undo.pop()
 
 
 def settled(method: _Method) -> _Method:
@@ -66,9 +80,7 @@ def settled(method: _Method) -> _Method:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
-            while len(_pending.undo) > open_before:
-                _pending.undo[-1]()
-                _pending.undo.pop()
+            _settle(open_before)
             if torch.is_grad_enabled() != with_gradients:
                 torch.set_grad_enabled(with_gradients)
             if not isinstance(error, Exception):
@@ -76,3 +88,18 @@ def settled(method: _Method) -> _Method:
             raise
 
     return cast(_Method, call)
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let every parameter's ``.grad`` be the block's own, ``None`` at first; put the host's back."""
+    before = [(parameter, parameter.grad) for parameter in parameters]
+
+    def give_back() -> None:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+    with undoing(give_back):
+        for parameter, _ in before:
+            parameter.grad = None
+        yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ._gradients import hosts_gradients, leftover_gradients, still_leftover
 from ._models import evaluating, requiring_grad
 from ._observations import Observations
 from ._sharded import gradients, is_sharded, local, sum_over_shards
+from ._undo import undoing
 from .errors import problem
 from .layers import Layer, canonical_parameters
 from .relation import ModelView
@@ -208,7 +210,8 @@ class Observer:
         """
         # Source data first: the threshold on target data may refer to it.
         pending = sorted(self._pending, key=lambda entry: entry[0])
-        finite = [self._add(*entry) for entry in pending]
+        with self.keeping_averages_on_error():
+            finite = [self._add(*entry) for entry in pending]
         return all(finite)
 
     def rates(self) -> Tuple[Dict[str, float], Dict[str, float]]:
@@ -218,8 +221,20 @@ class Observer:
 
     def start_next_round(self) -> None:
         """Forget the averages of the finished round."""
+        self._observations = self._observations.copy()
         self._observations.start_next_round()
         self._round_is_over = True
+
+    @contextmanager
+    def keeping_averages_on_error(self) -> Iterator[None]:
+        """Let the averages be as before if the block raises."""
+        before = self._observations, self._known, self._round_is_over
+
+        def give_back() -> None:
+            self._observations, self._known, self._round_is_over = before
+
+        with undoing(give_back, on_error_only=True):
+            yield
 
     def forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
@@ -342,12 +357,13 @@ class Observer:
 
     def _add(self, domain: str, histogram: Histogram, known: Set[str]) -> bool:
         if bool(mean_across_ranks([histogram.finite.float()])[0] == 1):
+            self._observations = self._observations.copy()
             self._observations.add(domain, histogram, self._threshold)
             if domain == "target":
                 if self._round_is_over:
                     self._known, self._round_is_over = known, False
                 elif self._known is not None:
-                    self._known |= known
+                    self._known = self._known | known
             self._discarded_in_a_row = 0
             return True
         self.discarded += 1

@@ -49,6 +49,7 @@ class RoundContext:
     non_salient: Mapping[str, Tensor] = field(default_factory=dict)
     class_map: Optional[Sequence[int]] = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
+    _states: List[Dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
 
     def student_outputs(self) -> Outputs:
         """Return the student's outputs on ``inputs`` in eval mode, detached; computed once a round.
@@ -59,6 +60,12 @@ class RoundContext:
         if "student" not in self._cache:
             self._cache["student"] = self.predict(self.student)
         return self._cache["student"]
+
+    def state_before(self, update: Update) -> Dict[str, Any]:
+        """Return a copy of an update's state at the start of the round; made once, so call it before the update."""
+        if not self._states:
+            self._states.append(copied(update.state_dict()))
+        return self._states[0]
 
     def predict(self, model: nn.Module) -> Outputs:
         """Return a model's outputs on ``inputs`` in eval mode, without a graph and in memory of their own.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._compat import halve_towards_, lerp_
 from .._named import named_tensors
 from .._sharded import local
+from .._undo import undoing
 from ..layers import Layer, local_names
 from .classes import MAY_BE_CLASSES, Classes
 from .statistics import NO_STATISTIC
@@ -60,11 +61,8 @@ def copied(state: Any) -> Any:
 def undone_on_error(model: nn.Module, layers: Iterable[Layer]) -> Iterator[Snapshot]:
     """Restore ``layers`` of ``model`` if the block raises anything."""
     snapshot = Snapshot(model, layers)
-    try:
+    with undoing(snapshot.restore, on_error_only=True):
         yield snapshot
-    except BaseException:
-        snapshot.restore()
-        raise
 
 
 def blend(

@@ -1,0 +1,130 @@
+"""Ctrl-C at any line: what was borrowed is given back, and a round is made whole or not at all."""
+
+import contextlib
+import copy
+import sys
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clda_core
+from clda_core import CollaborativeLearner
+from clda_core._undo import settled, undoing
+from clda_core.relation import BySimilarity
+from clda_core.selection import AllLayers
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement
+from tests.helpers import make_learner, random_states, seeded, values
+
+TRACED = (clda_core.__path__[0], contextlib.__file__, sys.modules["torch.autograd.grad_mode"].__file__)
+
+UPDATES: Dict[str, Callable[[], Any]] = {
+    "Average": lambda: Average(decay=0.5, buffers="average"),
+    "AlignedAverage": lambda: AlignedAverage(decay=0.5, buffers="average"),
+    "accepted": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1e9),
+    "rejected": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=distance, backtracks=1),
+}
+
+
+def distance(teacher: Tensor, original: Tensor, student: Tensor) -> Tensor:
+    """Reject whatever moves the teacher."""
+    return -(teacher - original).abs().sum()
+
+
+def net(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 3)
+    ).train()
+
+
+class Interrupting:
+    """Counts the distinct lines that a function runs, and raises ``KeyboardInterrupt`` at the chosen one.
+
+    Lines of context managers are told apart by where they are entered and left.
+    """
+
+    def __init__(self, at: Optional[int] = None) -> None:
+        self.lines: Dict[Tuple[Any, ...], None] = {}
+        self._at = at
+
+    def __call__(self, function: Callable[[], Any]) -> None:
+        sys.settrace(self._enter)
+        try:
+            function()
+        finally:
+            sys.settrace(None)
+
+    def _enter(self, frame: Any, event: str, argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(TRACED) else None
+
+    def _line(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            caller = frame.f_back
+            ours = frame.f_code.co_filename.startswith(TRACED[0])
+            place = (frame.f_code, frame.f_lineno) + (() if ours else (caller.f_code, caller.f_lineno))
+            if place not in self.lines:
+                self.lines[place] = None
+                if len(self.lines) - 1 == self._at:
+                    raise KeyboardInterrupt
+        return self._line
+
+
+def left_behind(*models: nn.Module) -> Any:
+    flags = [(p.requires_grad, p.grad is None) for model in models for p in model.parameters()]
+    modules = [(part.training, len(part._forward_hooks)) for model in models for part in model.modules()]
+    return flags, modules, torch.is_grad_enabled(), random_states()
+
+
+def state(learner: CollaborativeLearner) -> Tuple[Any, ...]:
+    """Return what a round changes, which must be of one time."""
+    report = learner.report()
+    update = learner.update.state_dict()
+    moments = [] if "optimizer" not in update else [str(update["optimizer"])]
+    return values(learner.teacher), len(report.rounds), moments, update.get("rounds")
+
+
+def one_step(learner: CollaborativeLearner) -> None:
+    images = torch.ones(6, 4).cumsum(0).cos()
+    learner.distill(learner.student(images), images).backward()
+    learner.step(step_fn=lambda: None)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_interrupt_at_any_line_of_a_step_leaves_all_as_before_or_after(update: str) -> None:
+    learner = make_learner(
+        seeded(lambda: net(6), 0),
+        seeded(lambda: net(4), 1),
+        update=UPDATES[update](),
+        relation=BySimilarity(minimum=0.0),
+        selection=AllLayers(),
+    )
+    one_step(learner)
+    images = torch.ones(6, 4).cumsum(0).cos()
+    learner.distill(learner.student(images), images).backward()
+
+    def step(of: CollaborativeLearner) -> Callable[[], Any]:
+        return lambda: of.step(step_fn=lambda: None)
+
+    finished, counting = copy.deepcopy(learner), Interrupting()
+    counting(step(finished))
+    assert len(counting.lines) > 300
+    before, after = state(learner), state(finished)
+    assert before[1] + 1 == after[1]
+    bad: List[str] = []
+    places = list(counting.lines)
+    for at in range(len(places)):
+        one = copy.deepcopy(learner)
+        borrowed = left_behind(one.teacher, one.student)
+        with pytest.raises(KeyboardInterrupt):
+            Interrupting(at)(step(one))
+        found = left_behind(one.teacher, one.student)
+        where = f"{places[at][0].co_name}, line {places[at][1]} of {places[at][0].co_filename}"
+        torch.set_grad_enabled(True)
+        if found != borrowed:
+            bad.append(f"{where}: {[a == b for a, b in zip(found, borrowed)]} left behind")
+        if state(one) not in (before, after):
+            bad.append(f"{where}: torn {[(a == b, a == c) for a, b, c in zip(state(one), before, after)]}")
+        if one._observed or one._inputs is not None or one._observer._pending:
+            bad.append(f"{where}: the step is not forgotten")
+    assert not bad, "\n".join(bad)
