@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, cast
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from ._projectors import Projectors
 from ._random import keeping_rng
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
-from ._undo import settled
+from ._undo import settled, undoing
 from ._writable import check_memory, check_precision, check_writable, writable_layers, written_now
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.base import in_students_classes, leaves_nothing
@@ -49,7 +50,7 @@ from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
 from .schedule import Never, RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
-from .update.writing import copied, undone_on_error
+from .update.writing import Snapshot, copied
 
 __all__ = ["CollaborativeLearner"]
 
@@ -587,43 +588,52 @@ class CollaborativeLearner:
             non_salient=self._observer.non_salient,
             class_map=getattr(self.distillation, "class_map", None),
         )
-        result = self._apply(context) if context.layers else UpdateResult(())
-        torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast
-        self._observer.start_next_round()
-        self._history.append(
-            RoundRecord(
-                step=self._steps,
-                rates=rates,
-                source_rates=source_rates,
-                selected=tuple(layer.name for layer in context.layers),
-                updated=result.updated,
-                skipped=dict(result.skipped),
-                strength=context.strength,
-                accepted=result.accepted,
-                score_before=result.score_before,
-                score_after=result.score_after,
+        with self._whole_or_not(context):
+            result = self._apply(context) if context.layers else UpdateResult(())
+            torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast
+            self._observer.start_next_round()
+            self._history.append(
+                RoundRecord(
+                    step=self._steps,
+                    rates=rates,
+                    source_rates=source_rates,
+                    selected=tuple(layer.name for layer in context.layers),
+                    updated=result.updated,
+                    skipped=dict(result.skipped),
+                    strength=context.strength,
+                    accepted=result.accepted,
+                    score_before=result.score_before,
+                    score_after=result.score_after,
+                )
             )
-        )
-        self._sum_up()
+            self._sum_up()
 
     def _sum_up(self) -> None:
         """Keep the last rounds one by one, and of those before the sums."""
         while len(self._history) > self.keep_rounds:
             self._earlier = self._earlier.and_then(self._history.pop(0))
 
+    @contextmanager
+    def _whole_or_not(self, context: RoundContext) -> Iterator[None]:
+        """Undo all of a round that does not come to its end: the teacher, the update's state, averages and history."""
+        history, earlier, state = list(self._history), self._earlier, context.state_before(self.update)
+        averages, snapshot = self._observer.bookmark(), Snapshot(self.teacher, context.layers)
+
+        def give_back() -> None:
+            snapshot.restore()
+            self.update.load_state_dict(state)
+            averages()
+            self._history, self._earlier = history, earlier
+
+        with undoing(give_back, on_error_only=True):
+            yield
+
     def _apply(self, context: RoundContext) -> UpdateResult:
-        # A guard keeps a copy itself, since it may take the update back.
-        state = None if isinstance(self.update, Guard) else copied(self.update.state_dict())
         try:
-            with undone_on_error(self.teacher, context.layers):
-                result = self.update.apply(context)
-                _check_result(result, context)
-                return result
-        except BaseException as error:
-            if state is not None:
-                self.update.load_state_dict(state)
-            if not isinstance(error, Exception):
-                raise
+            result = self.update.apply(context)
+            _check_result(result, context)
+            return result
+        except Exception as error:
             raise CldaError(
                 f"the update {type(self.update).__name__} raised {type(error).__name__}: {error}. The teacher is as it "
                 "was before the round. Fix: see the exception that caused this one"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +209,7 @@ class Observer:
         """
         # Source data first: the threshold on target data may refer to it.
         pending = sorted(self._pending, key=lambda entry: entry[0])
-        with self.keeping_averages_on_error():
+        with undoing(self.bookmark(), on_error_only=True):
             finite = [self._add(*entry) for entry in pending]
         return all(finite)
 
@@ -225,16 +224,14 @@ class Observer:
         self._observations.start_next_round()
         self._round_is_over = True
 
-    @contextmanager
-    def keeping_averages_on_error(self) -> Iterator[None]:
-        """Let the averages be as before if the block raises."""
+    def bookmark(self) -> Callable[[], None]:
+        """Return a function that lets the averages be what they are now."""
         before = self._observations, self._known, self._round_is_over
 
-        def give_back() -> None:
+        def back() -> None:
             self._observations, self._known, self._round_is_over = before
 
-        with undoing(give_back, on_error_only=True):
-            yield
+        return back
 
     def forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .._models import evaluating
 from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned
+from .writing import copied
 
 __all__ = ["Granularity", "RoundContext", "Update", "UpdateResult"]
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .._activations import wide
 from .._config import Strategy
 from .._distributed import mean_across_ranks
+from .._undo import undoing
 from ..distillation import kl_distillation
 from ..distillation.base import align, align_logits, weighted_mean
 from ..errors import check_number, problem
 from .base import Granularity, RoundContext, Update, UpdateResult
-from .writing import Snapshot, copied
+from .writing import Snapshot
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
 
@@ -176,13 +177,18 @@ class Guard(Strategy):
     def apply(self, context: RoundContext) -> UpdateResult:
         """Apply the guarded update and accept it or roll it back."""
         snapshot = Snapshot(context.teacher, context.layers)
-        state = copied(self.update.state_dict())
-        original = context.predict(context.teacher).logits
-        before = self._score(context, original, original)
-        accepted = False
-        try:
+        state = context.state_before(self.update)
+
+        def take_back() -> None:
+            snapshot.restore()
+            self.update.load_state_dict(state)
+
+        with undoing(take_back, on_error_only=True):
+            original = context.predict(context.teacher).logits
+            before = self._score(context, original, original)
             result = self.update.apply(context)
             if not result.updated:  # nothing to judge
+                take_back()
                 return result
             for attempt in range(self.backtracks + 1):
                 if attempt:
@@ -191,10 +197,8 @@ class Guard(Strategy):
                 accepted = bool(after >= before - self.tolerance)
                 if accepted:
                     break
-        finally:
-            if not accepted:  # rejected, or an error on the way
-                snapshot.restore()
-                self.update.load_state_dict(state)
+            if not accepted:
+                take_back()
         updated = result.updated if accepted else ()
         return UpdateResult(updated, result.skipped, accepted, _known(before), _known(after))
 

@@ -12,6 +12,7 @@ from .._compat import adam
 from .._layout import is_dense, laid_out_like
 from .._models import requiring_grad
 from .._sharded import as_sharded, is_sharded, local
+from .._undo import without_gradients
 from ..errors import CldaError, problem
 from .writing import copied
 
@@ -86,8 +87,7 @@ class OwnOptimizer:
         """
         optimizer = self.prepare(model, parameters)
         _check_kernels(optimizer, {name: parameters[name] for name in gradients})
-        before = [(parameter, parameter.grad) for parameter in parameters.values()]
-        try:
+        with without_gradients(parameters.values()):
             for name, parameter in parameters.items():
                 gradient = gradients.get(name)
                 parameter.grad = None if gradient is None else laid_out_like(gradient, parameter)
@@ -96,9 +96,6 @@ class OwnOptimizer:
             for group, rate in zip(optimizer.param_groups, self._base_rates):
                 group["lr"] = rate * strength
             optimizer.step()
-        finally:
-            for parameter, gradient in before:
-                parameter.grad = gradient
 
     def check_fits(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise unless a restored state belongs to parameters of these names and shapes."""
