@@ -43,7 +43,7 @@ def in_bin_of(layers: Sequence[np.ndarray], threshold: float) -> List[float]:
         return [0.0 for _ in layers]
     octave = 2.0 ** math.floor(math.log2(threshold))
     lower = octave * (1 + math.floor((threshold / octave - 1) * 8) / 8)
-    return [float(np.mean((layer >= lower) & (layer <= lower + octave / 8))) for layer in layers]
+    return [float(np.sum((layer >= lower) & (layer <= lower + octave / 8)) / max(1, layer.size)) for layer in layers]
 
 
 def probe(logits: np.ndarray, weights: Optional[np.ndarray]) -> float:
