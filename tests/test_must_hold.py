@@ -584,7 +584,9 @@ def test_06_a_layer_the_loss_does_not_use_is_never_selected(saliency: str) -> No
     )
     before = values(teacher)
     train(learner, sgd(student), 2)
+    assert len(learner.report().rounds) == 2
     for record in learner.report().rounds:
+        assert record.selected
         assert "unused" not in record.rates
         assert "unused" not in record.selected
     assert values(teacher)["unused.weight"] == before["unused.weight"]

@@ -46,6 +46,7 @@ def test_every_rank_decides_and_writes_alike_in_every_round(results: Results, na
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in JUDGED_BY_RANK])
 def test_ranks_do_what_one_process_does_on_all_the_data(results: Results, name: str) -> None:
     here, alone = results[1][0][name], train(0, 1, ddp.SCENARIOS[name])
+    assert len(here["rounds"]) == len(alone["rounds"]) > 0
     for mine, its in zip(here["rounds"], alone["rounds"]):
         assert mine["selected"] == its["selected"]
         assert mine["updated"] == its["updated"]

@@ -85,6 +85,7 @@ def test_interrupted_and_resumed_is_uninterrupted(results: Results) -> None:
 
 
 def compare(here: Dict[str, Any], alone: Dict[str, Any]) -> None:
+    assert len(here["rounds"]) == len(alone["rounds"]) > 0
     for mine, its in zip(here["rounds"], alone["rounds"]):
         assert mine["selected"] == its["selected"]
         assert mine["updated"] == its["updated"]

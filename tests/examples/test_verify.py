@@ -68,6 +68,8 @@ def test_every_frame_has_a_label_where_the_hosts_look_for_it(frames: Path) -> No
 def test_class_statistics_count_the_pixels_of_the_labels(frames: Path) -> None:
     folder = frames / "gta"
     read = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("samples_with_class", *STATISTICS)}
+    assert len(read["sample_class_stats"]) == 3
+    assert any(read["samples_with_class"].values())
     for kind, found in read["samples_with_class"].items():
         for path, count in found:
             assert (pixels_of(folder / "labels" / Path(path).name) == int(kind)).sum() == count

@@ -178,8 +178,8 @@ def test_negative_scores_are_flagged() -> None:
 
 
 def test_a_layer_without_scores_is_unknown() -> None:
+    assert histogram_of([0.0], [1.0, 3.0], []).seen.tolist() == [True, True, False]
     histogram = histogram_of([1.0, 3.0], [])
-    assert histogram.seen.tolist() == [True, False]
     assert float(mean(histogram)) == 2.0
     rates = fraction_above(histogram, mean(histogram))
     assert rates[0] == 0.5

@@ -1,0 +1,260 @@
+"""Scores by layer, and the observer that makes, discards and averages observations of one teacher."""
+
+import math
+import pickle
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clda_core.errors import CldaError
+from clda_core.layers import Layer, group_layers
+from clda_core.observation import Observer, non_salient_elements, score_layers
+from clda_core.relation import ModelView
+from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
+from clda_core.saliency.histogram import CHUNK
+from clda_core.selection import FixedThreshold, ReferenceThreshold
+from tests.helpers import bits, loaded, saved
+
+LAYERS = (Layer("a", ("a.w", "a.b"), (), 3, None), Layer("b", ("b.w",), (), 2, None))
+PARAMETERS = {"a.w": torch.tensor([1.0, -2.0]), "a.b": torch.tensor([0.5]), "b.w": torch.tensor([4.0, 8.0])}
+DERIVATIVES = {"a.w": torch.tensor([1.0, 1.0]), "a.b": None, "b.w": torch.tensor([0.5, -0.5])}
+
+
+def test_parameters_without_a_derivative_are_scored_by_an_estimator_that_needs_none() -> None:
+    taylor, magnitude = (score_layers(kind(), LAYERS, PARAMETERS, DERIVATIVES) for kind in (Taylor, Magnitude))
+    assert taylor.sizes.tolist() == [2, 2]
+    assert taylor.sums.tolist() == [3.0, 6.0]
+    assert magnitude.sizes.tolist() == [3, 2]
+    assert magnitude.sums.tolist() == [3.5, 12.0]
+
+
+@pytest.mark.parametrize("sizes", [(CHUNK, 1), (CHUNK - 1, 1, 1), (1, CHUNK + 1), (3, 3 * CHUNK, 5)])
+def test_layers_of_any_size_are_counted_whole(sizes: Any) -> None:
+    names = [str(index) for index in range(len(sizes))]
+    parameters = {name: torch.full((size,), 2.0 ** int(name)) for name, size in zip(names, sizes)}
+    layers = [Layer("both", tuple(names), (), 1, None), Layer("none", (), (), 1, None)]
+    layers.append(Layer("last", ("last",), (), 1, None))
+    parameters["last"] = torch.ones(2)
+    histogram = score_layers(Magnitude(), layers, parameters, dict.fromkeys(parameters))
+    assert histogram.sizes.tolist() == [sum(sizes), 0, 2]
+    assert histogram.sums.tolist() == [sum(size * 2.0**index for index, size in enumerate(sizes)), 0.0, 2.0]
+
+
+def test_half_precision_is_scored_in_float32() -> None:
+    seen = []
+
+    class Seeing(Taylor):
+        def score(self, parameter: Tensor, derivative: Any) -> Tensor:
+            seen.append((parameter.dtype, derivative.dtype))
+            return super().score(parameter, derivative)
+
+    for dtype, other in (
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ):
+        parameters = {"a.w": torch.ones(2, dtype=dtype)}
+        score_layers(Seeing(), (Layer("a", ("a.w",), (), 2, None),), parameters, {"a.w": torch.ones(2, dtype=other)})
+    assert seen == [(torch.float32, torch.float32)] * 2 + [(torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize(
+    ("score", "received"),
+    [
+        (lambda parameter: parameter[:1], r"\(1,\)"),
+        (lambda parameter: 3.0, "float"),
+        (lambda parameter: None, "NoneType"),
+    ],
+)
+def test_an_estimator_that_returns_no_scores(score: Callable[[Tensor], Any], received: str) -> None:
+    class Odd(Taylor):
+        def score(self, parameter: Tensor, derivative: Any) -> Any:
+            return score(parameter)
+
+    with pytest.raises(CldaError, match=rf"Odd returned no scores for 'a.w'.*shape \(2,\), received {received}"):
+        score_layers(Odd(), LAYERS, PARAMETERS, DERIVATIVES)
+
+
+def test_elements_are_non_salient_up_to_the_threshold_and_unknown_ones_are_not() -> None:
+    masks = non_salient_elements(Taylor(), PARAMETERS, DERIVATIVES, torch.tensor(2.0))
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "a.w": [True, True],
+        "a.b": [False],
+        "b.w": [True, False],
+    }
+    masks = non_salient_elements(Magnitude(), PARAMETERS, dict.fromkeys(PARAMETERS), torch.tensor(1.0))
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "a.w": [True, False],
+        "a.b": [True],
+        "b.w": [False, False],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the observer
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [4.0]]))
+        model[1].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    return model
+
+
+def observer(model: nn.Module, saliency: Any = None, threshold: Any = None) -> Observer:
+    view = ModelView(model, group_layers(model))
+    probe = PseudoLabelCrossEntropy()
+    return Observer(view, saliency or Taylor(), threshold or FixedThreshold(1.5), probe, model)
+
+
+def scaled(factor: float) -> Callable[[nn.Module], Tensor]:
+    """A loss whose scores are |factor| times the parameters of the first layer and of the diagonal of the second."""
+    return lambda model: factor * (model[0].weight.sum() + model[1].weight.diagonal().sum())
+
+
+def step(one: Observer, *losses: Any) -> bool:
+    for domain, loss in losses:
+        one.observe(loss, domain, None, None, elements=False)
+    finite = one.commit()
+    one.forget_step()
+    return finite
+
+
+def test_what_is_pending_counts_when_it_is_committed() -> None:
+    one = observer(network())
+    one.observe(scaled(1.0), "target", None, None, elements=False)
+    assert one.rates() == ({}, {})
+    assert one.commit()
+    assert one.rates() == ({"0": 0.5, "1": 0.25}, {})
+    one.forget_step()
+    assert step(one, ("target", scaled(2.0)))
+    assert one.rates() == ({"0": 0.75, "1": 0.375}, {})
+    one.start_next_round()
+    assert one.rates() == ({}, {})
+
+
+def test_what_is_forgotten_does_not_count() -> None:
+    one = observer(network())
+    one.observe(scaled(1.0), "target", None, None, elements=False)
+    one.forget_step()
+    assert one.commit()
+    assert one.rates() == ({}, {})
+
+
+def test_source_data_of_the_same_step_comes_first() -> None:
+    one = observer(network(), threshold=ReferenceThreshold())
+    assert step(one, ("target", scaled(1.0)), ("source", scaled(2.0)))
+    target, source = one.rates()
+    assert target == {"0": 0.5, "1": 0.0}  # above the mean of 2, 8, 2, 4, 0, 0
+    assert source == {"0": 0.5, "1": 0.25}
+
+
+def test_elements_are_those_of_the_last_target_observation_by_the_source_seen_so_far() -> None:
+    one = observer(network(), threshold=ReferenceThreshold())
+    one.observe(scaled(0.5), "source", None, None, elements=True)
+    assert one.non_salient == {}
+    one.observe(scaled(1.0), "target", None, None, elements=True)  # above 2 / 3, the source's mean; its own is 4 / 3
+    assert {name: mask.tolist() for name, mask in one.non_salient.items()} == {
+        "0.weight": [[False], [False]],
+        "1.weight": [[False, True], [True, False]],
+    }
+    one.observe(scaled(1.0), "source", None, None, elements=True)
+    assert one.non_salient
+    one.forget_step()
+    assert one.non_salient == {}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_observations_that_are_not_finite_are_discarded_and_counted(bad: float) -> None:
+    one = observer(network())
+    assert not step(one, ("target", scaled(bad)))
+    assert (one.rates(), one.discarded) == (({}, {}), 1)
+    assert not step(one, ("source", scaled(bad)), ("target", scaled(1.0)))
+    assert (one.rates()[0], one.discarded) == ({"0": 0.5, "1": 0.25}, 2)
+    assert not step(one, ("source", scaled(1.0)), ("target", scaled(bad)))
+    assert one.discarded == 3
+
+
+def test_ten_discarded_observations_in_a_row_are_an_error() -> None:
+    one = observer(network())
+    for _ in range(9):
+        step(one, ("target", scaled(math.nan)))
+    step(one, ("target", scaled(1.0)))
+    for _ in range(9):
+        step(one, ("target", scaled(math.nan)))
+    other = observer(network())
+    other.load_state_dict(one.state_dict())
+    for again in (one, other):
+        with pytest.raises(CldaError, match="the last 10 observations were all discarded"):
+            step(again, ("target", scaled(math.nan)))
+        assert again.discarded == 19
+
+
+def test_a_state_goes_on_as_the_observer_would() -> None:
+    def curved(model: nn.Module) -> Tensor:
+        return (model(torch.tensor([[1.0]])) ** 2).sum()
+
+    one = observer(network(), saliency=Hessian(samples=2))
+    step(one, ("source", curved), ("target", curved))
+    state, other = loaded(saved(one.state_dict())), observer(network(), saliency=Hessian(samples=2))
+    other.load_state_dict(state)
+    third = pickle.loads(pickle.dumps(one))
+    for _ in range(3):
+        outcomes = []
+        for again in (one, other, third):
+            step(again, ("target", curved))
+            outcomes.append(bits(again.state_dict()))
+        assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert bits(state["generator"]) != bits(one.state_dict()["generator"])
+
+
+def test_observing_is_in_eval_mode_with_the_teachers_flags_given_back() -> None:
+    model, seen = network().train(), []
+    model[1].weight.requires_grad_(False)
+
+    def loss(teacher: nn.Module) -> Tensor:
+        seen.append((teacher.training, teacher[0].weight.requires_grad, torch.is_grad_enabled()))
+        return scaled(1.0)(teacher)
+
+    with torch.no_grad():
+        observer(model).observe(loss, "target", None, None, elements=False)
+    assert seen == [(False, True, True)]
+    assert model.training
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, False]
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]
+
+
+def test_the_hosts_gradients_are_taken_for_the_loss_but_not_those_from_before() -> None:
+    model = network()
+    model[0].weight.grad = torch.ones(2, 1)
+    one = observer(model)
+    assert not one.host_trains_teacher()
+    model[0].weight.grad = torch.ones(2, 1)
+    assert one.host_trains_teacher()
+    one.observe(None, "target", None, None, elements=False)
+    one.commit()
+    assert one.rates() == ({"0": 0.5}, {})
+    assert one.known() == {"0.weight"}
+
+
+@pytest.mark.parametrize("domain", ["target", "source"])
+def test_nothing_to_observe(domain: str) -> None:
+    inputs = None if domain == "target" else torch.ones(1, 1)
+    with pytest.raises(CldaError, match=f"there is nothing to observe on {domain} data"):
+        observer(network()).observe(None, domain, inputs, None, elements=False)
+
+
+def test_the_probe_sees_the_logits_and_the_mask() -> None:
+    model, given = network(), []
+
+    def probe(logits: Tensor, mask: Any) -> Tensor:
+        given.append((logits.tolist(), mask))
+        return logits.sum()
+
+    mask = torch.tensor([True])
+    view = ModelView(model, group_layers(model))
+    one = Observer(view, Taylor(), FixedThreshold(1.5), probe, lambda inputs: model(inputs[0]))
+    one.observe(None, "target", (torch.ones(1, 1),), mask, elements=False)
+    assert given == [([[1.0, 8.0]], mask)]
