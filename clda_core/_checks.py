@@ -232,9 +232,10 @@ def check_steppable(
             received=type(scaler).__name__,
             fix="pass scaler=torch.cuda.amp.GradScaler(), or leave it out",
         )
-    if callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None)):
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's holds the one that it was made of
+    if callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None)):
         raise problem(
-            f"{type(optimizer).__name__} makes two steps in one, which step() cannot make for it",
+            f"{type(inner).__name__} makes two steps in one, which step() cannot make for it",
             expected="step_fn= with the SAM optimizer's own step",
             received="the optimizer alone",
             fix="call learner.step(step_fn=lambda: optimizer.second_step(zero_grad=True)), "

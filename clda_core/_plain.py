@@ -16,6 +16,9 @@ from .errors import CldaError, problem
 _DEPTH = 200
 """Containers may nest so deep; pickling fails a little later."""
 
+_LEAVES = frozenset({type(None), bool, int, float, str})
+"""What is plain by itself; looked at first where it is met, since histories hold very many of them."""
+
 _WIDER = {"uint16": "int32", "uint32": "int64"}
 """NumPy's types that not every torch has, and the next that holds their values."""
 
@@ -55,7 +58,7 @@ def plain_state(state: Any, name: str) -> Any:
 
 def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, int, float, str):
+    if kind in _LEAVES:
         return value
     if isinstance(value, Tensor):
         return _plain_tensor(value, name)
@@ -81,14 +84,16 @@ def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:
     outer = outer | {id(value)}
     if isinstance(value, Mapping):
         return _plain_mapping(value, name, outer)
-    items = [_plain(item, f"{name}[{index}]", outer) for index, item in enumerate(value)]
+    items = [
+        item if type(item) in _LEAVES else _plain(item, f"{name}[{index}]", outer) for index, item in enumerate(value)
+    ]
     return tuple(items) if isinstance(value, tuple) else items
 
 
 def _plain_mapping(value: Mapping[Any, Any], name: str, outer: FrozenSet[int]) -> Dict[Any, Any]:
     found: Dict[Any, Any] = {}
     for key, item in value.items():
-        plain_key = _plain(key, f"a key of {name}", outer)
+        plain_key = key if type(key) in _LEAVES else _plain(key, f"a key of {name}", outer)
         if isinstance(plain_key, (Tensor, list, dict)):
             raise _not_plain(key, f"a key of {name}")
         if plain_key in found:
@@ -98,7 +103,7 @@ def _plain_mapping(value: Mapping[Any, Any], name: str, outer: FrozenSet[int]) -
                 received=f"{plain_key!r} twice",
                 fix="give them names of their own",
             )
-        found[plain_key] = _plain(item, f"{name}[{plain_key!r}]", outer)
+        found[plain_key] = item if type(item) in _LEAVES else _plain(item, f"{name}[{plain_key!r}]", outer)
     return found
 
 

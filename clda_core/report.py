@@ -42,6 +42,13 @@ class RoundRecord:
     score_before: Optional[float] = None
     score_after: Optional[float] = None
 
+    def to_dict(self) -> Dict[str, Any]:
+        """Return everything as plain Python data, which shares nothing with the record."""
+        plain: Dict[str, Any] = dict(vars(self))  # dataclasses.asdict() copies every number deeply
+        plain.update((name, dict(plain[name])) for name in ("rates", "source_rates", "skipped"))
+        plain.update((name, list(plain[name])) for name in ("selected", "updated"))
+        return plain
+
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RoundRecord:
         """Read one of the rounds of :meth:`Report.to_dict`."""
@@ -112,10 +119,7 @@ class Report:
         """Return everything as plain Python data, fit for JSON."""
         return {
             "layers": list(self.layers),
-            "rounds": [
-                {**asdict(record), "selected": list(record.selected), "updated": list(record.updated)}
-                for record in self.rounds
-            ],
+            "rounds": [record.to_dict() for record in self.rounds],
             "unrelated": dict(self.unrelated),
             "steps": self.steps,
             "discarded": self.discarded,

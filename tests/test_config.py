@@ -78,9 +78,9 @@ def test_repr_is_the_constructor_call() -> None:
 class Trainer:
     """The host, as a user's strategy refers to it: it changes, and knows the learner, which knows the strategy."""
 
-    def __init__(self, epoch: int = 0) -> None:
+    def __init__(self, epoch: int = 0, learner: Any = None) -> None:
         self.epoch = epoch
-        self.learner: Any = None
+        self.learner = learner
 
 
 class OfTrainer(Strategy):

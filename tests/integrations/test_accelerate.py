@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from clda_core import CollaborativeLearner
+from clda_core import CldaError, CollaborativeLearner
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import batch, every_step, host_loss, networks, sgd, values
+from tests.helpers import batch, every_step, host_loss, make_sam, networks, sgd, values
 
 accelerate = pytest.importorskip("accelerate", reason="a recipe for Accelerate needs Accelerate")
 
@@ -55,3 +55,18 @@ def test_a_step_that_the_scaler_skips_is_none(fused: bool) -> None:
     assert made == [True, False, True, True]
     assert learner.report().steps == 3
     assert not adam._optimizer_step_post_hooks
+
+
+def test_a_sam_optimizer_that_accelerate_wraps_is_refused_and_counted_in_two_halves() -> None:
+    _, _, learner = training()
+    sam = make_sam()(learner.student.parameters(), torch.optim.SGD, lr=0.05)
+    optimizer = accelerate.Accelerator(cpu=True).prepare(sam)
+    learner.distill(learner.student(batch()), batch()).backward()
+    with pytest.raises(CldaError, match="SAM makes two steps in one.*Fix: call learner.step\\(step_fn="):
+        learner.step(optimizer)
+    for step in range(4):
+        learner.distill(learner.student(batch(step)), batch(step)).backward()
+        sam.first_step(zero_grad=True)
+        learner.distill(learner.student(batch(step)), batch(step)).backward()
+        learner.step(step_fn=lambda: sam.second_step(zero_grad=True))
+    assert [record.step for record in learner.report().rounds] == [2, 4]
