@@ -228,3 +228,15 @@ def test_quantile_out_of_range(q) -> None:
 def test_layers_out_of_range(layers) -> None:
     with pytest.raises(CldaError, match="layers is"):
         Histogram.empty(layers)
+
+
+def test_a_device_without_float64_counts_and_the_cpu_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    expected = histogram_of(scores)
+    monkeypatch.setattr("clda_core.saliency.histogram.has_float64", lambda device: False)
+    assert Histogram.empty(2, "cuda:3").sums.device.type == "cpu"
+    found = histogram_of(scores)
+    assert torch.equal(found.counts, expected.counts)
+    assert found.sums.dtype == torch.float64
+    assert found.sums.item() == pytest.approx(expected.sums.item(), rel=1e-6)
+    assert quantile(found, 0.7).item() == pytest.approx(quantile(expected, 0.7).item())

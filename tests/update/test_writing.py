@@ -1,12 +1,18 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from clda_core.layers import group_layers
 from clda_core.update.statistics import running_statistics
 from clda_core.update.writing import Snapshot, blend, pair_tensors, tensors_of, undone_on_error
 from tests.models import CNN, ResNet
-from tests.reference_update import average
+from tests.reference_update import average, float64
+from tests.test_layout import LAYOUTS
 from tests.update.rounds import changed, randomise, same_bits, traces, values
 
 
@@ -120,3 +126,57 @@ def test_a_norm_beside_its_convolution_is_paired_by_its_distance() -> None:
     pairs, unpaired = pair_tensors(tensors_of(teacher), layer, tensors_of(student), layer, running_statistics(teacher))
     assert list(pairs) == [*layer.parameters, *layer.buffers]
     assert not unpaired
+
+
+def of_layout(layout: str, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return LAYOUTS[layout](torch.randn(4, 3, 2, 5, generator=generator, dtype=torch.float64).to(dtype))
+
+
+WRITABLE = ["row-major", "channels last", "permuted", "a slice", "every other element"]
+DTYPES = [torch.float32, torch.float64]
+quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+
+@quick
+@given(
+    targets=st.lists(st.tuples(st.sampled_from(WRITABLE), st.sampled_from(DTYPES)), min_size=1, max_size=4),
+    sources=st.lists(st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(DTYPES)), min_size=4, max_size=4),
+    weight=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    masked=st.booleans(),
+)
+def test_averages_are_those_of_float64_for_every_pair_of_layouts(
+    targets: Any, sources: Any, weight: float, masked: bool
+) -> None:
+    ours = {str(index): of_layout(kind[0], index, kind[1]) for index, kind in enumerate(targets)}
+    theirs = {name: of_layout(kind[0], 9 + index, kind[1]) for index, (name, kind) in enumerate(zip(ours, sources))}
+    masks = {name: of_layout("permuted", 20, torch.float64) > 0 for name in ours} if masked else {}
+    expected = {name: average(ours[name], theirs[name], 1 - weight, 1.0, masks.get(name)) for name in ours}
+    blend(ours, theirs, weight, masks)
+    for name, tensor in ours.items():
+        tolerance = 1e-6 if torch.float32 in (tensor.dtype, theirs[name].dtype) else 1e-14
+        np.testing.assert_allclose(float64(tensor), expected[name], rtol=0, atol=tolerance)
+
+
+@quick
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(WRITABLE), st.sampled_from(DTYPES)), min_size=1, max_size=4),
+)
+def test_a_snapshot_restores_and_halves_elements_of_every_layout(kinds: Any) -> None:
+    model = nn.ParameterDict(
+        {str(i): nn.Parameter(of_layout(layout, i, dtype)) for i, (layout, dtype) in enumerate(kinds)}
+    )
+    layers = group_layers(model)
+    before = {name: float64(parameter) for name, parameter in model.items()}
+    snapshot = Snapshot(model, layers)
+    now = {}
+    with torch.no_grad():
+        for name, parameter in model.items():
+            parameter.add_(of_layout("channels last", 30, parameter.dtype))
+            now[name] = float64(parameter)
+    snapshot.go_halfway_back()
+    for name, parameter in model.items():
+        np.testing.assert_allclose(float64(parameter), (before[name] + now[name]) / 2, rtol=0, atol=1e-6)
+    snapshot.restore()
+    for name, parameter in model.items():
+        assert np.array_equal(float64(parameter), before[name])
