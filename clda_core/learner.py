@@ -66,8 +66,9 @@ class CollaborativeLearner:
     paper's; every default strategy is this library's choice.
 
     Args:
-        teacher: The big model. Frozen, or co-trained by the host; it is changed in the selected layers only. Save it
-            with your checkpoints: :meth:`state_dict` does not hold it.
+        teacher: The big model. Frozen, or co-trained by the host; it is changed in the selected layers only, and
+            where it is partly frozen only in what requires gradients. Float32 or wider. Save it with your checkpoints:
+            :meth:`state_dict` does not hold it.
         student: The small model that the host trains; never changed by the learner.
         saliency: Scores parameters; :class:`~clda_core.saliency.Taylor` by default.
         selection: Threshold of the LSR and choice of the non-salient layers;
@@ -86,7 +87,8 @@ class CollaborativeLearner:
             before they hold sums.
 
     Raises:
-        CldaError: If the models share parameters, or no layer can be related although the update needs it.
+        CldaError: If the models share memory that is written or trained, rounds cannot write the teacher (half
+            precision, parameters that overlap), or no layer can be related although the update needs it.
 
     Warns:
         UserWarning: If the student is larger than the teacher, so that the two may have been swapped.

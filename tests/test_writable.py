@@ -54,7 +54,7 @@ def adapted(seed: int = 1) -> nn.Module:
 
 
 def batch(seed: int = 0) -> Tensor:
-    return torch.randn(16, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(64, 5, generator=torch.Generator().manual_seed(seed))
 
 
 def make(teacher: nn.Module, student: nn.Module, **options: Any) -> CollaborativeLearner:
@@ -68,7 +68,7 @@ def step(learner: CollaborativeLearner, optimizer: Any, seed: int = 0, co_traine
     learner.teacher.zero_grad()
     loss = learner.distill(learner.student(x), x)
     if co_trained:
-        loss = loss + F.cross_entropy(learner.teacher(x), torch.arange(16) % 3)
+        loss = loss + F.cross_entropy(learner.teacher(x), torch.arange(64) % 3)
     loss.backward()
     learner.step(optimizer)
 
