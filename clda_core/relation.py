@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Protocol
 
-from ._activations import capturing, positions, rows, watching, wide
+from ._activations import LEAST_ROWS, capturing, positions, rows, watching, wide
 from ._config import Strategy
-from ._distributed import mean_across_ranks
+from ._distributed import sum_across_ranks
 from ._named import canonical_modules
 from .errors import check_number, problem
 from .layers import Layer
@@ -28,6 +28,10 @@ __all__ = [
     "Relation",
     "linear_cka",
 ]
+
+
+_CHANCE = 0.25
+"""The linear CKA that unrelated features may have at most for a comparison to count."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class BySimilarity(Strategy):
 
     Args:
         minimum: Least similarity, in [0, 1], of layers to be related; the rest is unrelated. Our choice, 0.5.
-        samples: Most rows to compare, >= 2; bounds memory to ``samples`` x channels floats a layer.
+        samples: Most rows to compare, >= 32; bounds memory to ``samples`` x channels floats a layer.
 
     Raises:
         CldaError: If an argument is out of range, or (when called) no inputs are given.
@@ -174,7 +178,9 @@ class BySimilarity(Strategy):
     Note:
         Runs both models once each, in eval mode without gradients; hooks, modes and random state are given back.
         Layers which are no module (groups of a user's own, single parameters), which the forward pass does not call,
-        or whose output is no tensor, are unrelated. In distributed runs similarities are averaged over the ranks.
+        or whose output is no tensor, are unrelated. So are layers whose features have too few rows for their channels:
+        fewer than 32, or so few that unrelated features would have a linear CKA above 0.25 by chance (its mean over all
+        pairings of the rows). In distributed runs similarities are averaged over the ranks that have enough rows.
 
     References:
         Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019.
@@ -185,7 +191,7 @@ class BySimilarity(Strategy):
 
     def __init__(self, *, minimum: float = 0.5, samples: int = 2048) -> None:
         check_number("minimum", minimum, at_least=0, at_most=1)
-        check_number("samples", samples, at_least=2, integer=True)
+        check_number("samples", samples, at_least=LEAST_ROWS, integer=True)
         self.minimum = minimum
         self.samples = samples
 
@@ -204,13 +210,20 @@ class BySimilarity(Strategy):
             table = _similarities(ours, theirs)
         chosen: Dict[str, str] = {}
         for name, values in zip(ours, table):
-            best = max(range(len(values)), key=values.__getitem__, default=None)
-            if best is None or not values[best] >= 0:
+            best = max(range(len(values)), key=lambda index: values[index].cka, default=None)
+            compared = [value for value in values if value.rows]
+            if best is None or not compared:
                 reasons[name] = "no student layer has finite features on a grid comparable with its own"
-            elif values[best] < self.minimum:
+            elif values[best].cka < 0:
+                closest = min(compared, key=lambda value: value.chance)
+                reasons[name] = (
+                    f"it was compared over {closest.rows:.0f} rows (samples x positions), where unrelated features "
+                    f"have a linear CKA of {closest.chance:.2f}: at least {LEAST_ROWS} and at most {_CHANCE:g} are needed"
+                )
+            elif values[best].cka < self.minimum:
                 reasons[name] = (
                     f"its most similar student layer, {list(theirs)[best]}, "
-                    f"has a linear CKA of {values[best]:.2f}, below minimum={self.minimum:g}"
+                    f"has a linear CKA of {values[best].cka:.2f}, below minimum={self.minimum:g}"
                 )
             else:
                 chosen[name] = list(theirs)[best]
@@ -256,11 +269,23 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
             received=f"{x.dtype} of shape {tuple(x.shape)} and {y.dtype} of shape {tuple(y.shape)}",
             fix="flatten to one row a sample and pass the same samples in the same order",
         )
+    return _cka_and_chance(x, y)[0].to(x.dtype)
+
+
+def _cka_and_chance(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return the linear CKA and its mean over all pairings of the rows of ``x`` with those of ``y``, in float64.
+
+    That mean, exact and cheap, is what chance alone gives: with the columns centred, the mean of ``||Y'X||^2`` over
+    permutations is ``tr(X'X) tr(Y'Y) / (n - 1)``, and the denominator does not depend on them.
+    """
     a, b = _centred(x), _centred(y)
-    across = (b.t() @ a).pow(2).sum()
-    within = (a.t() @ a).norm() * (b.t() @ b).norm()
-    zero = torch.zeros_like(across)
-    return torch.where(within == 0, zero, across / torch.where(within == 0, zero + 1, within)).to(x.dtype)
+    first, second = a.t() @ a, b.t() @ b
+    within = first.norm() * second.norm()
+    zero = torch.zeros_like(within)
+    scale = torch.where(within == 0, zero + 1, within)
+    across = (b.t() @ a).pow(2).sum() / scale
+    chance = first.trace() * second.trace() / (max(len(x) - 1, 1) * scale)
+    return torch.where(within == 0, zero, across), torch.where(within == 0, zero, chance)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -349,16 +374,44 @@ def _features(view: ModelView, inputs: Any, samples: int) -> Tuple[Dict[str, Ten
     return usable, reasons
 
 
-def _similarities(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> List[List[float]]:
-    """Return linear CKA by teacher layer and student layer, -1 where it is undefined; equal on every rank."""
+class _Similarity(NamedTuple):
+    """What two layers' features say, averaged over ranks.
+
+    Attributes:
+        cka: Linear CKA over the ranks that have enough rows, -1 where none has.
+        chance: What unrelated features would have.
+        rows: Number of rows, 0 where the features cannot be compared.
+    """
+
+    cka: float
+    chance: float
+    rows: float
+
+
+def _similarities(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> List[List[_Similarity]]:
+    """Return the similarities by teacher layer and student layer; equal on every rank."""
     if not ours or not theirs:
         return [[] for _ in ours]
-    undefined = wide(next(iter(ours.values())).new_tensor(-1.0))
-    values = []
-    for first in ours.values():
-        for second in theirs.values():
-            both = rows(first, second)
-            value = undefined if both is None or both[0].shape[0] < 2 else wide(linear_cka(*both)).to(undefined.device)
-            values.append(torch.where(torch.isfinite(value), value, undefined))
-    table: List[List[float]] = mean_across_ranks([torch.stack(values)])[0].view(len(ours), len(theirs)).tolist()
-    return table
+    figures = [_figures(first, second) for first in ours.values() for second in theirs.values()]
+    device = figures[0].device
+    (summed,) = sum_across_ranks([torch.stack([figure.to(device) for figure in figures])])
+    found = [
+        _Similarity(cka / enough if enough else -1.0, chance / (comparable or 1.0), count / (comparable or 1.0))
+        for comparable, enough, cka, chance, count in summed.tolist()
+    ]
+    return [found[start : start + len(theirs)] for start in range(0, len(found), len(theirs))]
+
+
+def _figures(first: Tensor, second: Tensor) -> Tensor:
+    """Return what ranks add up: whether comparable, whether by enough rows; and CKA, chance and rows if they are."""
+    both = rows(first, second)
+    nothing = wide(first.new_zeros(()))
+    if both is None:
+        return torch.stack([nothing] * 5)
+    cka, chance = _cka_and_chance(*both)
+    count = nothing + len(both[0])
+    comparable = torch.isfinite(cka)
+    enough = comparable & (chance <= _CHANCE) & (count >= LEAST_ROWS)
+    if_enough = torch.where(enough, cka, nothing)
+    if_comparable = [torch.where(comparable, one, nothing) for one in (chance, count)]
+    return torch.stack([comparable.to(cka), enough.to(cka), if_enough, *if_comparable])

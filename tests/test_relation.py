@@ -1,4 +1,5 @@
-from typing import Any
+import itertools
+from typing import Any, List
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from clda_core import relation
 from clda_core.errors import CldaError
 from clda_core.layers import group_layers
 from clda_core.relation import (
@@ -168,6 +170,57 @@ def test_linear_cka_refuses_integers() -> None:
         linear_cka(torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2))
 
 
+@pytest.mark.parametrize(("p", "q"), [(3, 2), (9, 4)])
+def test_chance_is_the_mean_over_all_pairings_of_the_rows(p: int, q: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, width, generator=generator, dtype=torch.float64).exp() for width in (p, q))
+    _, chance = relation._cka_and_chance(x, y)
+    every = [reference.linear_cka(x.numpy(), y[list(order)].numpy()) for order in itertools.permutations(range(5))]
+    assert chance.item() == pytest.approx(sum(every) / len(every), rel=1e-9)
+    assert relation._cka_and_chance(3 * x, y - 7)[1].item() == pytest.approx(chance.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "channels", "related"), [
+    (31, 2, False),
+    (32, 2, True),
+    (64, 64, False),
+    (2000, 64, True),
+])  # fmt: skip
+def test_similarity_needs_rows_in_proportion_to_the_channels(rows: int, channels: int, related: bool) -> None:
+    """Unrelated features of as many channels as rows look alike, and those of one batch of two are the same."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(rows, channels, generator=generator)
+    others = torch.randn(rows, channels, generator=generator)
+    teacher, student = Features(features, others), Features(others, features)
+    found = BySimilarity(minimum=0.9)(view(teacher), view(student), torch.zeros(1))
+    assert named(found) == ({"a": "b", "b": "a"} if related else {})
+    if not related:
+        assert f"compared over {rows} rows (samples x positions), where unrelated features" in found.unrelated["a"]
+        assert "at least 32 and at most 0.25 are needed" in found.unrelated["a"]
+
+
+def test_a_rank_with_too_few_rows_leaves_the_decision_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(200, 3, generator=generator), torch.randn(200, 3, generator=generator)
+    given: List[Any] = []
+
+    def run(count: int, others: Any) -> RelatedLayers:
+        def reduced(tensors: Any) -> List[Tensor]:
+            given.append(tensors[0])
+            return [tensors[0] if others is None else tensors[0] + others]
+
+        monkeypatch.setattr(relation, "sum_across_ranks", reduced)
+        teacher, student = Features(first[:count], second[:count]), Features(second[:count], first[:count])
+        return BySimilarity(minimum=0.9)(view(teacher), view(student), torch.zeros(1))
+
+    assert not run(1, None).pairs
+    assert named(run(200, None)) == {"a": "b", "b": "a"}
+    alone, large = given
+    for count, others in ((1, large), (200, alone)):
+        assert named(run(count, others)) == {"a": "b", "b": "a"}
+    assert "over 1 rows" in run(1, alone).unrelated["a"]
+
+
 class Features(nn.Module):
     """Puts out what it is told to, through two modules that only add a bias."""
 
@@ -231,7 +284,7 @@ def test_similarity_does_not_compare_vectors_with_maps_or_take_what_is_not_finit
 @pytest.mark.parametrize("build", [ResNet, ViT, SegFormer, CNN, mlp])
 def test_similarity_relates_a_model_to_itself_by_name(build: Any) -> None:
     model = randomise(build(), 3)
-    inputs = torch.randn(24, 5) if build is mlp else images(count=24)
+    inputs = torch.randn(64, 5) if build is mlp else images(count=64)
     related = BySimilarity(minimum=0.99)(view(model), view(model), inputs)
     assert related.pairs
     assert all(name == other for name, other in named(related).items())
@@ -244,12 +297,13 @@ def test_similarity_takes_keyword_and_positional_inputs() -> None:
     assert named(BySimilarity()(model, model, (images(),))) == expected
 
 
-@pytest.mark.parametrize("samples", [2, 7, 100])
+@pytest.mark.parametrize("samples", [32, 77, 200])
 def test_similarity_bounds_its_rows(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("clda_core.relation.linear_cka", lambda x, y: seen.append(x.shape[0]) or linear_cka(x, y))
+    compare = relation._cka_and_chance
+    monkeypatch.setattr(relation, "_cka_and_chance", lambda x, y: seen.append(x.shape[0]) or compare(x, y))
     model = view(ResNet((1, 1)))
-    BySimilarity(samples=samples)(model, model, images(count=5))
+    BySimilarity(samples=samples)(model, model, images(count=50))
     assert seen
     assert max(seen) <= samples
 
@@ -289,7 +343,7 @@ def test_similarity_without_inputs() -> None:
         BySimilarity()(model, model)
 
 
-@pytest.mark.parametrize("options", [{"minimum": -0.1}, {"minimum": 1.1}, {"samples": 1}, {"samples": 2.5}])
+@pytest.mark.parametrize("options", [{"minimum": -0.1}, {"minimum": 1.1}, {"samples": 31}, {"samples": 64.5}])
 def test_similarity_refuses_arguments_out_of_range(options: Any) -> None:
     with pytest.raises(CldaError, match=f"^{next(iter(options))} is"):
         BySimilarity(**options)
