@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._compat import has_float64, uncompiled
+from ._compat import has_float64, part_by_part, uncompiled
 from ._models import evaluating
 from ._random import keeping_rng
 from ._undo import undoing
@@ -71,9 +71,12 @@ def capturing(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
 def watching(*models: nn.Module) -> Iterator[None]:
     """Let models be run in eval mode without gradients, and give the random state back even if they draw.
 
-    Compiled models run uncompiled meanwhile, so that hooks are called and nothing is compiled anew for them.
+    Compiled models run uncompiled meanwhile and Transformer encoders part by part, so that hooks are called and nothing
+    is compiled anew for them.
     """
-    with uncompiled(*models), keeping_rng("watch", *models), torch.no_grad(), evaluating(*models):
+    with uncompiled(*models), part_by_part(*models), keeping_rng("watch", *models), torch.no_grad(), evaluating(
+        *models
+    ):
         yield
 
 

@@ -223,3 +223,30 @@ def uninitialized(tensor: Tensor) -> bool:
     """Return whether this is a parameter or buffer of a lazy module (from torch 1.8 on) that has no shape yet."""
     is_lazy = getattr(nn.parameter, "is_lazy", None)
     return is_lazy is not None and bool(is_lazy(tensor))
+
+
+@contextmanager
+def part_by_part(*models: nn.Module) -> Iterator[None]:
+    """Run PyTorch's Transformer encoders through the modules that they are made of, also in eval mode.
+
+    Their fast path calls none of these, so that no hook fires, and passes nested tensors from layer to layer.
+    """
+    mha = getattr(torch.backends, "mha", None)  # came with torch 2.3
+    if mha is not None:
+        before = mha.get_fastpath_enabled()
+        mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            mha.set_fastpath_enabled(before)
+        return
+    # From torch 1.12 on the fast path asks which activation a layer has; before it there is none.
+    layers = [module for model in models for module in model.modules() if hasattr(module, "activation_relu_or_gelu")]
+    activations = [layer.activation_relu_or_gelu for layer in layers]
+    try:
+        for layer in layers:
+            layer.activation_relu_or_gelu = 0  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, activation in zip(layers, activations):
+            layer.activation_relu_or_gelu = activation

@@ -218,7 +218,7 @@ class BySimilarity(Strategy):
                 closest = min(compared, key=lambda value: value.chance)
                 reasons[name] = (
                     f"it was compared over {closest.rows:.0f} rows (samples x positions), where unrelated features "
-                    f"have a linear CKA of {closest.chance:.2f}: at least {LEAST_ROWS} and at most {_CHANCE:g} are needed"
+                    f"have a linear CKA of {closest.chance:.2f}; at least {LEAST_ROWS} and at most {_CHANCE} are needed"
                 )
             elif values[best].cka < self.minimum:
                 reasons[name] = (

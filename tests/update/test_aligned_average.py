@@ -1,4 +1,5 @@
 import copy
+import inspect
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from clda_core.errors import CldaError
 from clda_core.layers import group_layers
 from clda_core.outputs import Outputs
-from clda_core.relation import ByName, ModelView
+from clda_core.relation import ByName, BySimilarity, ModelView
 from clda_core.update import RoundContext
 from clda_core.update.aligned_average import AlignedAverage, _expressed, _Maps
 from clda_core.update.classes import MAY_BE_CLASSES
@@ -554,3 +555,56 @@ def test_a_learned_scale_without_channels_is_skipped() -> None:
     result = AlignedAverage().apply(round_context(teacher, student, inputs=torch.randn(40, 4)))
     assert result.updated == ("0",)
     assert "no channels" in result.skipped["0: scale"]
+
+
+class Encoder(nn.Module):
+    """PyTorch's own Transformer encoder; in eval mode it has a fast path that calls none of its parts."""
+
+    def __init__(self, padded: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, **BATCH_FIRST)
+        self.stem, self.encoder, self.head = nn.Linear(5, 8), nn.TransformerEncoder(layer, 3), nn.Linear(8, 3)
+        self.padded = padded
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = (torch.arange(x.shape[1]) >= 6).expand(x.shape[:2])
+        tokens = self.stem(x) if BATCH_FIRST else self.stem(x).transpose(0, 1)
+        found = self.encoder(tokens, src_key_padding_mask=padding if self.padded else None)
+        return self.head((found if BATCH_FIRST else found.transpose(0, 1))[:, :6].mean(1))
+
+
+BATCH_FIRST: Dict[str, Any] = {}
+if "batch_first" in inspect.signature(nn.TransformerEncoderLayer.__init__).parameters:  # came with torch 1.9
+    BATCH_FIRST["batch_first"] = True
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.tensor:UserWarning")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("selected", [["encoder.layers.1"], None], ids=["one layer", "all"])
+def test_parts_of_pytorchs_transformer_encoder_are_aligned(padded: bool, selected: Any) -> None:
+    """Selected alone, a layer's hooks do not keep the others from handing it nested tensors."""
+    torch.manual_seed(0)
+    teacher = Encoder(padded)
+    for layer in teacher.encoder.layers:
+        nn.init.normal_(layer.linear1.bias)
+    student = copy.deepcopy(teacher)
+    order = torch.randperm(12)
+    with torch.no_grad():
+        for layer in student.encoder.layers:
+            layer.linear1.weight.copy_(layer.linear1.weight[order])
+            layer.linear1.bias.copy_(layer.linear1.bias[order])
+            layer.linear2.weight.copy_(layer.linear2.weight[:, order])
+    inputs = torch.randn(40, 9, 5)
+    before, traced = values(teacher), traces(teacher, student)
+    result = AlignedAverage(decay=0.0).apply(round_context(teacher, student, selected, inputs=inputs))
+    assert set(result.skipped.values()) == {"it does not belong to a leaf module", NOT_CALLED}
+    assert all("self_attn" in key for key in result.skipped)
+    assert result.updated == (("encoder.layers.1",) if selected else ("stem", *ENCODER_LAYERS, "head"))
+    assert all(torch.allclose(value, before[name], atol=1e-5) for name, value in values(teacher).items())
+    assert traces(teacher, student) == traced
+    views = [ModelView(model, group_layers(model)) for model in (teacher, student)]
+    assert set(ENCODER_LAYERS) <= set(BySimilarity(minimum=0.9)(*views, inputs).pairs)
+
+
+NOT_CALLED = "its module is not called in the forward pass"
+ENCODER_LAYERS = [f"encoder.layers.{index}" for index in range(3)]
