@@ -10,6 +10,7 @@ import functools
 import gc
 import pathlib
 import sys
+import types
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import clda_core
-from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule
+from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_layers
 from clda_core.distillation import FeatureDistillation, KLDistillation
+from clda_core.observation import Observer
 from clda_core.relation import ByName, BySimilarity
 from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
@@ -251,14 +253,61 @@ def test_03_state_does_not_grow_with_the_width(saliency: str) -> None:
     assert sizes[0] == sizes[1] > 0
 
 
-def test_03_no_teacher_sized_tensor_is_held_between_steps() -> None:
+def tensors_held(learner: CollaborativeLearner) -> List[Tensor]:
+    """Every tensor that can be reached from the learner, but for the models' own."""
+    modules = [module for model in (learner.teacher, learner.student) for module in model.modules()]
+    own = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
+    seen, held, left = {id(thing) for thing in (*modules, *own)}, [], [learner]
+    while left:
+        thing: Any = left.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            held.append(thing)
+        if isinstance(thing, types.FunctionType):  # whose globals would lead anywhere
+            left.extend([*(thing.__closure__ or ()), *(thing.__defaults__ or ())])
+        else:
+            left.extend(gc.get_referents(thing))
+    return held
+
+
+def check_what_is_held(update: Any) -> None:
     teacher, student = networks()
-    optimizer = sgd(student)
-    learner = make_learner(teacher, student, update=Average(decay=0.9))
-    train(learner, optimizer, 1)
-    gc.collect()
-    held = [thing for thing in vars(learner).values() if isinstance(thing, (dict, list, Tensor))]
-    assert elements(held) <= 2 * len(learner.report().layers)
+    learner = make_learner(teacher, student, update=update, schedule=every_step(interval=2, observations=2))
+    held = []
+    for steps in range(1, 5):  # in the middle of a round, and after it
+        train(learner, sgd(student), 1)
+        held.append(elements(tensors_held(learner)))
+        moments = 0
+        if "MaskedDistillation" in repr(update):
+            written = {name for record in learner.report().rounds for name in record.selected}
+            layers = [layer for layer in group_layers(teacher) if layer.name in written]
+            moments = sum(2 * layer.numel + len(layer.parameters) for layer in layers)
+        assert held[-1] <= 4 * len(learner.report().layers) + moments, f"after {steps} steps"
+    assert held[0] > 0, "two vectors of an element for each layer"
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_03_no_teacher_sized_tensor_is_held_between_steps(update: str) -> None:
+    """Beside Adam's two moments of the layers that masked distillation has updated."""
+    check_what_is_held(UPDATES[update]())
+
+
+@pytest.mark.parametrize("where", ["observer", "update", "a closure"])
+def test_03_a_leak_would_be_seen(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, method = (Observer, "_derivatives") if where == "observer" else (Average, "apply")
+    original = getattr(kind, method)
+
+    def leaking(self: Any, *args: Any) -> Any:
+        result = original(self, *args)
+        kept = list(result.values()) if where == "observer" else [p.clone() for p in args[0].teacher.parameters()]
+        vars(self)["kept"] = (lambda: kept) if where == "a closure" else kept
+        return result
+
+    monkeypatch.setattr(kind, method, leaking)
+    with pytest.raises(AssertionError, match="after [12] steps"):
+        check_what_is_held(Average(decay=0.9))
 
 
 # ---------------------------------------------------------------------------------------------------- 4 in place

@@ -239,6 +239,41 @@ def test_the_hosts_gradients_are_taken_for_the_loss_but_not_those_from_before() 
     assert one.known() == {"0.weight"}
 
 
+def test_what_is_known_is_what_target_data_has_shown_in_this_round() -> None:
+    one = observer(network())
+    assert one.known() is None
+    other = observer(network())
+    other.load_state_dict(loaded(saved(one.state_dict())))
+    assert other.known() is None
+    step(one, ("target", lambda model: model[0].weight.sum()))
+    assert one.known() == {"0.weight"}
+    step(one, ("source", lambda model: model[1].weight.sum()))
+    assert one.known() == {"0.weight"}
+    step(one, ("target", lambda model: model[1].weight.sum()))
+    assert one.known() == {"0.weight", "1.weight"}
+    one.start_next_round()
+    assert one.known() == {"0.weight", "1.weight"}, "whose rates may be used again"
+    other.load_state_dict(loaded(saved(one.state_dict())))
+    for again in (one, other):
+        step(again, ("target", lambda model: model[1].weight.sum()))
+        assert again.known() == {"1.weight"}
+
+
+def test_a_loss_goes_before_the_hosts_gradients() -> None:
+    model = network()
+    one = observer(model)
+    model[0].weight.grad = torch.full((2, 1), 100.0)
+    assert step(one, ("target", scaled(1.0)))
+    assert one.rates()[0] == {"0": 0.5, "1": 0.25}
+
+
+def test_an_estimator_without_derivatives_needs_no_data() -> None:
+    one = observer(network(), saliency=Magnitude())
+    assert step(one, ("target", None), ("source", None))
+    assert one.rates() == ({"0": 0.5, "1": 0.25}, {"0": 0.5, "1": 0.25})
+    assert one.known() == {"0.weight", "1.weight"}
+
+
 @pytest.mark.parametrize("domain", ["target", "source"])
 def test_nothing_to_observe(domain: str) -> None:
     inputs = None if domain == "target" else torch.ones(1, 1)

@@ -145,6 +145,16 @@ def test_a_state_is_restored_and_shares_nothing(frozen: bool) -> None:
     assert bits(one.state_dict()) == bits(state) == kept
 
 
+def test_a_state_is_a_copy() -> None:
+    one = observed(("source", *FIRST), ("target", *FIRST))
+    state = one.state_dict()
+    kept = bits(state)
+    for domain in ("source", "target"):
+        one.add(domain, histogram_of(*SECOND), ABOVE_ONE)
+    assert bits(state) == kept
+    assert bits(one.state_dict()) != kept
+
+
 def test_a_state_without_source_data() -> None:
     one, other = observed(("target", *FIRST)), observed(("source", *FIRST))
     other.load_state_dict(one.state_dict())

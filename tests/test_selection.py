@@ -132,6 +132,7 @@ def test_domain_shift_selects_what_fell_from_source_to_target() -> None:
     assert DomainShift(fraction=0.2)(TARGET, SOURCE, SIZES) == ("block.1",)
     assert DomainShift(margin=0.05)(TARGET, SOURCE, SIZES) == ("stem", "block.0", "block.1")
     assert DomainShift(margin=0.9)(TARGET, SOURCE, SIZES) == ()
+    assert DomainShift(margin=0.25)({"a": 0.25, "b": 0.125}, {"a": 0.5, "b": 0.5}, {}) == ("b",), "more than the margin"
     assert DomainShift()(TARGET, SOURCE, SIZES) == DomainShift(fraction=0.3)(TARGET, SOURCE, SIZES)
 
 
@@ -182,9 +183,20 @@ def test_rules_change_nothing(rule) -> None:
     assert copies == (TARGET, SOURCE, SIZES)
 
 
+@pytest.mark.parametrize("rule", [type(rule) for rule in RULES])
+@pytest.mark.parametrize("threshold", [0.5, MeanThreshold, None])
+def test_every_rule_checks_its_threshold(rule, threshold) -> None:
+    with pytest.raises(CldaError, match=r"^threshold is not a threshold: .*or a callable, received "):
+        rule(threshold=threshold)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        (HighestFraction(), "HighestFraction(fraction=0.3, threshold=MeanThreshold(multiple=1.0))"),
+        (BelowRate(), "BelowRate(rate=0.1, threshold=MeanThreshold(multiple=1.0))"),
+        (DomainShift(), "DomainShift(fraction=None, margin=None, threshold=MeanThreshold(multiple=1.0))"),
+        (AllLayers(), "AllLayers(threshold=MeanThreshold(multiple=1.0))"),
         (LowestFraction(), "LowestFraction(fraction=0.3, threshold=MeanThreshold(multiple=1.0))"),
         (ReferenceThreshold(), "ReferenceThreshold(of=MeanThreshold(multiple=1.0))"),
         (FixedThreshold(0.5), "FixedThreshold(value=0.5)"),
@@ -206,6 +218,7 @@ def test_repr_is_the_constructor_call(value, text) -> None:
         (lambda: RandomFraction(fraction=-0.1), "fraction is out of range"),
         (lambda: RandomFraction(seed=0.5), "seed is not an integer"),
         (lambda: BelowRate(rate=0), "rate is out of range"),
+        (lambda: BelowRate(rate=1.01), "rate is out of range"),
         (lambda: DomainShift(fraction=2), "fraction is out of range"),
         (lambda: DomainShift(margin=1), "margin is out of range"),
         (lambda: DomainShift(fraction=0.5, margin=0.1), "fraction and margin exclude each other"),
