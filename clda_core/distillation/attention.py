@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -10,9 +10,13 @@ from torch import Tensor
 from .._compat import autocast_off
 from .._config import Strategy
 from ..errors import check_number, problem
-from .base import Aligned, align_features, unit, weighted_mean
+from .base import align_features, computing_dtype, valid_mask
+from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
 
 __all__ = ["AttentionTransfer", "attention_transfer"]
+
+_LEAST = 1e-36
+"""The largest activation of an image that has any; the derivative by smaller ones is beyond the range of float32."""
 
 
 def attention_transfer(
@@ -21,6 +25,7 @@ def attention_transfer(
     mask: Optional[Tensor] = None,
     *,
     power: float = 2.0,
+    ignore_index: Optional[int] = None,
 ) -> Tensor:
     r"""Squared distance of normalised spatial attention maps.
 
@@ -33,9 +38,10 @@ def attention_transfer(
     Args:
         student_features: One tensor ``(N, C, ...)`` with spatial dimensions, or several, paired in order.
         teacher_features: As many; of two grids in a pair the smaller one is taken.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, or an integer label map (255 is left
-            out), at any resolution.
+        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
+            matter. With ``ignore_index`` also an integer label map.
         power: Exponent ``p`` >= 1; larger ones concentrate on the strongest activations.
+        ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
         Scalar, float32 (float64 for float64 features), 0 if no position is valid.
@@ -57,7 +63,7 @@ def attention_transfer(
         https://arxiv.org/abs/1612.03928
     """
     check_number("power", power, at_least=1)
-    pairs = align_features(student_features, teacher_features, mask)
+    pairs = align_features(student_features, teacher_features, valid_mask(mask, ignore_index))
     for features in [student_features] if isinstance(student_features, Tensor) else student_features:
         if features.dim() < 3:
             raise problem(
@@ -67,7 +73,9 @@ def attention_transfer(
                 fix="take features before the pooling, or use FeatureDistillation",
             )
     with autocast_off(pairs[0].student.device.type):
-        return torch.stack([_loss(pair, power) for pair in pairs]).mean()
+        losses = [_Attention.apply(*pair, power) for pair in pairs]  # type: ignore[no-untyped-call]
+        mean: Tensor = sum(losses) / len(losses)
+    return mean
 
 
 class AttentionTransfer(Strategy):
@@ -103,10 +111,53 @@ class AttentionTransfer(Strategy):
         return self.weight * attention_transfer(student_features, teacher_features, mask, power=self.power)
 
 
-def _loss(pair: Aligned, power: float) -> Tensor:
-    student, teacher = pair.student.abs().pow(power).mean(1), pair.teacher.abs().pow(power).mean(1)
-    if pair.weights is None:
-        return (unit(student, 1) - unit(teacher, 1)).pow(2).sum(1).mean()
-    root = pair.weights.sqrt()
-    distances = (unit(student * root, 1) - unit(teacher * root, 1)).pow(2).sum(1)
-    return weighted_mean(distances, pair.weights.amax(1))
+class _Attention(torch.autograd.Function):
+    """Reads the features in chunks, and again in the backward pass: kept are they and what is of one map's size."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Optional[Tensor], power: float) -> Tensor:
+        images = None if weights is None else weights.amax(1, keepdim=True)
+        share = shares((student.shape[0], 1), images, student)
+        weight = share.new_ones(()) if weights is None else weights.to(share.dtype)
+        of_student, inverse, inverse_norm = _maps(student, weights, weight, power)
+        apart = of_student - _maps(teacher, weights, weight, power)[0]
+        by_map = 2 * weight * apart
+        by_energy = by_map - weight * of_student * (by_map * of_student).sum(1, keepdim=True)
+        slope = by_energy * inverse_norm * share * inverse * (power / student.shape[1])
+        ctx.save_for_backward(student, slope, inverse, weights)
+        ctx.power = power
+        return narrowed((weight * apart * apart * share).sum(), computing_dtype(student, teacher))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        only_first_derivatives()
+        student, slope, inverse, weights = ctx.saved_tensors
+        gradient, slope = torch.empty_like(student), slope * upstream
+        for chunk in chunks(student):
+            x = values_in(chunk, student, weights) * inverse[chunk[0]].unsqueeze(1)
+            gradient[chunk] = x.sign() * x.abs().pow(ctx.power - 1) * slope[chunk[0], chunk[2]].unsqueeze(1)
+        return gradient, None, None, None
+
+
+def _maps(features: Tensor, weights: Optional[Tensor], weight: Tensor, power: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised maps ``(N, P)``, and the inverses of the largest activations and of the norms, ``(N, 1)``.
+
+    The energies are those of activations divided by the image's largest, whose powers do not overflow.
+    """
+    samples, _, positions = features.shape
+    largest, energies = weight.new_zeros(samples, 1), weight.new_zeros(samples, positions)
+    for chunk in chunks(features):
+        largest[chunk[0]] = torch.max(
+            largest[chunk[0]], values_in(chunk, features, weights).abs().amax((1, 2))[:, None]
+        )
+    inverse = _inverse(largest, largest <= _LEAST)
+    for chunk in chunks(features):
+        scaled = values_in(chunk, features, weights) * inverse[chunk[0]].unsqueeze(1)
+        energies[chunk[0], chunk[2]] = scaled.abs_().pow_(power).mean(1)
+    norm = (weight * energies * energies).sum(1, keepdim=True).sqrt()
+    inverse_norm = _inverse(norm, norm == 0)
+    return energies * inverse_norm, inverse, inverse_norm
+
+
+def _inverse(values: Tensor, zero: Tensor) -> Tensor:
+    return values.masked_fill(zero, 1.0).reciprocal().masked_fill(zero, 0.0)

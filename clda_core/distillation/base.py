@@ -15,12 +15,6 @@ from ..outputs import Outputs
 
 __all__ = ["Distillation", "WeightedSum", "check_values", "distillation_loss"]
 
-IGNORE_INDEX = 255
-"""The label of positions without a class, in every integer mask."""
-
-NEVER = -1e30
-"""A logit whose probability is 0; finite, so that the difference of two is 0 and not NaN."""
-
 _RESIZE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -41,7 +35,7 @@ class Distillation(Protocol):
             student: What ``reads`` names, of the student.
             teacher: The same of the teacher, detached.
             mask: ``None``; or which positions count: bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``
-                where ``...`` are the spatial dimensions, or an integer label map whose 255 are left out.
+                where ``...`` are the spatial dimensions. Never integers: the learner makes a bool mask of a label map.
         """
         ...
 
@@ -147,7 +141,7 @@ class WeightedSum(Strategy, nn.Module):
         student = Outputs(student) if isinstance(student, Tensor) else student
         teacher = Outputs(teacher) if isinstance(teacher, Tensor) else teacher
         losses = [weight * distillation_loss(loss, student, teacher, mask) for weight, loss in self.terms]
-        return torch.stack(losses).sum()
+        return sum(losses[1:], losses[0])
 
 
 class LogitDistillation(Strategy):
@@ -258,7 +252,7 @@ def in_students_classes(teacher_logits: Tensor, class_map: Optional[Sequence[int
 def align_features(
     student: Union[Tensor, Sequence[Tensor]], teacher: Union[Tensor, Sequence[Tensor]], mask: Optional[Tensor]
 ) -> List[Aligned]:
-    """Pair features in their order, each pair on the same positions and in full precision.
+    """Pair features in their order, each pair on the same positions.
 
     Raises:
         CldaError: As :func:`align`; and if there are no features, or not as many of the one as of the other.
@@ -273,7 +267,7 @@ def align_features(
             fix="return clda_core.Outputs(logits, features) from extract=",
         )
     pairs = enumerate(zip(students, teachers))
-    return [align(s, t, mask, what=f"features[{index}]").full_precision() for index, (s, t) in pairs]
+    return [align(s, t, mask, what=f"features[{index}]") for index, (s, t) in pairs]
 
 
 def computing_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -292,13 +286,6 @@ def weighted_mean(values: Tensor, weights: Optional[Tensor]) -> Tensor:
         return values.mean()
     total = weights.sum()
     return (weights * values).sum() / total.masked_fill(total == 0, 1.0)
-
-
-def unit(values: Tensor, dim: int) -> Tensor:
-    """Scale vectors along ``dim`` to length 1; one of length 0 stays."""
-    energy = values.pow(2).sum(dim, keepdim=True)
-    zero = energy == 0
-    return values * energy.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
 def nearest(positions: Tensor, grid: Sequence[int]) -> Tensor:
@@ -378,9 +365,10 @@ def check_values(student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None
         mask: As for :class:`Distillation`.
 
     Raises:
-        CldaError: If every position is ignored, a float mask is negative or not finite, or logits at a position that
-            counts are not finite.
+        CldaError: If the mask is of integers, every position is ignored, a float mask is negative or not finite, or
+            logits at a position that counts are not finite.
     """
+    valid_mask(mask, None)
     if not all(tensor.device.type == "cpu" for tensor in (student, teacher, mask) if tensor is not None):
         return
     if mask is not None:
@@ -439,8 +427,7 @@ def valid_mask(mask: Optional[Tensor], ignore_index: Optional[int]) -> Optional[
 
 def leaves_nothing(mask: Tensor) -> bool:
     """Return whether a mask ignores every position."""
-    ignored = 0 if mask.is_floating_point() or mask.dtype == torch.bool else IGNORE_INDEX
-    return not bool((mask != ignored).any())
+    return not bool((mask != 0).any())
 
 
 def _check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
@@ -475,13 +462,14 @@ def _check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
 
 
 def _mask_weights(mask: Tensor, like: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the mask as weights ``(N, *positions)``, on its own grid or on one position a sample."""
+    """Return the mask as weights ``(N, *positions)`` of which the largest is 1, on its own grid or one a sample."""
     mask = per_position(mask, like, grid, "mask").detach()
+    valid_mask(mask, None)
     if mask.dtype == torch.bool:
         return mask.to(dtype)
-    if mask.is_floating_point():
-        return mask.to(dtype).masked_fill(~(mask > 0), 0.0)
-    return (mask != IGNORE_INDEX).to(dtype)
+    mask = mask.to(torch.promote_types(mask.dtype, torch.float32)).masked_fill(~(mask > 0), 0.0)
+    largest = mask.max()  # only ratios matter, and the sum of huge weights overflows
+    return (mask / largest.masked_fill(largest == 0, 1.0)).to(dtype)
 
 
 def _resized(x: Tensor, grid: torch.Size, weights: Optional[Tensor]) -> Tensor:

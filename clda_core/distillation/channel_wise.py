@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 from torch import Tensor
 
 from ..errors import check_number, problem
-from .base import NEVER, LogitDistillation, align_logits
+from .base import LogitDistillation, align_logits, valid_mask
 from .kl import mean_kl
 
 __all__ = ["ChannelWiseDistillation", "channel_wise_distillation"]
@@ -20,6 +20,7 @@ def channel_wise_distillation(
     *,
     temperature: float = 4.0,
     class_map: Optional[Sequence[int]] = None,
+    ignore_index: Optional[int] = None,
 ) -> Tensor:
     r"""Divergence between the distributions of each class over the positions of an image.
 
@@ -30,10 +31,11 @@ def channel_wise_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)`` with at least one spatial dimension, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, or an integer label map (255 is left
-            out).
+        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
+            matter. With ``ignore_index`` also an integer label map.
         temperature: Softmax temperature, > 0, dimensionless.
         class_map: For each student class the index of the teacher's class.
+        ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
         Scalar, float32 (float64 for float64 logits); sum over positions, mean over classes and images, 0 if no
@@ -58,7 +60,7 @@ def channel_wise_distillation(
         https://arxiv.org/abs/2011.13256
     """
     check_number("temperature", temperature, above=0)
-    pair = align_logits(student_logits, teacher_logits, mask, class_map)
+    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
     if student_logits.dim() < 3:
         raise problem(
             "channel-wise distillation needs spatial dimensions",
@@ -66,12 +68,7 @@ def channel_wise_distillation(
             received=f"shape {tuple(student_logits.shape)}",
             fix="use KLDistillation for classification",
         )
-    if pair.weights is None:
-        return mean_kl(pair.student, pair.teacher, None, temperature=temperature, dim=2)
-    student, teacher, _ = pair.full_precision()
-    offset = temperature * pair.weights.log().clamp(min=NEVER).unsqueeze(1)
-    images = pair.weights.amax(1, keepdim=True).expand(-1, student.shape[1])
-    return mean_kl(student + offset, teacher + offset, images, temperature=temperature, dim=2)
+    return mean_kl(pair, temperature=temperature, dim=2)
 
 
 class ChannelWiseDistillation(LogitDistillation):

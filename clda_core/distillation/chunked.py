@@ -1,21 +1,46 @@
-"""What the losses that work in chunks share: they keep their gradient instead of several times as much in between."""
+"""What the losses share: they work in chunks, each in float64, and keep little between forward and backward pass.
+
+In float32 the squares of rare classes' probabilities underflow, differences of large values overflow, and the
+difference of two nearly equal distributions is rounding. A chunk is small, so float64 costs hardly any memory.
+"""
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..errors import problem
 
-__all__ = ["Chunk", "chunks", "only_first_derivatives", "shares", "values_in"]
+__all__ = [
+    "Chunk",
+    "chunks",
+    "exponentials",
+    "kept_gradient",
+    "narrowed",
+    "never",
+    "only_first_derivatives",
+    "shares",
+    "values_in",
+    "working_dtype",
+]
 
 Chunk = Tuple[slice, slice, slice]
 
 _ON_CPU, _ELSEWHERE = 1 << 17, 1 << 20
 """Elements worked on at a time; the temporaries are a few times this. On a CPU small ones stay in the cache, and the
 allocator keeps the memory of larger ones; elsewhere each chunk costs the launch of its kernels."""
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64, or float32 on devices of which some have no float64."""
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32
+
+
+def never(dtype: torch.dtype) -> float:
+    """Return a logit whose probability is 0 beside any other; finite, so that a difference of two is not NaN."""
+    return torch.finfo(dtype).min / 8
 
 
 def chunks(tensor: Tensor, dim: int = 1) -> List[Chunk]:
@@ -33,20 +58,44 @@ def chunks(tensor: Tensor, dim: int = 1) -> List[Chunk]:
     return found
 
 
-def shares(shape: Sequence[int], weights: Optional[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+def shares(shape: Sequence[int], weights: Optional[Tensor], like: Tensor) -> Tensor:
     """Return each position's share of the mean, ``(N, P)`` as ``shape`` says: of sum 1, or 0 if all weights are 0."""
+    dtype = working_dtype(like)
     if weights is None:
         return torch.full((1, 1), 1 / (shape[0] * shape[1]), dtype=dtype, device=like.device).expand(*shape)
+    weights = weights.to(dtype)
     valid = weights.sum()
     return weights / valid.masked_fill(valid == 0, 1.0)
 
 
-def values_in(
-    chunk: Chunk, student: Tensor, teacher: Tensor, ignored: Optional[Tensor], dtype: torch.dtype
-) -> Tuple[Tensor, Tensor]:
-    """Return a chunk of both tensors in ``dtype``, with zeros where a position is ignored, so that no NaN gets out."""
-    x, y = student[chunk].to(dtype), teacher[chunk].to(dtype)
-    return (x, y) if ignored is None else (x.masked_fill(ignored, 0.0), y.masked_fill(ignored, 0.0))
+def values_in(chunk: Chunk, values: Tensor, weights: Optional[Tensor]) -> Tensor:
+    """Return a chunk of ``values``, with zeros where a position's weight is 0, so that no NaN gets out of it."""
+    part = values[chunk].to(working_dtype(values))
+    return part if weights is None else part.masked_fill((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
+
+
+def exponentials(logits: Tensor, temperature: float, dim: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Return how far tempered logits are below the largest along ``dim``, the exponentials of that, and their sum."""
+    below_top = (logits - logits.amax(dim, keepdim=True)).div_(temperature)
+    found = below_top.exp()
+    return below_top, found, found.sum(dim, keepdim=True)
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a finite value that ``dtype`` cannot hold as its largest, so that only what was infinite is infinite."""
+    return torch.where(torch.isinf(value), value, value.clamp(max=torch.finfo(dtype).max)).to(dtype)
+
+
+def kept_gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """Return the student's gradient in a backward pass, from what the forward pass kept.
+
+    Kept are ``ctx.saved_tensors``: the gradient without the positions' shares of the mean, which would make it vanish
+    in half precision, and these shares; and ``ctx.factor`` and ``ctx.dtype``.
+    """
+    only_first_derivatives()
+    gradient, share = ctx.saved_tensors
+    out = torch.empty_like(gradient, dtype=ctx.dtype)
+    return torch.mul(gradient, share * (ctx.factor * upstream), out=out)
 
 
 def only_first_derivatives() -> None:

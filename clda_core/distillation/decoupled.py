@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._compat import autocast_off
 from ..errors import check_number, problem
-from .base import IGNORE_INDEX, NEVER, LogitDistillation, align_logits, nearest, per_position, smaller_grid
-from .kl import mean_kl
+from .base import LogitDistillation, align_logits, computing_dtype, nearest, per_position, smaller_grid, valid_mask
+from .chunked import chunks, kept_gradient, narrowed, never, shares, values_in
 
 __all__ = ["DecoupledDistillation", "decoupled_distillation"]
 
@@ -24,6 +26,7 @@ def decoupled_distillation(
     beta: float = 8.0,
     labels: Optional[Tensor] = None,
     class_map: Optional[Sequence[int]] = None,
+    ignore_index: Optional[int] = None,
 ) -> Tensor:
     r"""The KL split into target class against rest, and the distribution among the rest.
 
@@ -35,13 +38,15 @@ def decoupled_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, or an integer label map (255 is left
-            out).
+        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
+            matter. With ``ignore_index`` also an integer label map.
         temperature: Softmax temperature, > 0, dimensionless.
         alpha: Weight of the target-class term, >= 0.
         beta: Weight of the non-target term, >= 0.
-        labels: Integer target classes of the student, shape ``(N, ...)``; positions of 255 are left out.
+        labels: Integer target classes of the student, shape ``(N, ...)``.
         class_map: For each student class the index of the teacher's class.
+        ignore_index: The label of positions to leave out, in ``labels`` and in an integer mask; so is every
+            negative label.
 
     Returns:
         Scalar, float32 (float64 for float64 logits); mean over valid positions, 0 if there are none.
@@ -62,21 +67,16 @@ def decoupled_distillation(
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, §3. https://arxiv.org/abs/2203.08679
     """
     _check_options(temperature, alpha, beta)
-    pair = align_logits(student_logits, teacher_logits, mask, class_map)
-    target = None
-    if labels is not None:
-        target = _targets(labels, student_logits, smaller_grid(student_logits, teacher_logits))
-        labelled = (target[:, 0] != IGNORE_INDEX).to(pair.dtype)
+    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
+    if labels is None:
+        target = None
+    else:
+        target, labelled = _targets(labels, student_logits, smaller_grid(student_logits, teacher_logits), ignore_index)
+        labelled = labelled.to(pair.dtype)
         pair = pair._replace(weights=labelled if pair.weights is None else pair.weights * labelled)
-        target = target.masked_fill(target == IGNORE_INDEX, 0)
-    student, teacher, weights = pair.full_precision()
-    if target is None:
-        target = teacher.argmax(1, keepdim=True)
-    student_target, student_rest = _split(student, target, temperature)
-    teacher_target, teacher_rest = _split(teacher, target, temperature)
-    target_loss = mean_kl(student_target, teacher_target, weights, temperature=temperature)
-    rest_loss = mean_kl(student_rest, teacher_rest, weights, temperature=temperature)
-    return alpha * target_loss + beta * rest_loss
+    with autocast_off(student_logits.device.type):
+        loss: Tensor = _Decoupled.apply(*pair, target, temperature, alpha, beta)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class DecoupledDistillation(LogitDistillation):
@@ -131,15 +131,79 @@ def _check_options(temperature: float, alpha: float, beta: float) -> None:
     check_number("beta", beta, at_least=0)
 
 
-def _split(logits: Tensor, target: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
-    """Return logits of (target, rest) and logits among the rest; without ever computing the difference ``1 - p``."""
-    rest = logits.scatter(1, target, NEVER)
-    any_rest = temperature * torch.logsumexp(rest / temperature, 1, keepdim=True)
-    return torch.cat([logits.gather(1, target), any_rest], 1), rest
+class _Decoupled(torch.autograd.Function):
+    """Works in chunks and keeps the gradient instead of the intermediate results, which are several times as large."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Optional[Tensor],
+        target: Optional[Tensor],
+        temperature: float,
+        alpha: float,
+        beta: float,
+    ) -> Tensor:
+        share = shares((student.shape[0], student.shape[2]), weights, student)
+        mean = share.new_zeros(())
+        # Kept in [-1, 1], times what uses the whole range of half precision.
+        scale = (2.0**15 if student.dtype == torch.float16 else 1.0) / ((alpha + beta) or 1.0)
+        kept = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for chunk in chunks(student):
+            x, y = (values_in(chunk, values, weights) / temperature for values in (student, teacher))
+            k = y.argmax(1, keepdim=True) if target is None else target[chunk[0], :, chunk[2]]
+            of_student, of_teacher = _Split.of(x, k), _Split.of(y, k)
+            loss = alpha * of_student.target_divergence(of_teacher) + beta * of_student.rest_divergence(of_teacher)
+            mean += (loss * share[chunk[0], chunk[2]].unsqueeze(1)).sum()
+            if kept is not None:
+                surplus = alpha * (of_student.odds.sigmoid() - of_teacher.odds.sigmoid())
+                q, p = of_student.log_rest.exp(), of_teacher.log_rest.exp()
+                by_logits = (q - p).mul_(beta).addcmul_(surplus, q, value=-1).scatter_(1, k, surplus)
+                kept[chunk] = by_logits.mul_(scale)
+        dtype = computing_dtype(student, teacher)
+        if kept is not None:
+            ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
+            ctx.factor, ctx.dtype = temperature / scale, student.dtype
+        return narrowed(mean * temperature**2, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        return kept_gradient(ctx, upstream), None, None, None, None, None, None
 
 
-def _targets(labels: Tensor, logits: Tensor, grid: Sequence[int]) -> Tensor:
-    """Return labels as ``(N, 1, P)`` on the grid of the loss."""
+class _Split(NamedTuple):
+    """A distribution over classes, split into target class against rest, and the distribution among the rest.
+
+    Attributes:
+        odds: Shape ``(N, 1, P)``, log of ``p_k / (1 - p_k)``; never from the difference ``1 - p``.
+        log_rest: Shape ``(N, C, P)``, log-probabilities among the rest; next to none for the target class.
+    """
+
+    odds: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, target: Tensor) -> _Split:
+        rest = logits.scatter(1, target, never(logits.dtype))
+        any_rest = torch.logsumexp(rest, 1, keepdim=True)
+        return cls(logits.gather(1, target) - any_rest, rest - any_rest)
+
+    def target_divergence(self, teacher: _Split) -> Tensor:
+        """Return the divergence of (target, rest) from the teacher's, ``(N, 1, P)``."""
+        divergence = torch.zeros_like(self.odds)
+        for sign in (1, -1):
+            log_q, log_p = F.logsigmoid(sign * self.odds), F.logsigmoid(sign * teacher.odds)
+            divergence += log_p.exp() * (log_p - log_q)
+        return divergence
+
+    def rest_divergence(self, teacher: _Split) -> Tensor:
+        """Return the divergence of the distribution among the rest from the teacher's, ``(N, 1, P)``."""
+        return (teacher.log_rest.exp() * (teacher.log_rest - self.log_rest)).sum(1, keepdim=True)
+
+
+def _targets(labels: Tensor, logits: Tensor, grid: Sequence[int], ignore_index: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """Return labels as ``(N, 1, P)`` on the grid of the loss, and which ``(N, P)`` of them count."""
     values = nearest(per_position(labels, logits, grid, "labels"), grid)
     if values.is_floating_point() or values.dtype == torch.bool:
         raise problem(
@@ -148,12 +212,16 @@ def _targets(labels: Tensor, logits: Tensor, grid: Sequence[int]) -> Tensor:
             received=str(labels.dtype),
             fix="pass argmax labels; weights go to mask=",
         )
+    values = values.long().reshape(len(values), -1)
+    counts = torch.ones_like(values, dtype=torch.bool)
+    if ignore_index is not None:
+        counts = (values != ignore_index) & (values >= 0)
     classes = logits.shape[1]
-    if values.device.type == "cpu" and bool(((values != IGNORE_INDEX) & ((values < 0) | (values >= classes))).any()):
+    if values.device.type == "cpu" and bool((counts & ((values < 0) | (values >= classes))).any()):
         raise problem(
             "a label is no class of the student",
-            expected=f"0 to {classes - 1}, or {IGNORE_INDEX} to leave the position out",
+            expected=f"0 to {classes - 1}" + ("" if ignore_index is None else f", {ignore_index} or a negative number"),
             received=f"labels from {values.min().item()} to {values.max().item()}",
-            fix="map the labels to the student's classes",
+            fix="map the labels to the student's classes, or pass the label of positions to leave out as ignore_index=",
         )
-    return values.reshape(len(values), 1, -1).long()
+    return values.masked_fill(~counts, 0).unsqueeze(1), counts

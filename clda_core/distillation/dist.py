@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat import autocast_off
 from ..errors import check_number
-from .base import LogitDistillation, align_logits, computing_dtype
-from .chunked import Chunk, chunks, only_first_derivatives, shares, values_in
+from .base import LogitDistillation, align_logits, computing_dtype, valid_mask
+from .chunked import Chunk, chunks, exponentials, kept_gradient, shares, values_in
 
 __all__ = ["DISTDistillation", "dist_distillation"]
 
@@ -26,23 +24,29 @@ def dist_distillation(
     inter: float = 1.0,
     intra: float = 1.0,
     class_map: Optional[Sequence[int]] = None,
+    ignore_index: Optional[int] = None,
 ) -> Tensor:
     r"""One minus the Pearson correlation of predictions, across classes and across positions.
 
     ``L = T² · (inter · mean_i [1 - ρ(p_i·, q_i·)] + intra · mean_c [1 - ρ(p_·c, q_·c)])`` with the tempered
     probabilities ``p`` of the teacher and ``q`` of the student; ``ρ(p_i·, q_i·)`` correlates the classes of position
     ``i``, ``ρ(p_·c, q_·c)`` the valid positions of the whole batch for class ``c``. The mask weighs positions in both.
-    Where the teacher's values do not vary there is no relation, and the distance counts as 0 (undefined in the source).
+    Where the teacher's values do not vary there is no relation, and the distance counts as 0. Where the student's do
+    not, ``ρ`` counts as 0 and has no derivative; the gradient is then that of the covariance, divided by the teacher's
+    deviation and the student's mean, so that a head that starts at zero is pulled towards the teacher. (The source adds
+    1e-8 to the deviations, which makes this gradient up to 1e8 times as large.) Values whose deviation is below 1e-6 of
+    their mean do not vary: that much is rounding in float32.
 
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, or an integer label map (255 is left
-            out).
+        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
+            matter. With ``ignore_index`` also an integer label map.
         temperature: Softmax temperature, > 0, dimensionless.
         inter: Weight of the relation between classes (β), >= 0.
         intra: Weight of the relation within a class (γ), >= 0.
         class_map: For each student class the index of the teacher's class.
+        ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
         Scalar, float32 (float64 for float64 logits), in ``[0, 2 T² (inter + intra)]``; 0 if no position is valid.
@@ -65,7 +69,7 @@ def dist_distillation(
         https://arxiv.org/abs/2205.10536
     """
     _check_options(temperature, inter, intra)
-    pair = align_logits(student_logits, teacher_logits, mask, class_map)
+    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
     with autocast_off(student_logits.device.type):
         loss: Tensor = _DIST.apply(*pair, temperature, inter, intra)  # type: ignore[no-untyped-call]
     return loss
@@ -136,113 +140,86 @@ class _DIST(torch.autograd.Function):
         inter: float,
         intra: float,
     ) -> Tensor:
-        dtype = computing_dtype(student, teacher)
-        share = shares((student.shape[0], student.shape[2]), weights, student, dtype)
-        parts, read, found = chunks(student), [], []
-        between = torch.zeros((), dtype=dtype, device=student.device)
+        dtype, classes = computing_dtype(student, teacher), student.shape[1]
+        share = shares((student.shape[0], student.shape[2]), weights, student)
+        least = _least_variation(dtype, share.dtype)
+        parts, read, between, moments = chunks(student), [], share.new_zeros(()), share.new_zeros(5, classes)
 
-        def probabilities(chunk: Chunk, part: Tensor) -> Tuple[Tensor, Tensor]:
-            x, y = values_in(chunk, student, teacher, None if weights is None else part == 0, dtype)
-            return F.softmax(x / temperature, 1), F.softmax(y / temperature, 1)
+        def probabilities(chunk: Chunk) -> List[Tensor]:
+            found = (exponentials(values_in(chunk, x, weights), temperature, 1) for x in (student, teacher))
+            return [values.div_(total) for _, values, total in found]
 
         for chunk in parts:
             part = share[chunk[0], chunk[2]].unsqueeze(1)
-            q, p = probabilities(chunk, part)
-            between += (_across_classes(q, p).distance() * part).sum()
-            found.append(_Moments.over_positions(q, p, part))
+            q, p = probabilities(chunk)
+            squares = q * q, p * p, q * p
+            between += (_across_classes(squares, least).distance * part).sum()
+            weighed = (value if weights is None else value * part for value in (q, p, *squares))
+            moments += torch.stack([value.sum((0, 2)) for value in weighed])
             if len(parts) == 1:  # small enough to be kept for the second reading
                 read.append((q, p))
-        moments = functools.reduce(_Moments.merged, found)
+        if weights is None:
+            moments *= share[0, 0]
+        mean_q, mean_p, square_q, square_p, product = moments.unbind()
+        within = _correlate(square_q, square_p, product, mean_q, mean_p, least)
         if ctx.needs_input_grad[0]:
             # Without its share of the mean, by which it would vanish in half precision.
-            gradient = torch.empty(student.shape, dtype=dtype, device=student.device)
+            kept = torch.empty_like(student, dtype=dtype)
+            by_p, by_q = (intra / classes * slope[None, :, None] for slope in within[1:])
+            centre = by_p * mean_p[None, :, None] + by_q * mean_q[None, :, None]
             for chunk in parts:
-                q, p = read.pop() if read else probabilities(chunk, share[chunk[0], chunk[2]].unsqueeze(1))
-                gradient[chunk] = _by_logits(q, p, moments, inter, intra)
-            ctx.save_for_backward(gradient, share.unsqueeze(1) * temperature)
-            ctx.dtype = student.dtype
-        return temperature**2 * (inter * between + intra * moments.distance().mean())
+                q, p = read.pop() if read else probabilities(chunk)
+                if inter and classes > 2:  # of two classes the correlation is 1 or -1, whatever their values
+                    across = _across_classes((q * q, p * p, q * p), least)
+                    by_value = torch.addcmul(-centre, p, by_p + inter / classes * across.by_teacher)
+                    by_value.addcmul_(q, by_q + inter / classes * across.by_student)
+                else:
+                    by_value = torch.addcmul(-centre, p, by_p).addcmul_(q, by_q)
+                by_value.mul_(q)  # what is equal for all classes of a position cancels in the next line
+                kept[chunk] = by_value.addcmul_(q, by_value.sum(1, keepdim=True), value=-1)
+            ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
+            ctx.factor, ctx.dtype = temperature, student.dtype
+        return (temperature**2 * (inter * between + intra * within.distance.mean())).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
-        only_first_derivatives()
-        gradient, factor = ctx.saved_tensors
-        return (gradient * (factor * upstream)).to(ctx.dtype), None, None, None, None, None
+        return kept_gradient(ctx, upstream), None, None, None, None, None, None
 
 
-class _Moments(NamedTuple):
-    """Weighted means and central moments of both models' probabilities; all of one shape but ``weight``."""
+class _Correlation(NamedTuple):
+    """``1 - ρ``, and by how much it grows with the student's value, per unit of the teacher's and of its own."""
 
-    weight: Tensor
-    student: Tensor
-    teacher: Tensor
-    student_square: Tensor
-    teacher_square: Tensor
-    product: Tensor
-
-    @classmethod
-    def over_positions(cls, q: Tensor, p: Tensor, share: Tensor) -> _Moments:
-        """Return the moments ``(C,)`` of each class, from probabilities ``(N, C, P)`` and shares ``(N, 1, P)``."""
-        weight = share.sum()
-        normed = share / weight.masked_fill(weight == 0, 1.0)
-        mean_q, mean_p = (normed * q).sum((0, 2)), (normed * p).sum((0, 2))
-        centred_q, centred_p = q - mean_q[None, :, None], p - mean_p[None, :, None]
-        shared_q, shared_p = share * centred_q, share * centred_p
-        squares = (shared_q * centred_q).sum((0, 2)), (shared_p * centred_p).sum((0, 2))
-        return cls(weight, mean_q, mean_p, *squares, (shared_q * centred_p).sum((0, 2)))
-
-    def merged(self, other: _Moments) -> _Moments:
-        """Return the moments of both together (Chan, Golub and LeVeque, 1983)."""
-        weight = self.weight + other.weight
-        share = other.weight / weight.masked_fill(weight == 0, 1.0)
-        apart_q, apart_p = other.student - self.student, other.teacher - self.teacher
-        both = self.weight * share
-        return _Moments(
-            weight,
-            self.student + share * apart_q,
-            self.teacher + share * apart_p,
-            self.student_square + other.student_square + both * apart_q * apart_q,
-            self.teacher_square + other.teacher_square + both * apart_p * apart_p,
-            self.product + other.product + both * apart_q * apart_p,
-        )
-
-    def inverse_deviations(self) -> Tuple[Tensor, Tensor]:
-        """Return the inverse square roots of the squares, 0 for what varies by no more than rounding."""
-        return (
-            _inverse_root(self.student_square, self.weight * self.student**2),
-            _inverse_root(self.teacher_square, self.weight * self.teacher**2),
-        )
-
-    def distance(self) -> Tensor:
-        """Return ``1 - ρ``, 0 where the teacher does not vary."""
-        of_student, of_teacher = self.inverse_deviations()
-        correlation = (self.product * of_student * of_teacher).clamp(max=1)  # beyond it by rounding only
-        return (of_teacher > 0).to(of_teacher.dtype) - correlation
-
-    def slopes(self) -> Tuple[Tensor, Tensor]:
-        """Return by how much the distance grows with the student's value, per unit of the teacher's and of its own."""
-        of_student, of_teacher = self.inverse_deviations()
-        scale = of_student * of_teacher
-        return -scale, self.product * scale * of_student**2
+    distance: Tensor
+    by_teacher: Tensor
+    by_student: Tensor
 
 
-def _across_classes(q: Tensor, p: Tensor) -> _Moments:
-    """Return the moments ``(N, 1, P)`` of each position over its classes, which count alike."""
-    mean = torch.full_like(q[:1, :1, :1], 1 / q.shape[1])  # of probabilities
-    centred_q, centred_p = q - mean, p - mean
-    squares = (centred_q * centred_q).sum(1, keepdim=True), (centred_p * centred_p).sum(1, keepdim=True)
-    return _Moments(mean.new_full((), q.shape[1]), mean, mean, *squares, (centred_q * centred_p).sum(1, keepdim=True))
+def _across_classes(squares: Tuple[Tensor, Tensor, Tensor], least: float) -> _Correlation:
+    """Correlate the classes of each position, ``(N, 1, P)``, from both squares and the product ``(N, C, P)``."""
+    mean = 1 / squares[0].shape[1]  # of probabilities
+    q, p, product = (square.mean(1, keepdim=True) for square in squares)
+    return _correlate(q, p, product, torch.full_like(q[:1, :, :1], mean), torch.full_like(q[:1, :, :1], mean), least)
 
 
-def _by_logits(q: Tensor, p: Tensor, moments: _Moments, inter: float, intra: float) -> Tensor:
-    """Return the derivative by the tempered logits of a chunk, in units of the positions' shares."""
-    p_between, q_between = _across_classes(q, p).slopes()  # what is equal for all classes of a position cancels below
-    p_within, q_within = (intra / q.shape[1] * slope[None, :, None] for slope in moments.slopes())
-    centre = p_within * moments.teacher[None, :, None] + q_within * moments.student[None, :, None]
-    by_q = p * (inter * p_between + p_within) + q * (inter * q_between + q_within) - centre
-    return q * (by_q - (q * by_q).sum(1, keepdim=True))
+def _correlate(q_square: Tensor, p_square: Tensor, product: Tensor, q: Tensor, p: Tensor, least: float) -> _Correlation:
+    """Correlate student and teacher from the means of squares and product, and of the values themselves."""
+    of_student, student_varies = _inverse_deviation(q_square - q * q, q, least)
+    of_teacher, teacher_varies = _inverse_deviation(p_square - p * p, p, least)
+    of_teacher = of_teacher * teacher_varies
+    rho = ((product - q * p) * of_teacher * of_student * student_varies).clamp(-1, 1)  # beyond by rounding only
+    return _Correlation(teacher_varies - rho, -of_teacher * of_student, rho * of_student * of_student)
 
 
-def _inverse_root(square: Tensor, of_mean: Tensor) -> Tensor:
-    negligible = square <= (square + of_mean) * (8 * torch.finfo(square.dtype).eps) ** 2
-    return square.masked_fill(negligible, 1.0).rsqrt().masked_fill(negligible, 0.0)
+def _inverse_deviation(variance: Tensor, mean: Tensor, least: float) -> Tuple[Tensor, Tensor]:
+    """Return the inverse deviation, or the inverse mean of values that do not vary, and whether they vary as 0 or 1."""
+    square, floor = mean * mean, torch.finfo(mean.dtype).tiny ** 0.9  # its inverse can be squared
+    constant = (variance <= least * square) | (variance <= floor)
+    deviation = torch.where(constant, square, variance)
+    negligible = deviation <= floor
+    inverse = deviation.masked_fill(negligible, 1.0).rsqrt().masked_fill(negligible, 0.0)
+    return inverse, (~constant).to(mean.dtype)
+
+
+def _least_variation(dtype: torch.dtype, working: torch.dtype) -> float:
+    """Return the square of the least coefficient of variation that is more than the rounding of values in ``dtype``."""
+    return max((8 * torch.finfo(dtype).eps) ** 2, 16 * torch.finfo(working).eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Mapping, Optional, Sequence, Union, cast
+from typing import Any, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from typing_extensions import Literal
 from .._compat import autocast_off, out_of_inference_mode
 from .._config import Strategy
 from ..errors import check_number, problem
-from .base import Aligned, align_features, weighted_mean
+from .base import Aligned, align_features, computing_dtype, valid_mask
+from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
 
 __all__ = ["FeatureDistillation", "feature_distillation"]
 
@@ -22,6 +23,8 @@ def feature_distillation(
     student_features: Union[Tensor, Sequence[Tensor]],
     teacher_features: Union[Tensor, Sequence[Tensor]],
     mask: Optional[Tensor] = None,
+    *,
+    ignore_index: Optional[int] = None,
 ) -> Tensor:
     r"""Mean squared distance of features of equal width.
 
@@ -32,8 +35,9 @@ def feature_distillation(
     Args:
         student_features: One tensor ``(N, C, ...)``, or several, paired in order.
         teacher_features: As many, of the same widths; of two grids in a pair the smaller one is taken.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, or an integer label map (255 is left
-            out), at any resolution.
+        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
+            matter. With ``ignore_index`` also an integer label map.
+        ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
         Scalar, float32 (float64 for float64 features), 0 if no position is valid.
@@ -51,7 +55,7 @@ def feature_distillation(
     References:
         Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, Eq. (3). https://arxiv.org/abs/1412.6550
     """
-    return torch.stack([_loss(pair) for pair in align_features(student_features, teacher_features, mask)]).mean()
+    return _mean_loss(align_features(student_features, teacher_features, valid_mask(mask, ignore_index)))
 
 
 class FeatureDistillation(Strategy, nn.Module):
@@ -100,8 +104,7 @@ class FeatureDistillation(Strategy, nn.Module):
     ) -> Tensor:
         """Return the weighted loss of features, paired in order; the first call makes the projectors."""
         pairs = align_features(student_features, teacher_features, mask)
-        losses = [_loss(self._projected(pair, str(index))) for index, pair in enumerate(pairs)]
-        return self.weight * torch.stack(losses).mean()
+        return self.weight * _mean_loss([self._projected(pair, str(index)) for index, pair in enumerate(pairs)])
 
     def _projected(self, pair: Aligned, key: str) -> Aligned:
         widths = pair.student.shape[1], pair.teacher.shape[1]
@@ -110,6 +113,7 @@ class FeatureDistillation(Strategy, nn.Module):
                 return pair
             with out_of_inference_mode():
                 self.projectors[key] = _Projector(*widths, seed=int(key))
+        pair = pair.full_precision()  # without NaN where nothing counts, for the sake of the projector's gradient
         with out_of_inference_mode():
             projector = cast(_Projector, self.projectors[key].to(pair.student))
         made_for = tuple(projector.weight.shape[::-1])
@@ -146,13 +150,41 @@ class _Projector(nn.Module):
         return F.linear(x.transpose(1, 2), self.weight, self.bias).transpose(1, 2)
 
 
-def _loss(pair: Aligned) -> Tensor:
-    widths = pair.student.shape[1], pair.teacher.shape[1]
-    if widths[0] != widths[1]:
-        raise problem(
-            "the widths of paired features differ",
-            expected="as many channels of the student as of the teacher",
-            received=f"{widths[0]} and {widths[1]}",
-            fix="use FeatureDistillation, which projects the student's",
-        )
-    return weighted_mean((pair.student - pair.teacher).pow(2).mean(1), pair.weights)
+def _mean_loss(pairs: Sequence[Aligned]) -> Tensor:
+    for pair in pairs:
+        widths = pair.student.shape[1], pair.teacher.shape[1]
+        if widths[0] != widths[1]:
+            raise problem(
+                "the widths of paired features differ",
+                expected="as many channels of the student as of the teacher",
+                received=f"{widths[0]} and {widths[1]}",
+                fix="use FeatureDistillation, which projects the student's",
+            )
+    with autocast_off(pairs[0].student.device.type):
+        losses = [_MeanSquare.apply(*pair) for pair in pairs]  # type: ignore[no-untyped-call]
+        mean: Tensor = sum(losses) / len(losses)
+    return mean
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Reads the features in chunks, and again in the backward pass: nothing of their size is kept beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Optional[Tensor]) -> Tensor:
+        share = shares((student.shape[0], student.shape[2]), weights, student)
+        mean = share.new_zeros(())
+        for chunk in chunks(student):
+            apart = values_in(chunk, student, weights) - values_in(chunk, teacher, weights)
+            mean += (apart.pow_(2).mean(1) * share[chunk[0], chunk[2]]).sum()
+        ctx.save_for_backward(student, teacher, weights, share)
+        return narrowed(mean, computing_dtype(student, teacher))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        only_first_derivatives()
+        student, teacher, weights, share = ctx.saved_tensors
+        gradient, factor = torch.empty_like(student), share * (upstream * (2 / student.shape[1]))
+        for chunk in chunks(student):
+            apart = values_in(chunk, student, weights) - values_in(chunk, teacher, weights)
+            gradient[chunk] = apart.mul_(factor[chunk[0], chunk[2]].unsqueeze(1))
+        return gradient, None, None

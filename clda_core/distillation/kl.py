@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat import autocast_off
 from ..errors import check_number
-from .base import LogitDistillation, align_logits, computing_dtype
-from .chunked import chunks, only_first_derivatives, shares, values_in
+from .base import Aligned, LogitDistillation, align_logits, computing_dtype, valid_mask
+from .chunked import chunks, exponentials, kept_gradient, narrowed, never, shares, values_in
 
 __all__ = ["KLDistillation", "kl_distillation"]
 
@@ -23,6 +22,7 @@ def kl_distillation(
     *,
     temperature: float = 2.0,
     class_map: Optional[Sequence[int]] = None,
+    ignore_index: Optional[int] = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student's tempered class distribution from the teacher's.
 
@@ -33,10 +33,11 @@ def kl_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``, float, unnormalised; another grid is resized to the smaller of the two.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, or an integer label map (255 is left
-            out); only the ratios of the weights matter.
+        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
+            matter. With ``ignore_index`` also an integer label map.
         temperature: Softmax temperature, > 0, dimensionless.
         class_map: For each student class the index of the teacher's class.
+        ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
         Scalar, float32 (float64 for float64 logits); sum over classes, mean over valid positions, 0 if there are none.
@@ -57,7 +58,8 @@ def kl_distillation(
         Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, §2. https://arxiv.org/abs/1503.02531
     """
     check_number("temperature", temperature, above=0)
-    return mean_kl(*align_logits(student_logits, teacher_logits, mask, class_map), temperature=temperature)
+    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
+    return mean_kl(pair, temperature=temperature)
 
 
 class KLDistillation(LogitDistillation):
@@ -89,20 +91,17 @@ class KLDistillation(LogitDistillation):
         return self.weight * loss
 
 
-def mean_kl(
-    student: Tensor, teacher: Tensor, weights: Optional[Tensor], *, temperature: float = 1.0, dim: int = 1
-) -> Tensor:
+def mean_kl(pair: Aligned, *, temperature: float = 1.0, dim: int = 1) -> Tensor:
     """Return ``T²`` times the weighted mean of the divergence between distributions along one dimension.
 
     Args:
-        student: Shape ``(N, A, B)``, float.
-        teacher: Likewise.
-        weights: >= 0, the shape without ``dim``; the values at weight 0 are never used.
+        pair: Logits on the same positions; values at weight 0 are never used.
         temperature: Softmax temperature, > 0.
-        dim: 1 or 2, the dimension along which the softmax goes.
+        dim: 1 for the distribution over classes at each position, which counts by its weight; 2 for that over positions
+            of each class, in which a position counts by its weight and an image by its largest one.
     """
-    with autocast_off(student.device.type):
-        loss: Tensor = _MeanKL.apply(student, teacher, weights, temperature, dim)  # type: ignore[no-untyped-call]
+    with autocast_off(pair.student.device.type):
+        loss: Tensor = _MeanKL.apply(*pair, temperature, dim)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -113,33 +112,32 @@ class _MeanKL(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weights: Optional[Tensor], temperature: float, dim: int
     ) -> Tensor:
-        dtype = computing_dtype(student, teacher)
-        share = shares((student.shape[0], student.shape[3 - dim]), weights, student, dtype)
-        mean = torch.zeros((), dtype=dtype, device=student.device)
-        # Without its share, so in [-1, 1]: divided by the number of positions it would vanish in half precision.
-        difference = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        rows = weights
+        if weights is not None and dim == 2:
+            rows = weights.amax(1, keepdim=True).expand(-1, student.shape[1])
+        share = shares((student.shape[0], student.shape[3 - dim]), rows, student)
+        mean = share.new_zeros(())
+        # In [-1, 1]; a factor uses the whole range of half precision, whose small end the share of a position is below.
+        factor = 2.0**15 if student.dtype == torch.float16 else 1.0
+        kept = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for chunk in chunks(student, dim):
-            part = share[chunk[0], chunk[3 - dim]]
-            x, y = values_in(chunk, student, teacher, None if weights is None else (part == 0).unsqueeze(dim), dtype)
-            out = None if difference is None else difference[chunk]
-            mean += (_divergence(x, y, temperature, dim, out) * part).sum()
-        if difference is not None:
-            ctx.save_for_backward(difference, share.unsqueeze(dim) * temperature)
-        return mean * temperature**2
+            x, y = values_in(chunk, student, weights), values_in(chunk, teacher, weights)
+            if weights is not None and dim == 2:
+                offset = temperature * weights[chunk[0]].unsqueeze(1).to(x.dtype).log()
+                x, y = ((values + offset).clamp_(min=never(x.dtype)) for values in (x, y))
+            below_top_x, x, total_x = exponentials(x, temperature, dim)
+            below_top_y, y, total_y = exponentials(y, temperature, dim)
+            q, p = x.div_(total_x), y.div_(total_y)
+            divergence = below_top_y.sub_(below_top_x).mul_(p).sum(dim) + (total_x / total_y).log_().squeeze(dim)
+            mean += (divergence * share[chunk[0], chunk[3 - dim]]).sum()
+            if kept is not None:
+                kept[chunk] = q.sub_(p).mul_(factor)
+        if kept is not None:
+            dtype = computing_dtype(student, teacher)
+            ctx.save_for_backward(kept, share.unsqueeze(dim).to(dtype))
+            ctx.factor, ctx.dtype = temperature / factor, student.dtype
+        return narrowed(mean * temperature**2, computing_dtype(student, teacher))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tuple[Tensor, None, None, None, None]:
-        only_first_derivatives()
-        difference, factor = ctx.saved_tensors
-        gradient = torch.mul(difference, factor * upstream, out=torch.empty_like(difference))
-        return gradient, None, None, None, None
-
-
-def _divergence(x: Tensor, y: Tensor, temperature: float, dim: int, difference: Optional[Tensor]) -> Tensor:
-    """Return the divergence along ``dim``, and write ``softmax(x / T) - softmax(y / T)`` into ``difference``."""
-    log_q, log_p = F.log_softmax(x / temperature, dim), F.log_softmax(y / temperature, dim)
-    p = log_p.exp()
-    divergence = log_p.sub_(log_q).mul_(p).sum(dim)
-    if difference is not None:
-        torch.sub(log_q.exp_(), p, out=difference)
-    return divergence
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        return kept_gradient(ctx, upstream), None, None, None, None

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from .._config import Strategy
 from ..distillation.base import align, weighted_mean
-from ..errors import problem
 
 __all__ = ["PseudoLabelCrossEntropy"]
 
@@ -45,22 +44,15 @@ class PseudoLabelCrossEntropy(Strategy):
         Args:
             logits: Shape ``(N, C, *spatial)``, float, unnormalised.
             mask: Which positions count, as for the distillation losses: bool or float weights of shape ``(N,)``,
-                ``(N, *spatial)`` or ``(N, 1, *spatial)``, or an integer label map of which the positions labelled 255
-                are left out. Another spatial size than that of the logits is resized to it, nearest neighbour.
+                ``(N, *spatial)`` or ``(N, 1, *spatial)``. Another spatial size than that of the logits is resized to
+                it, nearest neighbour.
 
         Returns:
-            Scalar, float32 or float64.
+            Scalar, float32 or float64; 0 if no position is valid.
 
         Raises:
-            CldaError: If the batch is empty, the mask's shape does not fit, or no position is valid.
+            CldaError: If the batch is empty, the mask's shape does not fit or it is of integers.
         """
         aligned = align(logits, logits, mask).full_precision()
         losses = functional.cross_entropy(aligned.student, aligned.teacher.argmax(dim=1), reduction="none")
-        if aligned.weights is not None and not bool(aligned.weights.sum() > 0):
-            raise problem(
-                "the probe has nothing to average over",
-                expected="at least one valid position",
-                received="a mask that leaves every position out",
-                fix="skip this batch, or correct the mask",
-            )
         return weighted_mean(losses, aligned.weights)

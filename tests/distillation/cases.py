@@ -58,9 +58,16 @@ def weights_of(shape, kind, seed=1):
         return keep, keep.double()
     if kind == "float":
         return uniform * keep, uniform * keep
-    if kind == "labels":
-        return torch.full(shape, 7).masked_fill(~keep, 255), keep.double()
+    if kind == "labels":  # with ignore_index=255; a negative number is never a class
+        labels = torch.full(shape, 7).masked_fill(~keep, 255)
+        labels.reshape(-1)[1] = -1
+        return labels, keep.double()
     raise ValueError(kind)
+
+
+def ignoring(kind):
+    """Return the options that go with a mask of this kind."""
+    return {"ignore_index": 255} if kind == "labels" else {}
 
 
 def flat(tensor):

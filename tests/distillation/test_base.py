@@ -101,16 +101,17 @@ def test_strategies_describe_themselves():
     assert repr(loss).startswith("WeightedSum(terms=[(1.0, KLDistillation(temperature=2.0, weight=1.0, class_map=[1,")
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_decoupled_takes_labels(ignored):
+@pytest.mark.parametrize(("ignored", "ignore_index"), [(None, None), (255, 255), (-100, -100), (-1, 255), (1, 1)])
+def test_decoupled_takes_labels(ignored, ignore_index):
     student, teacher = pair(2, 4, 3)
     labels = torch.tensor([[0, 1, 2], [3, 0, 1]])
     weights = torch.tensor([[1.0, 0.5, 1.0], [1.0, 2.0, 0.0]], dtype=torch.float64)
     kept = weights.clone()
-    if ignored:
-        labels[0, 0] = 255
-        kept[0, 0] = 0
-    value = decoupled_distillation(student, teacher, weights, labels=labels, alpha=2.0, beta=0.5, temperature=3.0)
+    if ignored is not None:
+        labels[0, 0] = ignored
+        kept[labels == ignored] = 0
+    options = {"labels": labels, "alpha": 2.0, "beta": 0.5, "temperature": 3.0, "ignore_index": ignore_index}
+    value = decoupled_distillation(student, teacher, weights, **options)
     expected = reference.decoupled(
         flat(student), flat(teacher), kept.numpy(), 3.0, alpha=2.0, beta=0.5, labels=labels.numpy()
     )

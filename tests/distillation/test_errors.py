@@ -143,17 +143,21 @@ def test_options(strategy, options, message):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("labels", "ignore_index", "message"),
     [
-        (torch.full((2, 4, 5), 3), "label is no class.*from 3 to 3"),
-        (torch.full((2, 4, 5), -1), "label is no class"),
-        (torch.zeros(2, 4, 5), "labels are of a wrong dtype.*float32"),
-        (torch.zeros(2, 4, dtype=torch.long), "labels has a wrong shape"),
+        (torch.full((2, 4, 5), 3), None, "label is no class.*from 3 to 3"),
+        (torch.full((2, 4, 5), 3), 255, "label is no class.*from 3 to 3"),
+        (torch.full((2, 4, 5), -1), None, "label is no class"),
+        (torch.full((2, 4, 5), 255), None, "label is no class.*0 to 2, received.*ignore_index="),
+        (torch.full((2, 4, 5), 255), -100, "label is no class.*-100 or a negative number"),
+        (torch.zeros(2, 4, 5), 255, "labels are of a wrong dtype.*float32"),
+        (torch.zeros(2, 4, dtype=torch.long), 255, "labels has a wrong shape"),
+        (torch.zeros(2, 4, 5, dtype=torch.long), 25.5, "ignore_index is not an integer"),
     ],
 )
-def test_labels(labels, message):
+def test_labels(labels, ignore_index, message):
     with pytest.raises(CldaError, match=message):
-        decoupled_distillation(X, X, labels=labels)
+        decoupled_distillation(X, X, labels=labels, ignore_index=ignore_index)
 
 
 @pytest.mark.parametrize("loss", [feature_distillation, attention_transfer, FeatureDistillation(), AttentionTransfer()])
@@ -222,11 +226,16 @@ def test_values_that_no_loss_can_use():
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.zeros(2, dtype=torch.bool), torch.zeros(2, 4, 5), torch.full((2, 4, 5), 255), torch.full((2,), 255)]
+    "mask", [torch.zeros(2, dtype=torch.bool), torch.zeros(2, 4, 5), torch.zeros(2, 4, 5, dtype=torch.bool)]
 )
 def test_masks_that_leave_nothing(mask):
     with pytest.raises(CldaError, match="all positions are ignored"):
         check_values(X, X, mask)
+
+
+def test_values_are_not_checked_with_a_mask_of_integers():
+    with pytest.raises(CldaError, match="integer mask is ambiguous"):
+        check_values(X, X, torch.full((2, 4, 5), 255))
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

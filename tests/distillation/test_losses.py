@@ -19,6 +19,7 @@ from tests.distillation.cases import (
     SPATIAL,
     STRATEGIES,
     flat,
+    ignoring,
     pair,
     weights_of,
 )
@@ -45,9 +46,10 @@ def test_matches_the_oracle(name, shape, kind):
     student, teacher = pair(*shape)
     mask, weights = weights_of((shape[0], *shape[2:]), kind)
     expected = oracle(flat(student), flat(teacher), None if weights is None else weights.reshape(shape[0], -1).numpy())
-    given_temperature = {"temperature": 1.0} if name in LOGIT_LOSSES else {}
-    assert loss(student, teacher, mask, **given_temperature).item() == pytest.approx(expected, rel=1e-9)
-    single = loss(student.float(), teacher.float(), mask, **given_temperature)
+    options = {"temperature": 1.0} if name in LOGIT_LOSSES else {}
+    options.update(ignoring(kind))
+    assert loss(student, teacher, mask, **options).item() == pytest.approx(expected, rel=1e-9)
+    single = loss(student.float(), teacher.float(), mask, **options)
     assert single.dtype == torch.float32
     assert single.item() == pytest.approx(expected, rel=1e-4)
 
@@ -206,10 +208,38 @@ def test_a_mask_may_weigh_samples_or_carry_a_channel(name, kind):
     student, teacher = pair(3, 3, 2, 3)
     loss = LOSSES[name][0]
     mask, _ = weights_of((3,), kind)
+    options = ignoring(kind)
     everywhere = mask.reshape(3, 1, 1).expand(3, 2, 3)
-    expected = loss(student, teacher, everywhere).item()
-    assert loss(student, teacher, mask).item() == pytest.approx(expected, rel=1e-12)
-    assert loss(student, teacher, everywhere.unsqueeze(1)).item() == pytest.approx(expected, rel=1e-12)
+    expected = loss(student, teacher, everywhere, **options).item()
+    assert loss(student, teacher, mask, **options).item() == pytest.approx(expected, rel=1e-12)
+    assert loss(student, teacher, everywhere.unsqueeze(1), **options).item() == pytest.approx(expected, rel=1e-12)
+
+
+@every_loss
+@pytest.mark.parametrize("ignore_index", [-100, 0, 7, 255])
+def test_ignore_index_says_which_label_is_left_out(name, ignore_index):
+    student, teacher = pair(2, 3, 2, 4)
+    labels = torch.tensor([[[0, 1, 7, 255], [-1, -100, 2, 0]], [[7, 7, 255, 0], [1, 2, -100, -1]]])
+    counts = (labels != ignore_index) & (labels >= 0)
+    loss = LOSSES[name][0]
+    assert loss(student, teacher, labels, ignore_index=ignore_index) == loss(student, teacher, counts)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_an_integer_mask_without_an_ignore_index_is_refused(name, dtype):
+    """Of 0 and 1 it might be: taken for labels, every position would count."""
+    student, teacher = pair(2, 3, 2, 4)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1]], dtype=dtype).unsqueeze(1).expand(2, 2, 4)
+    with pytest.raises(CldaError, match="integer mask is ambiguous"):
+        LOSSES[name][0](student, teacher, mask)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_take_no_integer_mask(strategy):
+    student, teacher = pair(2, 3, 4, 4, dtype=torch.float32)
+    with pytest.raises(CldaError, match="integer mask is ambiguous"):
+        strategy()(student, teacher, torch.ones(2, dtype=torch.long))
 
 
 @every_loss
@@ -323,7 +353,7 @@ def test_strategies_survive_pickling_and_scale_with_their_weight(strategy):
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
 @pytest.mark.parametrize("kind", ["none", "float"])
-@pytest.mark.parametrize("name", ["kl", "channel_wise", "dist"])
+@every_loss
 def test_the_size_of_the_chunks_does_not_matter(name, kind, chunk, monkeypatch):
     student, teacher = pair(3, 4, 2, 3)
     mask, _ = weights_of((3, 2, 3), kind)
@@ -334,7 +364,7 @@ def test_the_size_of_the_chunks_does_not_matter(name, kind, chunk, monkeypatch):
     np.testing.assert_allclose(chunked, slope, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["kl", "channel_wise", "dist"])
+@every_loss
 def test_second_derivatives_are_refused_rather_than_wrong(name):
     student, teacher = pair(2, 3, 2)
     student.requires_grad_()
@@ -379,7 +409,7 @@ def test_values_at_positions_without_a_label_do_not_matter():
     left_out = (labels == 255).unsqueeze(1)
 
     def of_labels(student, teacher, mask):
-        return decoupled_distillation(student, teacher, labels=labels)
+        return decoupled_distillation(student, teacher, labels=labels, ignore_index=255)
 
     expected, slope = gradient(of_labels, student, teacher, None)
     got = gradient(of_labels, student.masked_fill(left_out, float("nan")), teacher, None)

@@ -25,10 +25,19 @@ def test_matches_the_reference(shape) -> None:
 def test_masks_of_every_kind_agree() -> None:
     scores = logits(2, 4, 3, 5)
     valid = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(1)) > 0.5
-    labels = torch.where(valid, torch.zeros(2, 3, 5).long(), torch.full((2, 3, 5), 255))
     expected = reference.probe(scores.numpy(), valid.numpy())
-    for mask in (valid, valid.float(), valid.double(), labels, labels.to(torch.uint8), labels.unsqueeze(1)):
+    for mask in (valid, valid.float(), valid.double(), valid.half(), valid.unsqueeze(1), 1e30 * valid, 1e-30 * valid):
         assert probe(scores, mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(2), torch.zeros(2, 3, dtype=torch.bool)], ids=["weights", "bool"])
+def test_no_valid_position_means_a_zero_loss_with_a_zero_gradient(mask) -> None:
+    """As the KD losses, and without asking the device."""
+    scores = logits(2, 4, 3).requires_grad_()
+    loss = probe(scores, mask)
+    loss.backward()
+    assert loss.item() == 0
+    assert (scores.grad == 0).all()
 
 
 def test_one_weight_a_sample() -> None:
@@ -95,8 +104,8 @@ def test_nothing_is_drawn_or_changed() -> None:
     ("scores", "mask", "match"),
     [
         (torch.zeros(0, 3), None, "logits are empty"),
-        (torch.zeros(2, 3), torch.zeros(2), "nothing to average over.*leaves every position out"),
-        (torch.zeros(2, 3, 2, 2), torch.full((2, 2, 2), 255), "nothing to average over"),
+        (torch.zeros(2, 3, 2, 2), torch.full((2, 2, 2), 255), "integer mask is ambiguous"),
+        (torch.zeros(2, 3), torch.tensor([0, 1], dtype=torch.uint8), "integer mask is ambiguous"),
         (
             torch.zeros(2, 3, 2, 2),
             torch.ones(2, 3, 2, 2),
