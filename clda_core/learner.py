@@ -39,7 +39,7 @@ from ._stepping import accumulates, make_step, unscale
 from ._undo import settled, undoing
 from ._writable import check_memory, check_precision, check_writable, writable_layers, written_now
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
-from .distillation.base import in_students_classes, leaves_nothing
+from .distillation.base import in_students_classes, leaves_nothing, valid_mask
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
@@ -218,6 +218,7 @@ class CollaborativeLearner:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         check_mask(mask)
+        mask = valid_mask(mask, 255)
         several, in_round = world_size() > 1, self.observing or self.schedule.due(self._steps + 1)
         student = as_outputs(student_output, self.extract, "student", may_be_empty=several)
         has_data = not several or self._has_samples(student, mask, in_round)
