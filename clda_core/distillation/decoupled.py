@@ -165,7 +165,7 @@ class _Decoupled(torch.autograd.Function):
         if kept is not None:
             ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
             ctx.factor, ctx.dtype = temperature / scale, student.dtype
-        return narrowed(mean * temperature**2, dtype)
+        return narrowed(mean.clamp_(min=0) * temperature**2, dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:

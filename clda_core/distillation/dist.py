@@ -34,8 +34,8 @@ def dist_distillation(
     Where the teacher's values do not vary there is no relation, and the distance counts as 0. Where the student's do
     not, ``ρ`` counts as 0 and has no derivative; the gradient is then that of the covariance, divided by the teacher's
     deviation and the student's mean, so that a head that starts at zero is pulled towards the teacher. (The source adds
-    1e-8 to the deviations, which makes this gradient up to 1e8 times as large.) Values whose deviation is below 1e-6 of
-    their mean do not vary: that much is rounding in float32.
+    1e-8 to the deviations, which makes this gradient up to 1e8 times as large.) Probabilities do not vary if they
+    deviate by less than 1e-6 of their mean, or 3e-7 where the logits are small: that much is rounding in float32.
 
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
@@ -142,35 +142,43 @@ class _DIST(torch.autograd.Function):
     ) -> Tensor:
         dtype, classes = computing_dtype(student, teacher), student.shape[1]
         share = shares((student.shape[0], student.shape[2]), weights, student)
-        least = _least_variation(dtype, share.dtype)
         parts, read, between, moments = chunks(student), [], share.new_zeros(()), share.new_zeros(5, classes)
+        within_noise = share.new_zeros(2)
 
         def probabilities(chunk: Chunk) -> List[Tensor]:
-            found = (exponentials(values_in(chunk, x, weights), temperature, 1) for x in (student, teacher))
-            return [values.div_(total) for _, values, total in found]
+            """Return those of student and teacher, and how much of each position's is rounding."""
+            found, noise = [], []
+            for logits in (student, teacher):
+                x = values_in(chunk, logits, weights)
+                _, values, total = exponentials(x, temperature, 1)
+                found.append(values.div_(total))
+                largest = torch.max(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
+                noise.append(largest.div_(temperature).clamp_(max=1).mul_(8 * torch.finfo(dtype).eps))
+            return found + noise
 
         for chunk in parts:
             part = share[chunk[0], chunk[2]].unsqueeze(1)
-            q, p = probabilities(chunk)
+            q, p, *noise = probabilities(chunk)
             squares = q * q, p * p, q * p
-            between += (_across_classes(squares, least).distance * part).sum()
+            between += (_across_classes(squares, noise).distance * part).sum()
+            within_noise = torch.max(within_noise, torch.stack([values.max() for values in noise]))
             weighed = (value if weights is None else value * part for value in (q, p, *squares))
             moments += torch.stack([value.sum((0, 2)) for value in weighed])
             if len(parts) == 1:  # small enough to be kept for the second reading
-                read.append((q, p))
+                read.append([q, p, *noise])
         if weights is None:
             moments *= share[0, 0]
         mean_q, mean_p, square_q, square_p, product = moments.unbind()
-        within = _correlate(square_q, square_p, product, mean_q, mean_p, least)
+        within = _correlate((square_q, square_p, product), (mean_q, mean_p), within_noise.unbind())
         if ctx.needs_input_grad[0]:
             # Without its share of the mean, by which it would vanish in half precision.
             kept = torch.empty_like(student, dtype=dtype)
             by_p, by_q = (intra / classes * slope[None, :, None] for slope in within[1:])
             centre = by_p * mean_p[None, :, None] + by_q * mean_q[None, :, None]
             for chunk in parts:
-                q, p = read.pop() if read else probabilities(chunk)
+                q, p, *noise = read.pop() if read else probabilities(chunk)
                 if inter and classes > 2:  # of two classes the correlation is 1 or -1, whatever their values
-                    across = _across_classes((q * q, p * p, q * p), least)
+                    across = _across_classes((q * q, p * p, q * p), noise)
                     by_value = torch.addcmul(-centre, p, by_p + inter / classes * across.by_teacher)
                     by_value.addcmul_(q, by_q + inter / classes * across.by_student)
                 else:
@@ -194,32 +202,35 @@ class _Correlation(NamedTuple):
     by_student: Tensor
 
 
-def _across_classes(squares: Tuple[Tensor, Tensor, Tensor], least: float) -> _Correlation:
+def _across_classes(squares: Sequence[Tensor], noise: Sequence[Tensor]) -> _Correlation:
     """Correlate the classes of each position, ``(N, 1, P)``, from both squares and the product ``(N, C, P)``."""
-    mean = 1 / squares[0].shape[1]  # of probabilities
-    q, p, product = (square.mean(1, keepdim=True) for square in squares)
-    return _correlate(q, p, product, torch.full_like(q[:1, :, :1], mean), torch.full_like(q[:1, :, :1], mean), least)
+    means = [square.mean(1, keepdim=True) for square in squares]
+    mean = torch.full_like(means[0][:1, :, :1], 1 / squares[0].shape[1])  # of probabilities
+    return _correlate(means, (mean, mean), noise)
 
 
-def _correlate(q_square: Tensor, p_square: Tensor, product: Tensor, q: Tensor, p: Tensor, least: float) -> _Correlation:
-    """Correlate student and teacher from the means of squares and product, and of the values themselves."""
-    of_student, student_varies = _inverse_deviation(q_square - q * q, q, least)
-    of_teacher, teacher_varies = _inverse_deviation(p_square - p * p, p, least)
+def _correlate(squares: Sequence[Tensor], means: Sequence[Tensor], noise: Sequence[Tensor]) -> _Correlation:
+    """Correlate student and teacher.
+
+    Args:
+        squares: The means of the student's squares, the teacher's and the product.
+        means: Those of the student's values and the teacher's.
+        noise: How much of their variation is rounding, relative to the mean.
+    """
+    (q_square, p_square, product), (q, p) = squares, means
+    of_student, student_varies = _inverse_deviation(q_square - q * q, q, noise[0])
+    of_teacher, teacher_varies = _inverse_deviation(p_square - p * p, p, noise[1])
     of_teacher = of_teacher * teacher_varies
     rho = ((product - q * p) * of_teacher * of_student * student_varies).clamp(-1, 1)  # beyond by rounding only
     return _Correlation(teacher_varies - rho, -of_teacher * of_student, rho * of_student * of_student)
 
 
-def _inverse_deviation(variance: Tensor, mean: Tensor, least: float) -> Tuple[Tensor, Tensor]:
+def _inverse_deviation(variance: Tensor, mean: Tensor, noise: Tensor) -> Tuple[Tensor, Tensor]:
     """Return the inverse deviation, or the inverse mean of values that do not vary, and whether they vary as 0 or 1."""
     square, floor = mean * mean, torch.finfo(mean.dtype).tiny ** 0.9  # its inverse can be squared
+    least = (noise * noise).clamp(min=256 * torch.finfo(mean.dtype).eps)  # what the difference of squares leaves
     constant = (variance <= least * square) | (variance <= floor)
     deviation = torch.where(constant, square, variance)
     negligible = deviation <= floor
     inverse = deviation.masked_fill(negligible, 1.0).rsqrt().masked_fill(negligible, 0.0)
     return inverse, (~constant).to(mean.dtype)
-
-
-def _least_variation(dtype: torch.dtype, working: torch.dtype) -> float:
-    """Return the square of the least coefficient of variation that is more than the rounding of values in ``dtype``."""
-    return max((8 * torch.finfo(dtype).eps) ** 2, 16 * torch.finfo(working).eps)

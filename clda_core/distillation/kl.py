@@ -136,7 +136,7 @@ class _MeanKL(torch.autograd.Function):
             dtype = computing_dtype(student, teacher)
             ctx.save_for_backward(kept, share.unsqueeze(dim).to(dtype))
             ctx.factor, ctx.dtype = temperature / factor, student.dtype
-        return narrowed(mean * temperature**2, computing_dtype(student, teacher))
+        return narrowed(mean.clamp_(min=0) * temperature**2, computing_dtype(student, teacher))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
