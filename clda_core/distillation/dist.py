@@ -184,7 +184,10 @@ class _DIST(torch.autograd.Function):
                 else:
                     by_value = torch.addcmul(-centre, p, by_p).addcmul_(q, by_q)
                 by_value.mul_(q)  # what is equal for all classes of a position cancels in the next line
-                kept[chunk] = by_value.addcmul_(q, by_value.sum(1, keepdim=True), value=-1)
+                by_value.addcmul_(q, by_value.sum(1, keepdim=True), value=-1)
+                if weights is not None:  # the slopes of a rare class may be beyond float32 where it is not rare
+                    by_value.masked_fill_((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
+                kept[chunk] = by_value
             ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
             ctx.factor, ctx.dtype = temperature, student.dtype
         return (temperature**2 * (inter * between + intra * within.distance.mean())).to(dtype)

@@ -124,7 +124,7 @@ class _MeanKL(torch.autograd.Function):
             x, y = values_in(chunk, student, weights), values_in(chunk, teacher, weights)
             if weights is not None and dim == 2:
                 offset = temperature * weights[chunk[0]].unsqueeze(1).to(x.dtype).log()
-                x, y = ((values + offset).clamp_(min=never(x.dtype)) for values in (x, y))
+                x, y = ((values + offset).clamp_(min=min(1.0, temperature) * never(x.dtype)) for values in (x, y))
             below_top_x, x, total_x = exponentials(x, temperature, dim)
             below_top_y, y, total_y = exponentials(y, temperature, dim)
             q, p = x.div_(total_x), y.div_(total_y)
