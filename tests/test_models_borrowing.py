@@ -1,10 +1,19 @@
-from typing import Any, List
+import copy
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from clda_core import CldaError, CollaborativeLearner, Schedule
 from clda_core._models import evaluating, requiring_grad
+from clda_core.distillation import KLDistillation
+from clda_core.relation import BySimilarity
+from clda_core.saliency import Fisher
+from clda_core.schedule import Never
+from clda_core.selection import AllLayers
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
+from tests.helpers import bits, every_step, make_learner, seeded, values
 from tests.models import ResNet
 
 
@@ -106,3 +115,176 @@ def test_requiring_grad_works_in_a_host_that_switched_gradients_off() -> None:
     with torch.no_grad(), requiring_grad([parameter]):
         assert (parameter * 2).requires_grad
     assert not parameter.requires_grad
+
+
+# ---------------------------------------------------------------------------- models that change after construction
+
+
+def plain(width: int) -> Any:
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+UPDATES: Dict[str, Callable[[], Any]] = {
+    "masked": lambda: MaskedDistillation(learning_rate=1e-2),
+    "guarded": lambda: Guard(MaskedDistillation(learning_rate=1e-2), tolerance=1e9),
+    "average": lambda: Average(decay=0.5),
+    "aligned": lambda: AlignedAverage(decay=0.5),
+}
+
+
+def assigned(model: Any) -> None:
+    """What ``load_state_dict(assign=True)`` does: new parameters of the same values."""
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.detach().clone()))
+
+
+def swapped(model: Any) -> None:
+    model[2] = copy.deepcopy(model[2])
+
+
+def steps(learner: CollaborativeLearner, count: int, seed: int = 0) -> None:
+    for step in range(seed, seed + count):
+        images = torch.randn(40, 4, generator=torch.Generator().manual_seed(step))
+        learner.distill(learner.student(images), images).backward()
+        learner.step(step_fn=lambda: None)
+
+
+@pytest.mark.parametrize("change", [assigned, swapped])
+@pytest.mark.parametrize("update", UPDATES)
+def test_replaced_parameters_of_the_same_names_and_shapes_are_followed_bit_for_bit(update: str, change: Any) -> None:
+    outcomes = []
+    for changed in (False, True):
+        teacher, student = seeded(lambda: plain(6), 0), seeded(lambda: plain(5), 1)
+        learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers())
+        steps(learner, 2)
+        if changed:
+            change(teacher)
+        steps(learner, 2, seed=2)
+        outcomes.append((values(teacher), bits(learner.state_dict())))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] != values(seeded(lambda: plain(6), 0))
+
+
+def parametrized(model: Any) -> None:
+    nn.utils.weight_norm(model[2])
+
+
+def pruned(model: Any) -> None:
+    model[0], model[2] = nn.Linear(4, 3), nn.Linear(3, model[4].in_features)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("observed", [True, False])
+@pytest.mark.parametrize("change", [parametrized, pruned])
+@pytest.mark.parametrize("update", UPDATES)
+def test_renamed_or_resized_parameters_of_the_teacher_are_refused_with_the_reason(
+    update: str, change: Any, observed: bool
+) -> None:
+    teacher, student = seeded(lambda: plain(6), 0), seeded(lambda: plain(5), 1)
+    schedule = every_step(observe_every=1 if observed else 4)
+    learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers(), schedule=schedule)
+    steps(learner, 1)
+    change(teacher)
+    before = values(teacher)
+    with pytest.raises(CldaError, match="the teacher's parameters were renamed, resized or replaced"):
+        steps(learner, 1)
+    assert values(teacher) == before
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_resized_student_is_refused_only_where_its_layers_are_read(update: str) -> None:
+    teacher, student = seeded(lambda: plain(6), 0), seeded(lambda: plain(5), 1)
+    learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers())
+    steps(learner, 1)
+    pruned(student)
+    if learner.update.needs_relation:
+        with pytest.raises(CldaError, match="the student's parameters were renamed, resized or replaced"):
+            steps(learner, 1)
+    else:
+        steps(learner, 1)
+        assert len(learner.report().rounds) == 2
+
+
+def test_models_and_strategies_of_a_learner_cannot_be_exchanged() -> None:
+    teacher, student = seeded(lambda: plain(6), 0), seeded(lambda: plain(5), 1)
+    learner = make_learner(teacher, student)
+    config = bits(learner.state_dict())
+    others = {
+        "teacher": plain(6),
+        "student": plain(5),
+        "extract": lambda output: output,
+        "saliency": Fisher(),
+        "selection": AllLayers(),
+        "relation": BySimilarity(),
+        "update": Average(),
+        "distillation": KLDistillation(),
+        "schedule": Schedule(warmup=3),
+        "probe": lambda logits, mask: logits.sum(),
+    }
+    for name, other in others.items():
+        with pytest.raises(CldaError, match=rf"learner\.{name} cannot be replaced.*build a new CollaborativeLearner"):
+            setattr(learner, name, other)
+    assert bits(learner.state_dict()) == config
+    learner.enabled = False
+    assert not learner.observing
+
+
+# ------------------------------------------------------------------------- models that return the same memory always
+
+
+class Static(nn.Module):
+    """Writes its output over the one before, as a replayed CUDA graph does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = plain(width)
+        self.memory: List[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.inner(x)
+        if output.requires_grad:
+            return output
+        if not self.memory:
+            self.memory.append(output.clone())
+        self.memory[0].data.copy_(output)
+        return self.memory[0]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_outputs_in_memory_that_the_next_pass_overwrites(update: str) -> None:
+    """Guards compare the teacher's logits before and after; losses of two batches wait for one ``backward()``."""
+    outcomes = []
+    for build in (plain, Static):
+        teacher, student = seeded(lambda build=build: build(6), 0), seeded(lambda build=build: build(5), 1)
+        learner = make_learner(teacher, student, update=UPDATES[update](), selection=AllLayers())
+        inner = student if build is plain else student.inner
+        gradients = []
+        for step in range(3):
+            inner.zero_grad()
+            losses = []
+            for part in range(2):
+                images = torch.randn(6, 4, generator=torch.Generator().manual_seed(2 * step + part))
+                losses.append(learner.distill(student(images), images))
+            sum(losses).backward()
+            gradients.append([bits(parameter.grad) for parameter in inner.parameters()])
+            learner.step(step_fn=lambda: None)
+        rounds = [(record.score_before, record.score_after) for record in learner.report().rounds]
+        outcomes.append((list(values(teacher).values()), gradients, rounds))
+    assert outcomes[0] == outcomes[1]
+    assert len(outcomes[0][2]) == 3
+
+
+def test_a_loss_that_keeps_the_teachers_logits_for_backward_gets_its_own_copy() -> None:
+    teacher, student = seeded(lambda: Static(6), 0), seeded(lambda: plain(5), 1)
+
+    def squares(of_student: Tensor, of_teacher: Tensor, mask: Any = None) -> Tensor:
+        return (of_student * of_teacher).sum()
+
+    learner = make_learner(teacher, student, distillation=squares, schedule=Never())
+    first, second = torch.ones(2, 4), -torch.ones(2, 4)
+    with torch.no_grad():
+        expected = [teacher(x).clone() for x in (first, second)]
+    outputs = [torch.zeros(2, 3, requires_grad=True) for _ in range(2)]
+    sum(learner.distill(output, x) for output, x in zip(outputs, (first, second))).backward()
+    assert [bits(output.grad) for output in outputs] == [bits(value) for value in expected]
