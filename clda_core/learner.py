@@ -87,16 +87,18 @@ class CollaborativeLearner:
             before they hold sums.
 
     Raises:
-        CldaError: If the models share memory that is written or trained, rounds cannot write the teacher (half
-            precision, parameters that overlap), or no layer can be related although the update needs it.
+        CldaError: If the models share memory that is written or trained, a strategy holds one of them as a sub-module,
+            rounds cannot write the teacher (half precision, parameters that overlap), or no layer can be related
+            although the update needs it.
 
     Warns:
         UserWarning: If the student is larger than the teacher, so that the two may have been swapped.
 
     Note:
         The learner registers no hooks and no sub-modules and draws from no global random generator; modes,
-        ``requires_grad`` and ``.grad`` of both models are the same after every call. It holds O(layers) state, plus the
-        optimizer state of what it updates.
+        ``requires_grad``, ``.grad`` and buffers of both models are the same after every call. It holds O(layers) state,
+        plus the optimizer state of what it updates. Its own passes run both models in eval mode, and the host's forward
+        hooks run in them: see docs/learner.md. Models and strategies cannot be exchanged after construction.
 
     Example:
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)

@@ -71,13 +71,13 @@ def test_a_loss_may_refer_to_a_model_without_owning_it() -> None:
     loss.models = [student]  # a list hides it from parameters()
     learner = make_learner(teacher, student, distillation=loss)
     before = values(student)
-    factor = float(loss.factor)
+    factor = float(loss.factor.detach())
     learner.distill(student.eval()(batch()), batch()).backward()
     gradients: List[Any] = [parameter.grad for parameter in student.parameters()]
     learner.step(step_fn=lambda: None)
     assert values(student) == before
     assert all(parameter.grad is gradient for parameter, gradient in zip(student.parameters(), gradients))
-    assert float(loss.factor) != factor
+    assert float(loss.factor.detach()) != factor
     assert list(learner.state_dict()["projectors"]["module"]) == ["factor"]
 
 
