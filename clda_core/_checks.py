@@ -14,6 +14,7 @@ from .errors import check_number, problem
 from .layers import Layer, canonical_parameters
 from .outputs import Outputs
 from .relation import ModelView, RelatedLayers
+from .update import UpdateResult
 
 _STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
     "saliency": (("score",), ("order",), "Taylor()"),
@@ -74,6 +75,7 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
                 received=type(model).__name__,
                 fix="call CollaborativeLearner(teacher, student)",
             )
+        _check_initialised(whose, model)
         check_sharding(whose, model)
 
 
@@ -116,6 +118,19 @@ def check_as_built(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mappin
                 fix="prune, parametrize (weight_norm, spectral_norm), add or merge adapters before you build the "
                 "learner, or build a new one afterwards",
             )
+
+
+def _check_initialised(whose: str, model: nn.Module) -> None:
+    # Which came with torch 1.8.
+    lazy = getattr(nn.parameter, "UninitializedTensorMixin", getattr(nn.parameter, "UninitializedParameter", ()))
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, lazy)]
+    if names:
+        raise problem(
+            f"the {whose} has lazy modules, whose parameters have no shape yet",
+            expected="a model whose parameters are initialised",
+            received=f"uninitialised: {names[:5]}",
+            fix="run the model on one batch, under torch.no_grad(), before the learner and the optimizer are built",
+        )
 
 
 def size(model: nn.Module) -> int:
@@ -282,6 +297,17 @@ def check_teacher_of(update: Any, teacher: nn.Module) -> None:
     check = getattr(update, "check_teacher", None)
     if check is not None:
         check(teacher)
+
+
+def check_result(result: Any, selected: Sequence[Layer]) -> None:
+    """Raise unless an update returned what it did, to the selected layers alone."""
+    if not isinstance(result, UpdateResult) or not set(result.updated) <= {layer.name for layer in selected}:
+        raise problem(
+            "apply() returned something else",
+            expected="an UpdateResult with names of the selected layers",
+            received=repr(result),
+            fix="return UpdateResult(names of the layers that were written)",
+        )
 
 
 def check_strength(strength: Any) -> None:

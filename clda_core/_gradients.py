@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Tuple
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ._layout import strided
 from ._sharded import local, sum_over_shards
+from .errors import CldaError, problem
 from .layers import canonical_parameters
 
 Leftover = Mapping[str, Tuple[Tensor, int]]
@@ -62,3 +64,45 @@ def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
     used = torch.stack([local(gradient).ne(0).any().to(device) for gradient in found.values()])
     flags: List[float] = sum_over_shards(used.float(), list(found.values())).tolist()
     return {name: gradient for (name, gradient), flag in zip(found.items(), flags) if flag}
+
+
+_KNOWN = {
+    "incompatible with .grad()": (
+        "reentrant activation checkpointing cannot be differentiated by single parameters",
+        "checkpointing without use_reentrant=True, or none, in the teacher",
+        "pass use_reentrant=False to checkpoint(), or switch checkpointing off in the teacher (with_cp=False, "
+        "gradient_checkpointing_disable()), which is not trained by backward()",
+    ),
+    "not compatible with .grad()": (),  # the same before torch 1.13
+    "Inference tensors cannot be saved": (
+        "tensors made in inference mode cannot be differentiated through",
+        "inputs and a teacher made outside of torch.inference_mode()",
+        "use torch.no_grad() where the loader or the teacher is made, or pass inputs.clone()",
+    ),
+}
+"""By what torch says, what that means and how to avoid it."""
+
+
+@contextmanager
+def explained(*, known_only: bool = False) -> Iterator[None]:
+    """Raise what fails inside as a :class:`CldaError` with the fix, where there is one.
+
+    Args:
+        known_only: Let pass what has no explanation here; it is said to be of a rehearsal otherwise.
+    """
+    try:
+        yield
+    except CldaError:
+        raise
+    except Exception as error:
+        found = [text for text in _KNOWN if text in str(error)]
+        if found:
+            what, expected, fix = _KNOWN[found[0]] or next(iter(_KNOWN.values()))
+            received = str(error).strip().splitlines()[0]
+            raise problem(what, expected=expected, received=received, fix=fix) from error
+        if known_only:
+            raise
+        raise CldaError(
+            f"a round would fail: its rehearsal in the first step raised {type(error).__name__}: {error}. Nothing was "
+            "changed. Fix: see the exception that caused this one"
+        ) from error

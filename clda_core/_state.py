@@ -51,8 +51,11 @@ def _from_1(state: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _from_2(state: Dict[str, Any]) -> Dict[str, Any]:
-    """Before it was noted whose saliency is known; an update's moments had positions, which it still reads itself."""
-    return {**state, "observer": {**state["observer"], "known": None, "round_is_over": False}}
+    """Before it was noted whose saliency is known, and which round waits for target data.
+
+    An update's moments had positions, which it still reads itself.
+    """
+    return {**state, "owed": None, "observer": {**state["observer"], "known": None, "round_is_over": False}}
 
 
 _MIGRATIONS: Dict[int, Callable[[Dict[str, Any]], Dict[str, Any]]] = {1: _from_1, 2: _from_2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from ._checks import (
     check_mask,
     check_models,
     check_related,
+    check_result,
     check_selected,
     check_state,
     check_steppable,
@@ -30,26 +32,30 @@ from ._checks import (
 from ._compat import uncompiled
 from ._config import describe
 from ._distributed import adding, world_size
-from ._models import evaluating
+from ._fits import takes_classes
+from ._gradients import explained
 from ._plain import plain
 from ._projectors import Projectors
 from ._random import keeping_rng
+from ._running import Runner
 from ._state import STATE_VERSION, migrated
 from ._stepping import accumulates, make_step, unscale
+from ._target import DueRounds, TargetStep
 from ._undo import settled, undoing
 from ._writable import check_memory, check_precision, check_writable, writable_layers, written_now
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
-from .distillation.base import in_students_classes, leaves_nothing, valid_mask
+from .distillation.base import leaves_nothing, valid_mask
 from .errors import CldaError, check_choice, check_number, problem
-from .layers import LayerGrouping, group_layers
+from .layers import Layer, LayerGrouping, group_layers
 from .observation import LossOrFunction, Observer
-from .outputs import Extract, Outputs, as_outputs, call_model, owned, stand_in, without_graph
+from .outputs import Extract, Outputs, as_outputs, emptied, owned, stand_in, without_graph, zero_loss
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Earlier, Report, RoundRecord
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
 from .schedule import Never, RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
+from .update.base import rehearse
 from .update.writing import Snapshot, copied
 
 __all__ = ["CollaborativeLearner"]
@@ -83,6 +89,7 @@ class CollaborativeLearner:
         probe: Loss on the teacher's logits whose gradient is observed when the host trains no teacher;
             cross-entropy against the teacher's own hard pseudo-labels by default.
         extract: Reads logits, or :class:`~clda_core.outputs.Outputs`, from what the models return.
+        ignore_index: The label of positions without a class in integer masks; without it those are refused.
         keep_rounds: How many of the last rounds :meth:`report` and :meth:`state_dict` hold one by one, >= 1; of those
             before they hold sums.
 
@@ -92,7 +99,8 @@ class CollaborativeLearner:
             although the update needs it.
 
     Warns:
-        UserWarning: If the student is larger than the teacher, so that the two may have been swapped.
+        UserWarning: If the student is larger than the teacher, so that the two may have been swapped; once, if a step
+            that is observed or ends with a round has no target data.
 
     Note:
         The learner registers no hooks and no sub-modules and draws from no global random generator; modes,
@@ -124,6 +132,7 @@ class CollaborativeLearner:
         layers: Optional[LayerGrouping] = None,
         probe: Optional[Probe] = None,
         extract: Optional[Extract] = None,
+        ignore_index: Optional[int] = None,
         keep_rounds: int = 1000,
     ) -> None:
         check_models(teacher, student)
@@ -140,6 +149,8 @@ class CollaborativeLearner:
         self.enabled = enabled
         self.probe: Probe = PseudoLabelCrossEntropy() if probe is None else probe
         self.extract = extract
+        valid_mask(None, ignore_index)
+        self.ignore_index = ignore_index
         self.keep_rounds = keep_rounds
         check_strategies({role: getattr(self, role) for role in _ROLES})
         check_callable("extract", extract)
@@ -149,22 +160,25 @@ class CollaborativeLearner:
         self._student_view = ModelView(student, group_layers(student, layers))
         self._shapes = (_shapes(self._teacher_view), _shapes(self._student_view))
         self._related: Optional[RelatedLayers] = None
+        self._runner = Runner(teacher, student, extract, self.distillation)
+        self._takes_classes = takes_classes(self.distillation, self.probe, self.schedule)
+        self._rounds = DueRounds(self.schedule, self.update)
         if not self.relation.needs_inputs:
             self._relate(None)
         # Relations are between whole models; observed and written is what the host has not frozen.
         self._writable = ModelView(teacher, writable_layers(self._teacher_view))
         self._check_teacher()
-        self._observer = Observer(self._writable, self.saliency, self.selection.threshold, self.probe, self._logits)
+        threshold, logits = self.selection.threshold, self._runner.logits
+        self._observer = Observer(self._writable, self.saliency, threshold, self.probe, logits)
         self._projectors = Projectors(self.distillation, (teacher, student))
         self._steps = 0
         self._history: List[RoundRecord] = []
         self._earlier = Earlier()
         self._kd_loss: Optional[Tensor] = None
-        # What belongs to the optimizer step in the making.
-        self._observed: Set[str] = set()
-        self._inputs: Any = None
-        self._mask: Optional[Tensor] = None
-        self._has_data = True
+        # What the first steps with target data find out.
+        self._rehearsed = isinstance(self.schedule, Never)
+        self._takes_inputs = False
+        self._observed: Set[str] = set()  # at the step in the making
         self._checked = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -182,8 +196,8 @@ class CollaborativeLearner:
 
     @property
     def observing(self) -> bool:
-        """Whether gradients are observed at the optimizer step now in the making."""
-        return self.enabled and self._observes(self._steps + 1)
+        """Whether gradients are observed at the optimizer step now in the making, if it has target data."""
+        return self.enabled and self._rounds.observed(self._steps + 1)
 
     @settled
     def distill(
@@ -193,64 +207,75 @@ class CollaborativeLearner:
         *,
         teacher_output: Any = None,
         mask: Optional[Tensor] = None,
+        student_inputs: Any = None,
     ) -> Tensor:
         """Return the KD loss of the student's output against the teacher's.
 
         Args:
             student_output: What the student returned, with its graph; possibly for another view of the same images.
-            inputs: What the teacher is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
+            inputs: What the teacher is called with: a tuple of arguments, a mapping of keyword arguments, or anything
+                else (a tensor, a list) as the one argument.
             teacher_output: The teacher's output if the host has it already; ``inputs`` are then used in rounds only.
-            mask: What counts: bool or float weights ``(N, ...)`` without the class dimension, or an integer label map,
-                of which 255 is left out.
+            mask: What counts: bool or float weights ``(N, ...)`` without the class dimension; or an integer label map,
+                of which ``ignore_index`` and negative labels are left out.
+            student_inputs: What rounds call the student with, in the same form, where it takes other inputs than the
+                teacher.
 
         Returns:
-            A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only.
+            A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only. It is 0 for
+            an empty batch and where the mask leaves nothing.
 
         Raises:
             CldaError: If neither ``inputs`` nor ``teacher_output`` is given, the student's output has no graph although
-                gradients are enabled, outputs do not fit each other, logits are not finite or every position is masked
-                out. The last two are checked on the CPU only: elsewhere it would cost a synchronisation with the device
-                at every step, so NaN passes into the loss and nothing but masked-out positions gives 0.
+                gradients are enabled, outputs do not fit each other or are no class scores, or logits are not finite.
+                The last is checked on the CPU only: elsewhere it would cost a synchronisation with the device at every
+                step, so NaN passes into the loss.
 
         Note:
-            On one of several ranks an empty batch, or a mask that leaves nothing, gives a zero loss instead of an
-            error, and the rank adds nothing to what the ranks average.
+            On one of several ranks without data the loss keeps its graph, and the rank adds nothing to what the ranks
+            average.
         """
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         check_mask(mask)
-        mask = valid_mask(mask, 255)
-        several, in_round = world_size() > 1, self.observing or self.schedule.due(self._steps + 1)
-        student = as_outputs(student_output, self.extract, "student", may_be_empty=several)
-        has_data = not several or self._has_samples(student, mask, in_round)
+        mask = valid_mask(mask, self.ignore_index)
+        several, step = world_size() > 1, self._steps + 1
+        in_round = self.observing or self._rounds.due(step)
+        student = as_outputs(student_output, self.extract, "student", may_be_empty=True)
+        has_data = self._has_samples(student, mask, in_round)
+        target = self._runner.step
+        target.here = has_data or bool(target.here)
         if not has_data:
-            student, inputs, mask = stand_in(student), stand_in(inputs), None
+            if not several:
+                check_trainable(student)
+                zero = zero_loss(student)
+                self._kd_loss = zero.detach()
+                return zero
+            student, inputs, student_inputs = stand_in(emptied(student)), stand_in(inputs), stand_in(student_inputs)
+            mask = None
+        teacher_raw = self._runner.run_teacher(inputs, student) if teacher_output is None else teacher_output
+        teacher = as_outputs(teacher_raw, self.extract, "teacher", may_be_empty=not has_data)
         if teacher_output is None:
-            if inputs is None:
-                raise problem(
-                    "distill() cannot get the teacher's output",
-                    expected="inputs or teacher_output=",
-                    received="neither",
-                    fix="call learner.distill(student_output, inputs)",
-                )
-            teacher = self._run_teacher(inputs, student, may_be_empty=not has_data)
-        else:
-            teacher = as_outputs(teacher_output, self.extract, "teacher", may_be_empty=not has_data)
+            teacher = owned(teacher)
         if not has_data:
-            teacher = stand_in(teacher)
+            teacher = stand_in(emptied(teacher))
+        else:
+            self._runner.check_once(student_output, student, teacher_raw, teacher, self._takes_classes)
         check_values(student.logits, teacher.logits, mask)
         loss = distillation_loss(self.distillation, student, teacher, mask)
         check_trainable(student)
         if not has_data:
             loss = loss * 0  # with its graph, since the other ranks' backward() waits for this one's
         self._kd_loss = loss.detach()
+        self._takes_inputs |= inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
-        if in_round and (has_data or self._inputs is None):
-            self._has_data = has_data
-            if inputs is not None:
-                # Without the graph of a network that made them: rounds need none, and no copy could have it.
-                self._inputs, self._mask = without_graph(inputs), without_graph(mask)
+        if inputs is not None and (in_round or not self._rehearsed) and (has_data or target.inputs is None):
+            # Without the graph of a network that made them: rounds need none, and no copy could have it.
+            batch = (inputs, student_inputs, mask)
+            target.inputs, target.student_inputs, target.mask = map(without_graph, batch)
+            pair = {"student": student, "teacher": teacher}
+            target.shapes = {whose: tuple(of.logits.shape[1:]) for whose, of in pair.items()} if has_data else {}
         return loss
 
     @settled
@@ -311,9 +336,13 @@ class CollaborativeLearner:
     ) -> None:
         """Observe the teacher's gradients; call it after ``backward()`` and before the optimizer step.
 
-        Observes nothing unless :attr:`observing`. The gradients are, in this order: those of ``loss`` if given; those
-        that the host left on a co-trained teacher's parameters (left-overs from before the learner was built do not
-        count); those of the probe on this step's ``inputs``.
+        Observes nothing unless :attr:`observing`, and no target data where the step has none: ``distill`` was not
+        called, or with nothing but empty batches. The first step with target data rehearses a round, whatever the
+        schedule says: what would fail in a round fails here, and nothing is written.
+
+        The gradients are, in this order: those of ``loss`` if given; those that the host left on a co-trained teacher's
+        parameters (left-overs from before the learner was built do not count); those of the probe on this step's
+        ``inputs``.
 
         Args:
             loss: A scalar with a graph to the teacher, or a function of the teacher that returns one, for example
@@ -326,18 +355,30 @@ class CollaborativeLearner:
                 unscale before.
 
         Raises:
-            CldaError: If there is nothing to observe, or the loss cannot be differentiated by the teacher.
+            CldaError: If there is nothing to observe, the loss cannot be differentiated by the teacher, or the
+                rehearsal of a round fails.
         """
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
         if self.enabled and not self._checked:
             self._check_teacher()
             self._checked = True
+        target = self._runner.step
+        if self.enabled and domain == "target":
+            target.loss_given |= loss is not None
+            if not self._rehearsed and target.here is not None and not self._whole_round and self._has_target():
+                self._rehearse(loss is None)
         if self.observing:
             self._check_as_built()
-            with keeping_rng(f"observe {domain}", self.teacher), adding(self._has_data), uncompiled(self.teacher):
+            if domain == "target" and not self._has_target():
+                target.missed = True
+                self._rounds.warn_of_no_data(self._steps + 1)
+            else:
                 elements = self.update.granularity == "parameter"
-                self._observer.observe(loss, domain, self._inputs, self._mask, elements=elements)
+                rng, adds = keeping_rng(f"observe {domain}", self.teacher), target.adds or domain == "source"
+                with rng, adding(adds), uncompiled(self.teacher):
+                    self._observer.observe(loss, domain, target.inputs, target.mask, elements=elements)
+                target.missed &= domain == "source"
         if self.enabled:
             self._projectors.unscale(scaler)
         self._observed.add(domain)
@@ -345,6 +386,8 @@ class CollaborativeLearner:
     @settled
     def after_step(self, *, stepped: bool = True) -> None:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
+
+        A round that is due at a step without target data is made at the next step with some.
 
         Args:
             stepped: ``False`` if the step was skipped, by a GradScaler for example: nothing is counted then, and what
@@ -370,11 +413,17 @@ class CollaborativeLearner:
         self._steps += 1
         try:
             self._projectors.step()
-            with adding(self._has_data):
-                if self._observer.commit() and self.schedule.due(self._steps):
-                    # Compiled, the models would be compiled anew for every set of selected layers.
-                    with keeping_rng("round", self.teacher, self.student), uncompiled(self.teacher, self.student):
-                        self._round()
+            observed, due = self._rounds.observed(self._steps), self._rounds.due(self._steps)
+            finite = self._observer.commit()
+            if due and not self._has_target(for_round=True):
+                self._rounds.owe(self._steps)
+            elif due:
+                self._rounds.owed = None
+                # Compiled, the models would be compiled anew for every set of selected layers.
+                models = (self.teacher, self.student)
+                with adding(self._runner.step.adds), keeping_rng("round", *models), uncompiled(*models):
+                    if finite:
+                        self._round(observed)
         finally:
             self._forget_step()
 
@@ -394,6 +443,7 @@ class CollaborativeLearner:
             "version": STATE_VERSION,
             "config": self._config(),
             "steps": self._steps,
+            "owed": self._rounds.owed,
             "observer": self._observer.state_dict(),
             "history": report["rounds"],
             "earlier": report["earlier"],
@@ -464,25 +514,35 @@ class CollaborativeLearner:
 
     # ------------------------------------------------------------------------------------------------- internals
 
-    def _observes(self, step: int) -> bool:
-        """Return whether a step is observed: as scheduled, and before every update of single parameters."""
-        single = self.update.granularity == "parameter"
-        return self.schedule.observes(step) or (single and self.schedule.due(step))
+    @property
+    def _whole_round(self) -> bool:
+        """Whether the step in the making is observed and ends with a round, so that it needs no rehearsal."""
+        return self.observing and self._rounds.due(self._steps + 1)
 
-    def _run_teacher(self, inputs: Any, student: Outputs, *, may_be_empty: bool) -> Outputs:
-        try:
-            with keeping_rng("distill", self.teacher), evaluating(self.teacher), torch.no_grad():
-                raw = call_model(self.teacher, inputs)
-        except Exception as error:
-            if not isinstance(inputs, Tensor) or inputs.shape != student.logits.shape:
-                raise
-            raise problem(
-                f"the teacher cannot be run on the inputs ({type(error).__name__}: {error})",
-                expected="inputs, as the teacher is called with",
-                received="a tensor of the shape of the student's logits",
-                fix="if it is the teacher's output call learner.distill(student_output, inputs, teacher_output=...)",
-            ) from error
-        return owned(as_outputs(raw, self.extract, "teacher", may_be_empty=may_be_empty))
+    def _rehearse(self, probing: bool) -> None:
+        """Do all of a round that can fail, but write nothing."""
+        target, layers, models = self._runner.step, self._writable.layers, (self.teacher, self.student)
+        self._check_as_built()
+        with keeping_rng("rehearse", *models), adding(target.adds), uncompiled(*models), explained():
+            if probing and (self.saliency.order == 2 or not self._observer.host_trains_teacher()):
+                self._observer.rehearse(target.inputs, target.mask)
+            context = self._context(layers, {} if self._related is None else self._related.pairs, 1.0)
+            if self.relation.needs_inputs:
+                context.predict(self.teacher)
+                context.student_outputs()
+                related = self.relation(self._teacher_view, self._student_view_of_step(), target.inputs)
+                check_related(related, self._teacher_view, self._student_view, needed=False)
+            rehearse(self.update, context)
+        torch.clear_autocast_cache()
+        self._rehearsed = True
+
+    def _has_target(self, *, for_round: bool = False) -> bool:
+        """Return whether the step in the making has target data on any rank; every rank gets the same answer."""
+        target = self._runner.step
+        if target.here is None:  # a loss that is observed has data of its own, though none for an update to run on
+            return target.loss_given and not (for_round and self._takes_inputs)
+        device = next(self.teacher.parameters()).device
+        return target.anywhere(device) and not (for_round and target.missed)
 
     def _check_as_built(self) -> None:
         """Raise if the teacher, or the student where its layers matter, is not what the learner was built with."""
@@ -497,9 +557,7 @@ class CollaborativeLearner:
     def _forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
         self._observed = set()
-        self._inputs = None
-        self._mask = None
-        self._has_data = True
+        self._runner.step = TargetStep()
         self._observer.forget_step()
         self._projectors.forget_gradients()
 
@@ -508,11 +566,14 @@ class CollaborativeLearner:
         """Return whether this rank's batch counts; a mask on a device is looked at only in a round, since it waits."""
         if student.logits.numel() == 0:
             return False
-        return mask is None or not (in_round or mask.device.type == "cpu") or not leaves_nothing(mask)
+        if mask is None or mask.device != student.logits.device:
+            return True
+        return not (in_round or mask.device.type == "cpu") or not leaves_nothing(mask)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Restore a state, whatever raises first leaving the learner's own attributes alone."""
         steps = int(state["steps"])
+        owed = None if state["owed"] is None else int(state["owed"])
         history = [RoundRecord.from_dict(record) for record in state["history"]]
         earlier = Earlier(**state["earlier"])
         related = self._related
@@ -523,6 +584,7 @@ class CollaborativeLearner:
         self.update.load_state_dict(state["update"])
         check_teacher_of(self.update, self.teacher)
         self._steps, self._history, self._earlier, self._related = steps, history, earlier, related
+        self._rounds.owed = owed
         self._sum_up()
         self._forget_step()
 
@@ -538,22 +600,12 @@ class CollaborativeLearner:
             "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
         }
 
-    def _forward(self, model: nn.Module, inputs: Any) -> Outputs:
-        return as_outputs(call_model(model, inputs), self.extract, "student" if model is self.student else "teacher")
-
-    def _forward_in_common_classes(self, model: nn.Module, inputs: Any) -> Outputs:
-        outputs = self._forward(model, inputs)
-        if model is self.student:
-            return outputs
-        class_map = getattr(self.distillation, "class_map", None)
-        return outputs._replace(logits=in_students_classes(outputs.logits, class_map))
-
-    def _logits(self, inputs: Any) -> Tensor:
-        return self._forward(self.teacher, inputs).logits
+    def _student_view_of_step(self) -> ModelView:
+        return replace(self._student_view, inputs=self._runner.step.student_inputs)
 
     def _relate(self, inputs: Any) -> RelatedLayers:
         if self._related is None:
-            related = self.relation(self._teacher_view, self._student_view, inputs)
+            related = self.relation(self._teacher_view, self._student_view_of_step(), inputs)
             check_related(related, self._teacher_view, self._student_view, self.update.needs_relation)
             self._related = related
         return self._related
@@ -565,12 +617,27 @@ class CollaborativeLearner:
         if rounds:
             check_writable(self._writable, self.saliency)
 
-    def _round(self) -> None:
-        """Select, relate, update, and record; nothing where no target data was observed as it should have been."""
+    def _context(self, layers: Tuple[Layer, ...], related: Mapping[str, Layer], strength: float) -> RoundContext:
+        return RoundContext(
+            teacher=self.teacher,
+            student=self.student,
+            layers=layers,
+            related=related,
+            inputs=self._runner.step.inputs,
+            student_inputs=self._runner.step.student_inputs,
+            mask=self._runner.step.mask,
+            forward=self._runner.in_common_classes,
+            strength=strength,
+            non_salient=self._observer.non_salient,
+            class_map=getattr(self.distillation, "class_map", None),
+        )
+
+    def _round(self, observed: bool) -> None:
+        """Select, relate, update, and record; nothing where the step should have been ``observed`` and was not."""
         self._check_as_built()
         layers = {layer.name: layer for layer in written_now(self._writable, self._observer.known())}
         rates, source_rates = self._observer.rates()
-        if not rates and self._history and not self._observes(self._steps):
+        if not rates and self._history and not observed:
             rates, source_rates = dict(self._history[-1].rates), dict(self._history[-1].source_rates)
         known = {name: rate for name, rate in rates.items() if name in layers}
         if not known:
@@ -580,19 +647,8 @@ class CollaborativeLearner:
         check_strength(strength)
         selected = self.selection(known, source_rates, {name: layer.numel for name, layer in layers.items()})
         check_selected(selected, known)
-        related = self._relate(self._inputs)
-        context = RoundContext(
-            teacher=self.teacher,
-            student=self.student,
-            layers=tuple(layers[name] for name in layers if name in selected),
-            related=related.pairs,
-            inputs=self._inputs,
-            mask=self._mask,
-            forward=self._forward_in_common_classes,
-            strength=strength,
-            non_salient=self._observer.non_salient,
-            class_map=getattr(self.distillation, "class_map", None),
-        )
+        related = self._relate(self._runner.step.inputs)
+        context = self._context(tuple(layers[name] for name in layers if name in selected), related.pairs, strength)
         with self._whole_or_not(context):
             result = self._apply(context) if context.layers else UpdateResult(())
             torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast
@@ -636,7 +692,7 @@ class CollaborativeLearner:
     def _apply(self, context: RoundContext) -> UpdateResult:
         try:
             result = self.update.apply(context)
-            _check_result(result, context)
+            check_result(result, context.layers)
             return result
         except Exception as error:
             raise CldaError(
@@ -647,17 +703,6 @@ class CollaborativeLearner:
 
 def _shapes(view: ModelView) -> Dict[str, Tuple[int, ...]]:
     return shapes_of(view.model, view.layers)
-
-
-def _check_result(result: Any, context: RoundContext) -> None:
-    names = {layer.name for layer in context.layers}
-    if not isinstance(result, UpdateResult) or not set(result.updated) <= names:
-        raise problem(
-            "apply() returned something else",
-            expected="an UpdateResult with names of the selected layers",
-            received=repr(result),
-            fix="return UpdateResult(names of the layers that were written)",
-        )
 
 
 def _relation_as_dict(related: RelatedLayers) -> Dict[str, Dict[str, str]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._checks import check_differentiable, check_reached
 from ._compat import has_float64
 from ._distributed import inside_ddp, mean_across_ranks, mean_where_seen
-from ._gradients import hosts_gradients, leftover_gradients, still_leftover
+from ._gradients import explained, hosts_gradients, leftover_gradients, still_leftover
 from ._models import evaluating, requiring_grad
 from ._observations import Observations
 from ._sharded import gradients, is_sharded, local, sum_over_shards
@@ -201,6 +201,16 @@ class Observer:
         known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
         self._pending.append((domain, histogram, known))
 
+    def rehearse(self, inputs: Any, mask: Optional[Tensor]) -> None:
+        """Score the teacher's parameters by the probe on a batch, and forget the scores."""
+        parameters = canonical_parameters(self._view.model)
+        drawn = self._generator.get_state()
+        try:
+            found = self._derivatives(None, "target", inputs, mask, parameters)
+            score_layers(self._saliency, self._view.layers, parameters, found)
+        finally:
+            self._generator.set_state(drawn)
+
     def commit(self) -> bool:
         """Add what is pending to the averages, and return whether all of it was finite on every rank.
 
@@ -314,9 +324,10 @@ class Observer:
 
     def _differentiate(self, loss: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool) -> List[Optional[Tensor]]:
         samples = int(getattr(self._saliency, "samples", 1))
-        return derivatives(
-            self._saliency.order, loss, wanted, self._generator, samples=samples, retain_graph=retain_graph
-        )
+        with explained(known_only=True):
+            return derivatives(
+                self._saliency.order, loss, wanted, self._generator, samples=samples, retain_graph=retain_graph
+            )
 
     def _derivatives_of(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
         fix = "for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Set, Tuple, Union
+from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,13 @@ def as_outputs(raw: Any, extract: Extract | None, whose: str, *, may_be_empty: b
     """Read :class:`Outputs` from a model's raw output.
 
     Raises:
-        CldaError: If the output is no tensor and no ``extract`` was given, ``extract`` returned something else, or
-            there are no samples and ``may_be_empty`` does not allow that.
+        CldaError: If the output is no tensor and no ``extract`` was given, ``extract`` returned something else or took
+            a part of a tensor for the logits, or there are no samples and ``may_be_empty`` does not allow that.
     """
-    value = raw if extract is None or isinstance(raw, Outputs) else extract(raw)
+    if extract is None or isinstance(raw, Outputs):
+        value = raw
+    else:
+        value = _extracted_from_tensor(raw, extract, whose) if isinstance(raw, Tensor) else extract(raw)
     if isinstance(value, Tensor):
         value = Outputs(value)
     if not isinstance(value, Outputs) or not isinstance(value.logits, Tensor) or not _are_tensors(value.features):
@@ -67,7 +70,7 @@ def as_outputs(raw: Any, extract: Extract | None, whose: str, *, may_be_empty: b
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    """Call ``model`` with a tuple of positional arguments, a mapping of keyword arguments, or one argument.
 
     Inside the host's autocast no cast of a weight is taken over from before or left behind: it may be of before an
     update, and where it was made without a graph it gives, before torch 2.0, no gradient.
@@ -81,15 +84,15 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     try:
         if isinstance(inputs, Mapping):
             return inner(**inputs)
-        if isinstance(inputs, (tuple, list)):
+        if isinstance(inputs, tuple):
             return inner(*inputs)
         return inner(inputs)
     except TypeError as error:
         raise problem(
             f"{type(model).__name__} cannot be called with the inputs ({error})",
-            expected="what the model is called with, without labels: a tensor, a tuple of arguments or a mapping",
+            expected="what the model is called with, without labels: one argument, a tuple of several, or a mapping",
             received=type(inputs).__name__ + (f" of {len(inputs)}" if isinstance(inputs, _MANY) else ""),
-            fix="pass images_t alone, not the whole batch of the loader",
+            fix="pass images_t alone, not the whole batch of the loader; several arguments as a tuple, not a list",
         ) from error
     except RuntimeError as error:
         given, own = _placement(_tensors_in(inputs)), _placement(model.parameters())
@@ -115,7 +118,8 @@ def stand_in(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: stand_in(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(stand_in(item) for item in value)
+        items = [stand_in(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     if not isinstance(value, Tensor) or value.dim() == 0 or len(value):
         return value
     return torch.cat([value, value.new_zeros((1, *value.shape[1:]))])
@@ -141,15 +145,49 @@ def without_graph(value: Any) -> Any:
     return value
 
 
+def emptied(outputs: Outputs) -> Outputs:
+    """Return outputs without their samples, still part of their graph."""
+    return Outputs(outputs.logits[:0], tuple(feature[:0] for feature in outputs.features))
+
+
+def zero_loss(outputs: Outputs) -> Tensor:
+    """Return a loss of 0 with a graph to outputs whose gradient is 0, whatever they hold."""
+    nothing = emptied(outputs)
+    zero = nothing.logits.sum()
+    zero = zero.to(torch.promote_types(zero.dtype, torch.float32))
+    return sum((feature.sum().to(zero) for feature in nothing.features), zero)
+
+
+def _extracted_from_tensor(raw: Tensor, extract: Extract, whose: str) -> Any:
+    """Apply ``extract`` to a tensor: it may rearrange it, not take a part of it."""
+    cause: Optional[Exception] = None
+    try:
+        value = extract(raw)
+        logits = value.logits if isinstance(value, Outputs) else value
+        if not isinstance(logits, Tensor) or (logits.dim() >= raw.dim() and logits.shape[:1] == raw.shape[:1]):
+            return value
+        received = f"shape {tuple(logits.shape)}"
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        cause, received = error, f"{type(error).__name__}: {error}"
+    raise problem(
+        f"extract= misreads the {whose}'s output, which is a tensor",
+        expected=f"logits of the same samples, from a tensor of shape {tuple(raw.shape)}",
+        received=received,
+        fix="pass distill() what the models returned, or Outputs(logits) if you have the logits already; where a model "
+        "returns another type in eval mode, let extract= read both",
+    ) from cause
+
+
 def _are_tensors(features: Any) -> bool:
     return isinstance(features, (tuple, list)) and all(isinstance(feature, Tensor) for feature in features)
 
 
 def _tensors_in(inputs: Any) -> List[Tensor]:
-    values = (
-        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
-    )
-    return [value for value in values if isinstance(value, Tensor)]
+    if isinstance(inputs, Mapping):
+        return _tensors_in(tuple(inputs.values()))
+    if isinstance(inputs, (tuple, list)):
+        return [tensor for value in inputs for tensor in _tensors_in(value)]
+    return [inputs] if isinstance(inputs, Tensor) else []
 
 
 def _placement(tensors: Iterable[Tensor]) -> Set[str]:

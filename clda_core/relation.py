@@ -36,10 +36,17 @@ _CHANCE = 0.25
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model and the layers it was divided into."""
+    """A model and the layers it was divided into.
+
+    Attributes:
+        model: The model.
+        layers: Its layers.
+        inputs: What it is run on where that is not what the other one is run on.
+    """
 
     model: nn.Module
     layers: Tuple[Layer, ...]
+    inputs: Any = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ class BySimilarity(Strategy):
         self.samples = samples
 
     def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
-        """Relate by similarity on ``inputs``: a tensor, positional arguments (tuple, list), or keywords (mapping)."""
+        """Relate by similarity on ``inputs``: positional arguments (tuple), keywords (mapping), or one argument."""
         if inputs is None:
             raise problem(
                 "layers cannot be related by similarity without inputs",
@@ -358,7 +365,7 @@ def _features(view: ModelView, inputs: Any, samples: int) -> Tuple[Dict[str, Ten
         features[name] = positions(output, module, samples)
 
     with capturing(watched, read):
-        call_model(view.model, inputs)
+        call_model(view.model, inputs if view.inputs is None else view.inputs)
     reasons: Dict[str, str] = {}
     usable: Dict[str, Tensor] = {}
     for layer in view.layers:

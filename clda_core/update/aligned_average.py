@@ -147,6 +147,11 @@ class AlignedAverage(Strategy):
         blend(targets, sources, (1 - self.decay) * context.strength, movable)
         return UpdateResult(tuple(dict.fromkeys(updated)), skipped)
 
+    def rehearse(self, context: RoundContext) -> None:
+        """Run both models on the inputs."""
+        context.student_outputs()
+        context.predict(context.teacher)
+
     def state_dict(self) -> Dict[str, Any]:
         """Return the matched channels, and in how many rounds they were used."""
         maps = {

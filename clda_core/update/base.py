@@ -30,9 +30,11 @@ class RoundContext:
         layers: The selected teacher layers.
         related: Student layer by teacher layer name; a teacher layer without a relation is absent.
         inputs: The target batch of this step as the user passed it to ``distill``; ``None`` if none was passed.
+        student_inputs: The same for the student, where that takes other inputs; ``None`` where it takes the same.
         mask: That batch's mask, or ``None``.
         forward: ``forward(model, inputs)`` runs a model and reads its :class:`~clda_core.outputs.Outputs`; the
-            teacher's logits are of the student's classes, where the KD loss has a ``class_map``.
+            teacher's logits are of the student's classes, where the KD loss has a ``class_map``. Let
+            :meth:`inputs_of` choose the inputs.
         strength: The schedule's factor on the size of the update, in [0, 1].
         non_salient: For single-parameter granularity, by parameter name, True where an element is non-salient.
         class_map: The KD loss's: student class ``i`` is teacher class ``class_map[i]``; ``None`` where the classes are
@@ -49,6 +51,7 @@ class RoundContext:
     strength: float = 1.0
     non_salient: Mapping[str, Tensor] = field(default_factory=dict)
     class_map: Optional[Sequence[int]] = None
+    student_inputs: Any = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
     _states: List[Dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
 
@@ -75,7 +78,16 @@ class RoundContext:
             CldaError: If this step's ``distill`` got no inputs.
         """
         with evaluating(model), torch.no_grad():
-            return owned(self.forward(model, self.required_inputs()))
+            return owned(self.forward(model, self.inputs_of(model)))
+
+    def inputs_of(self, model: nn.Module) -> Any:
+        """Return what ``model``, the teacher or the student, is run on.
+
+        Raises:
+            CldaError: If this step's ``distill`` got no inputs.
+        """
+        inputs = self.required_inputs()
+        return inputs if self.student_inputs is None or model is not self.student else self.student_inputs
 
     def required_inputs(self) -> Any:
         """Return ``inputs``.
@@ -130,7 +142,11 @@ class UpdateResult:
 
 
 class Update(Protocol):
-    """Changes the selected teacher layers in place; the learner undoes what it wrote there if it raises."""
+    """Changes the selected teacher layers in place; the learner undoes what it wrote there if it raises.
+
+    An update may have a method ``rehearse(context)`` as well: it does what :meth:`apply` would do that can fail, and
+    writes nothing. The learner calls it once, in the first step. Without it both models are run on the inputs there.
+    """
 
     @property
     def granularity(self) -> Granularity:
@@ -153,3 +169,13 @@ class Update(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         ...
+
+
+def rehearse(update: Update, context: RoundContext) -> None:
+    """Let an update do what can fail in a round, without writing."""
+    own = getattr(update, "rehearse", None)
+    if callable(own):
+        own(context)
+    elif context.inputs is not None:
+        context.predict(context.teacher)
+        context.student_outputs()

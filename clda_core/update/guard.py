@@ -16,7 +16,7 @@ from .._undo import undoing
 from ..distillation import kl_distillation
 from ..distillation.base import align, align_logits, weighted_mean
 from ..errors import check_number, problem
-from .base import Granularity, RoundContext, Update, UpdateResult
+from .base import Granularity, RoundContext, Update, UpdateResult, rehearse
 from .writing import Snapshot
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
@@ -207,6 +207,12 @@ class Guard(Strategy):
         check = getattr(self.update, "check_teacher", None)
         if check is not None:
             check(teacher)
+
+    def rehearse(self, context: RoundContext) -> None:
+        """Judge the teacher as it is, and rehearse the guarded update."""
+        original = context.predict(context.teacher).logits
+        self._score(context, original, original)
+        rehearse(self.update, context)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the guarded update's state."""

@@ -14,7 +14,7 @@ from .._layout import strided
 from .._models import evaluating, requiring_grad
 from .._sharded import as_sharded, gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
-from ..errors import check_choice, check_number
+from ..errors import check_choice, check_number, problem
 from ..layers import canonical_parameters
 from .base import Granularity, RoundContext, UpdateResult
 from .own_optimizer import OptimizerFactory, OwnOptimizer
@@ -104,6 +104,27 @@ class MaskedDistillation(Strategy):
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raise unless a restored state belongs to this teacher."""
         self._own.check_fits(canonical_parameters(teacher))
+
+    def rehearse(self, context: RoundContext) -> None:
+        """Differentiate the loss once by every layer, and drop the gradients.
+
+        Raises:
+            CldaError: If none of the layers has a gradient.
+        """
+        everything = canonical_parameters(context.teacher)
+        wanted = [everything[name] for layer in context.layers for name in layer.parameters]
+        target = context.student_outputs()
+        with evaluating(context.teacher), requiring_grad(wanted, of=everything.values()):
+            prediction = context.forward(context.teacher, context.required_inputs())
+            loss = distillation_loss(self.distillation, prediction, target, context.mask)
+            found = _averaged_gradients(loss, wanted)
+        if all(gradient is None for gradient in found):
+            raise problem(
+                "the update's loss does not depend on the teacher",
+                expected="logits with a graph to its parameters",
+                received="no gradient for any of them",
+                fix="take detach() and no_grad() out of the teacher's forward pass and of extract=",
+            )
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the optimizer's state by parameter name; under FSDP2 this rank's part of it, as plain tensors."""

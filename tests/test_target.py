@@ -1,0 +1,289 @@
+"""Steps without target data: a zero loss, no observation and no round, which is made at the next step with some."""
+
+import warnings
+from typing import Any, Callable, Dict, List
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clda_core import CollaborativeLearner, Never, Outputs, Schedule
+from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
+from clda_core.saliency import Magnitude
+from clda_core.selection import AllLayers
+from clda_core.update import Average, MaskedDistillation
+from tests.helpers import (
+    Segmenter,
+    batch,
+    bits,
+    host_loss,
+    images,
+    loaded,
+    make_learner,
+    networks,
+    no_traces,
+    saved,
+    seeded,
+    sgd,
+    train_step,
+    values,
+)
+from tests.strategies import cases
+
+MESSAGE = "has no target data.*made at the next step with target data"
+
+
+@pytest.fixture
+def silent() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no target data")
+        yield
+
+
+def host_step(learner: CollaborativeLearner, optimizer: Any, step: int, target: bool = True) -> None:
+    """One iteration of a host that has target data at some steps only."""
+    if target:
+        train_step(learner, optimizer, step)
+        return
+    optimizer.zero_grad()
+    host_loss(learner.student, step).backward()
+    learner.step(optimizer)
+
+
+def due_every_two(**options: Any) -> Any:
+    teacher, student = networks()
+    schedule = Schedule(warmup=2, interval=2, observe_every=1)
+    return make_learner(teacher, student, **{"schedule": schedule, **options}), sgd(student)
+
+
+EMPTY: Dict[str, Callable[[Any, Tensor], Any]] = {
+    "an empty batch": lambda learner, x: learner.distill(learner.student(x)[:0], x[:0]),
+    "a mask of False": lambda learner, x: learner.distill(
+        learner.student(x), x, mask=torch.zeros(len(x), dtype=torch.bool)
+    ),
+    "weights of 0": lambda learner, x: learner.distill(learner.student(x), x, mask=torch.zeros(len(x))),
+    "ignored labels": lambda learner, x: learner.distill(learner.student(x), x, mask=torch.full((len(x),), 255)),
+    "negative labels": lambda learner, x: learner.distill(learner.student(x), x, mask=torch.full((len(x),), -100)),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("scheduled", ["never", "not due", "due"])
+def test_nothing_to_distil_is_a_zero_loss_with_a_zero_gradient(case: str, scheduled: str, silent: Any) -> None:
+    schedules = {"never": Never(), "not due": Schedule(), "due": Schedule(warmup=0, interval=1)}
+    teacher, student = networks()
+    learner = make_learner(teacher, student, schedule=schedules[scheduled], ignore_index=255)
+    before = values(teacher)
+    loss = EMPTY[case](learner, batch())
+    loss.backward()
+    assert loss.item() == 0
+    assert learner.metrics()["clda/kd_loss"] == 0
+    assert all(not parameter.grad.any() for parameter in student.parameters() if parameter.grad is not None)
+    assert student.head.weight.grad is not None, "the loss has a graph"
+    learner.step(sgd(student))
+    assert (learner.report().steps, learner.report().rounds, values(teacher)) == (1, (), before)
+
+
+def test_nothing_to_distil_does_not_run_the_teacher_and_passes_no_nan_on() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, schedule=Never())
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the teacher was run")
+
+    handle = teacher.register_forward_pre_hook(never)
+    output = student(batch())
+    broken = output * torch.full_like(output, float("nan"))
+    loss = learner.distill(Outputs(broken, (broken,)), batch(), mask=torch.zeros(8, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(loss, broken)
+    assert loss.item() == 0
+    assert not gradient.any()
+    handle.remove()
+
+
+LOSSES = {name: (role, make) for name, role, make in cases("distillation", "feature function")}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_nothing_is_zero_without_looking_at_the_mask(name: str) -> None:
+    """As on a device, where a mask that leaves nothing is not looked at outside of rounds."""
+    role, make = LOSSES[name]
+    drawn = [torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    student, teacher = Outputs(drawn[0].requires_grad_(), (drawn[0],)), Outputs(drawn[1], (drawn[1],))
+    loss, mask = make(), torch.zeros(4, 4, 4, dtype=torch.bool)
+    reads = "features" if role == "feature function" else getattr(loss, "reads", "logits")
+    pair = [of if reads == "outputs" else getattr(of, reads) for of in (student, teacher)]
+    value = loss(*pair, mask)
+    assert value.item() == 0
+    (gradient,) = torch.autograd.grad(value, student.logits, allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+def test_a_round_without_target_data_is_made_at_the_next_step_with_some_and_observed_there() -> None:
+    learner, optimizer = due_every_two()
+    observing: List[bool] = []
+
+    def run() -> None:
+        for step in range(8):
+            observing.append(learner.observing)
+            host_step(learner, optimizer, step, target=step % 2 == 0)  # rounds are due at the others
+
+    with pytest.warns(UserWarning, match=MESSAGE) as caught:
+        run()
+    assert [record.step for record in learner.report().rounds] == [5, 7]
+    assert observing == [False, False, False, True, True, True, True, True]
+    assert learner.report().steps == 8
+    assert len(caught) == 1, "it is said once"
+
+
+def test_the_round_that_is_owed_is_the_one_of_a_loop_that_had_its_data_then(silent: Any) -> None:
+    """The teacher is the same whether the due step came with data, or one step of source data before them."""
+    late, its_optimizer = due_every_two()
+    usual, optimizer = due_every_two(schedule=Schedule(warmup=3, interval=2, observe_every=1))
+    for learner, its in ((late, its_optimizer), (usual, optimizer)):
+        torch.manual_seed(0)
+        for step in range(5):
+            host_step(learner, its, step, target=step != 3)
+    assert [record.step for record in late.report().rounds] == [record.step for record in usual.report().rounds] == [5]
+    assert values(late.teacher) == values(usual.teacher)
+
+
+def test_no_rounds_are_lost_or_doubled_by_a_loop_that_alternates(silent: Any) -> None:
+    learner, optimizer = due_every_two(schedule=Schedule(warmup=4, interval=4), update=MaskedDistillation())
+    for step in range(24):
+        host_step(learner, optimizer, step, target=step % 2 == 0)
+    assert [record.step for record in learner.report().rounds] == [9, 13, 17, 21]
+    assert all(record.updated for record in learner.report().rounds), "also those between two observations"
+
+
+def test_a_round_that_is_owed_survives_a_checkpoint(silent: Any) -> None:
+    whole, optimizer = due_every_two()
+    for step in range(4):
+        host_step(whole, optimizer, step, target=step != 3)
+    states = loaded(saved([part.state_dict() for part in (whole.teacher, whole.student, optimizer, whole)]))
+    assert states[3]["owed"] == 4
+    resumed, its_optimizer = due_every_two()
+    for part, state in zip((resumed.teacher, resumed.student, its_optimizer, resumed), states):
+        part.load_state_dict(state)
+    assert resumed.observing
+    for learner, its in ((whole, optimizer), (resumed, its_optimizer)):
+        torch.manual_seed(0)
+        host_step(learner, its, 4)
+    assert [record.step for record in resumed.report().rounds] == [5]
+    assert bits(resumed.state_dict()) == bits(whole.state_dict())
+    assert values(resumed.teacher) == values(whole.teacher)
+
+
+def test_a_skipped_step_owes_nothing(silent: Any) -> None:
+    learner, optimizer = due_every_two()
+    for step in range(3):
+        host_step(learner, optimizer, step)
+    learner.observe()
+    learner.after_step(stepped=False)
+    assert learner.state_dict()["owed"] is None
+    host_step(learner, optimizer, 3)
+    assert [record.step for record in learner.report().rounds] == [4]
+
+
+def test_micro_batches_without_data_do_not_erase_those_with_some() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    nothing = torch.zeros(8, dtype=torch.bool)
+    for mask in (nothing, None, nothing):
+        learner.distill(student(batch()), batch(), mask=mask).backward()
+    learner.step(sgd(student))
+    assert len(learner.report().rounds) == 1
+
+
+def test_source_gradients_of_a_co_trained_teacher_are_not_taken_for_target_ones(silent: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=Average(decay=0.9))
+    F.cross_entropy(teacher(batch()), torch.zeros(8, dtype=torch.int64)).backward()
+    learner.step(sgd(student))
+    assert not learner.report().rounds
+    assert learner.state_dict()["observer"]["observations"]["counts"] == {}
+
+
+def test_a_loss_that_is_observed_is_data_of_its_own_but_no_batch_for_the_update(silent: Any) -> None:
+    def observed(learner: CollaborativeLearner) -> List[int]:
+        learner.observe(lambda teacher: teacher(batch()).pow(2).mean())
+        learner.after_step()
+        return [record.step for record in learner.report().rounds]
+
+    assert observed(make_learner(*networks(), update=Average(decay=0.9))) == [1]
+    learner = make_learner(*networks(), update=MaskedDistillation())
+    learner.distill(learner.student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    assert observed(learner) == [1], "the batch comes with distill()"
+    learner.distill(learner.student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    assert [record.step for record in learner.report().rounds] == [1, 3]
+
+
+def test_source_data_are_observed_at_a_step_without_target_data(silent: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    learner.observe(lambda net: net(batch()).pow(2).mean(), domain="source")
+    learner.step(step_fn=lambda: None)
+    assert set(learner.state_dict()["observer"]["observations"]["counts"]) == {"source"}
+
+
+def test_data_that_come_after_observe_owe_the_round(silent: Any) -> None:
+    """As an optimizer that calls a closure, with nothing distilled before it."""
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    learner.step(step_fn=lambda: learner.distill(student(batch()), batch()))
+    assert not learner.report().rounds
+    assert learner.state_dict()["owed"] == 1
+
+
+def test_nothing_is_said_where_no_round_waits() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, schedule=Never())
+    for _ in range(2):
+        learner.step(sgd(student))
+    learner = make_learner(teacher, student, schedule=Schedule(warmup=5))
+    learner.distill(student(batch()), batch(), mask=torch.zeros(8))
+    learner.step(sgd(student))
+    assert learner.report().steps == 1
+
+
+def test_an_empty_batch_leaves_no_traces(silent: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, selection=AllLayers(), saliency=Magnitude())
+    output = student(batch())[:0]
+    with no_traces(teacher, student, values_too=True):
+        learner.distill(output, batch(count=0))
+        learner.step(step_fn=lambda: None)
+
+
+def test_projectors_wait_for_data_too(silent: Any) -> None:
+    teacher, student = seeded(lambda: Segmenter(8), 0), seeded(Segmenter, 1)
+    loss = WeightedSum([(1.0, KLDistillation()), (1.0, FeatureDistillation())])
+
+    def extract(output: Tensor) -> Outputs:
+        return Outputs(output, (output,))
+
+    learner = make_learner(teacher, student, distillation=loss, extract=extract)
+    learner.distill(student(images()), images(), mask=torch.zeros(2)).backward()
+    learner.step(sgd(student))
+    assert not list(loss.parameters())
+    learner.distill(student(images()), images()).backward()
+    learner.step(sgd(student))
+    assert len(learner.report().rounds) == 1
+
+
+def test_models_without_data_keep_the_learner_usable_after_an_error(silent: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+
+    class Broken(nn.Module):
+        def step(self) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        learner.step(Broken())
+    assert learner.state_dict()["owed"] is None
+    train_step(learner, sgd(student), 0)
+    assert len(learner.report().rounds) == 1
