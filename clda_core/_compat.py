@@ -35,10 +35,13 @@ def halve_towards_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None
 
     ``lerp`` would make NaN of it: of a mask, or of the start of a range observer.
     """
+    pairs = list(zip(targets, sources))
     with torch.no_grad():
-        if targets:
-            torch._foreach_mul_(list(targets), 0.5)
-            torch._foreach_add_(list(targets), list(sources), alpha=0.5)
+        # Old versions of torch take tensors of one dtype at a time.
+        for kind in dict.fromkeys((target.dtype, target.device) for target in targets):
+            chosen = [pair for pair in pairs if (pair[0].dtype, pair[0].device) == kind]
+            torch._foreach_mul_([target for target, _ in chosen], 0.5)
+            torch._foreach_add_([target for target, _ in chosen], [source for _, source in chosen], alpha=0.5)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
