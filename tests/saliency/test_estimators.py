@@ -57,6 +57,18 @@ def test_hessian_samples_out_of_range(samples) -> None:
         Hessian(samples=samples)
 
 
+def test_complex_parameters_are_scored_by_magnitude() -> None:
+    theta, gradient = torch.tensor([3 + 4j, 1j]), torch.tensor([1j, 2 + 0j])
+    assert Taylor().score(theta, gradient).tolist() == [5.0, 2.0]
+    assert Fisher().score(theta, gradient).tolist() == [12.5, 2.0]
+    assert Magnitude().score(theta, None).tolist() == [5.0, 1.0]
+
+
+def test_the_default_number_of_random_vectors_is_one() -> None:
+    assert (Hessian().samples, Hessian().order) == (1, 2)
+    assert (Magnitude().order, Taylor().order, Fisher().order) == (0, 1, 1)
+
+
 def test_repr_is_the_constructor_call() -> None:
     assert [repr(estimator) for estimator in ESTIMATORS] == [
         "Magnitude()",
