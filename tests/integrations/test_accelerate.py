@@ -70,3 +70,20 @@ def test_a_sam_optimizer_that_accelerate_wraps_is_refused_and_counted_in_two_hal
         learner.distill(learner.student(batch(step)), batch(step)).backward()
         learner.step(step_fn=lambda: sam.second_step(zero_grad=True))
     assert [record.step for record in learner.report().rounds] == [2, 4]
+
+
+def test_batches_of_source_or_target_only_are_counted_and_make_rounds() -> None:
+    accelerator, optimizer, learner = training()
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = host_loss(learner.student, step)
+        if step % 2 == 0:  # where no round is due
+            loss = learner.distill(learner.student(batch(step)), batch(step))
+        accelerator.backward(loss)
+        if step == 1:
+            with pytest.warns(UserWarning, match="step 2 has no target data"):
+                learner.step(optimizer)
+        else:
+            learner.step(optimizer)
+    assert learner.report().steps == 8
+    assert [record.step for record in learner.report().rounds] == [3, 5, 7]

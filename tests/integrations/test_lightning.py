@@ -323,3 +323,20 @@ def test_a_checkpoint_without_our_state_is_said(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.warns(UserWarning, match="the training resumes, and its checkpoint holds no state of Collaboration"):
         fit(learner_for(), tmp_path, tmp_path / "last.ckpt", max_epochs=2)
+
+
+class ByTurns(Module):
+    """A mixed sampler: a batch is of source data or of target data."""
+
+    def training_step(self, data: List[Tensor], index: int) -> Tensor:
+        source, target, classes = data
+        if index % 2:
+            return self.learner.distill(self.student(target), target)
+        return F.cross_entropy(self.student(source), classes)
+
+
+def test_batches_of_source_or_target_only_are_counted_and_make_rounds(tmp_path: Path) -> None:
+    learner = learner_for()  # whose rounds are due after steps 3 and 5, which have no target data
+    trainer = fit_with(learner, tmp_path, ByTurns(learner))
+    assert learner.report().steps == trainer.global_step == 6
+    assert [record.step for record in learner.report().rounds] == [4, 6]

@@ -225,3 +225,24 @@ def test_a_checkpoint_without_our_state_is_said(tmp_path: Path, monkeypatch: pyt
     run(tmp_path / "alone", hooked=False)
     with pytest.warns(UserWarning, match="the training resumes, and its checkpoint holds no state of Collaboration"):
         run(tmp_path / "second", resume=str(tmp_path / "alone" / "iter_4.pth"))
+
+
+class ByTurns(Host):
+    """A mixed sampler: a batch is of source data or of target data."""
+
+    def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
+        if mode != "loss":
+            return super().forward(inputs, data_samples, mode)
+        source, target = inputs
+        self.calls += 1
+        if self.calls % 2 == 0:
+            return {"loss_kd": self.learner.distill(self(target), target)}
+        return {"loss_source": F.cross_entropy(self(source), data_samples)}
+
+
+def test_batches_of_source_or_target_only_are_counted_and_make_rounds(tmp_path: Path) -> None:
+    student = seeded(lambda: ByTurns(6), 6)  # of rounds that are due after steps 3, 5 and 7, without target data
+    runner, hook = built(tmp_path, student, OptimWrapper(optimizer=torch.optim.SGD(student.parameters(), lr=0.05)))
+    runner.train()
+    assert hook.learner.report().steps == 8
+    assert [record.step for record in hook.learner.report().rounds] == [4, 6, 8]

@@ -258,3 +258,20 @@ def test_what_cannot_be_restored_changes_neither(damage: str, tmp_path: Path) ->
     with pytest.raises(CldaError, match="clda.pt cannot be read" if damage == "cut" else "teacher is of another arch"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert (bits(learner.state_dict()), values(learner.teacher)) == before
+
+
+class ByTurns(Host):
+    """A mixed sampler: a batch is of source data or of target data."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        if self.state.global_step % 2:
+            target = {"pixel_values": inputs["target"]}
+            return self.learner.distill(model(**target), target)
+        return model(pixel_values=inputs["source"], labels=inputs["labels"])["loss"]
+
+
+def test_batches_of_source_or_target_only_are_counted_and_make_rounds(tmp_path: Path) -> None:
+    learner = learner_for()  # whose rounds are due after steps 3 and 5, which have no target data
+    trainer_for(learner, tmp_path, host=ByTurns).train()
+    assert learner.report().steps == 6
+    assert [record.step for record in learner.report().rounds] == [4, 6]
