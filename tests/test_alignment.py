@@ -96,6 +96,14 @@ def test_correlation_equals_numpys(n: int, p: int, q: int, seed: int) -> None:
     assert np.allclose(found, reference.correlation(x.numpy(), y.numpy()), atol=1e-9)
 
 
+def test_channels_that_do_not_vary_are_told_from_those_that_do() -> None:
+    x, y = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    x[:, 1], y[:, 0] = 0.1, 0.0
+    first, second = Moments.of(x, y).varying()
+    assert first.tolist() == [True, False, True]
+    assert second.tolist() == [False, True]
+
+
 def test_moments_add_up_over_parts() -> None:
     x, y = torch.randn(8, 3), torch.randn(8, 2)
     halves = zip(Moments.of(x[:3], y[:3]), Moments.of(x[3:], y[3:]))
