@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import clda_core.distillation as public
@@ -97,10 +97,23 @@ def batches(draw):
     return name, student, teacher, mask, options
 
 
+def almost_constant(logits, mask, temperature):
+    """Return whether some probabilities deviate about as little as what DIST takes for rounding."""
+    q = (logits.double() / temperature).softmax(1).reshape(*logits.shape[:2], -1)
+    weights = torch.ones(q.shape[0], q.shape[2]) if mask is None else mask.double().reshape(len(q), -1)
+    share = (weights / weights.sum()).unsqueeze(1)
+    mean = (share * q).sum((0, 2), keepdim=True)
+    within = (share * (q - mean).pow(2)).sum((0, 2)).sqrt() / mean.flatten().clamp(min=1e-300)
+    across = (q - 1 / q.shape[1]).pow(2).mean(1).sqrt() * q.shape[1]
+    deviations = torch.cat([within.flatten(), across.flatten()])
+    return bool(((deviations > 1e-8) & (deviations < 1e-4)).any())
+
+
 @bounded
 @given(batches())
 def test_value_and_gradient_are_those_of_float64(batch):
     name, student, teacher, mask, options = batch
+    assume(name != "dist" or not any(almost_constant(x, mask, options["temperature"]) for x in (student, teacher)))
     got = value_and_gradient(LOSSES[name][0], student, teacher, mask, **options)
     close(
         got, of_float64(name, student, teacher, mask, **options), name, student.dtype, options.get("temperature", 1.0)
@@ -164,7 +177,7 @@ def test_finite_inputs_give_finite_values_and_gradients(name, case, temperature)
         assert torch.isfinite(value)
         assert torch.isfinite(slope).all()
         assert value >= 0
-        if mask is not None and not mask.any():
+        if mask is not None and not (mask != 0).any():
             assert value == 0
             assert (slope == 0).all()
 
