@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ __all__ = ["teach"]
 _LEARNING_RATE = 1e-3
 
 
-def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **strategies: Any) -> Report:
+def teach(
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Iterable[Any],
+    *,
+    student_inputs: Optional[Callable[[Any], Any]] = None,
+    **strategies: Any,
+) -> Report:
     """Let a trained student update the teacher's non-salient layers, one round a batch; nothing else is trained.
 
     This is the student's half of training *in turns*: distil from the teacher until the student is trained, ``teach``,
@@ -32,8 +39,9 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
     Args:
         teacher: The big model, updated in place.
         student: The small model, trained; never changed.
-        batches: Of target images without labels, each as the teacher is called: a tensor, a tuple of arguments or a
-            mapping of keyword arguments. A few dozen batches suffice; see docs/turns.md.
+        batches: Of target images without labels, each as the teacher is called: a tuple of arguments, a mapping of
+            keyword arguments, or one argument. A few dozen batches suffice; see docs/turns.md.
+        student_inputs: Makes of a batch what the student is called with, where that is something else.
         strategies: Of :class:`~clda_core.CollaborativeLearner`, for example ``update=`` or ``selection=``. Unless you
             pass others, its schedule makes a round every batch, observed every fifth time, and its update takes steps
             ten times as long as the learner's own, since there are few and the student does not change.
@@ -65,7 +73,8 @@ def teach(teacher: nn.Module, student: nn.Module, batches: Iterable[Any], **stra
     for inputs in batches:
         empty = False
         with keeping_rng("distill", student), evaluating(student), torch.no_grad():
-            learner.distill(call_model(student, inputs), inputs)
+            its = inputs if student_inputs is None else student_inputs(inputs)
+            learner.distill(call_model(student, its), inputs, student_inputs=None if student_inputs is None else its)
         learner.step(step_fn=lambda: None)
     if empty:
         raise problem(

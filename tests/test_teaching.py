@@ -169,3 +169,10 @@ def test_a_student_that_draws_in_eval_mode_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     teach(network(32, 0), Noisy(network(8, 1)), images(3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_student_that_takes_other_inputs_is_taught_with_its_own() -> None:
+    teacher, student = nn.Linear(5, 3), nn.Linear(3, 3)
+    batches = [torch.randn(8, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    report = teach(teacher, student, batches, student_inputs=lambda batch: batch[:, :3])
+    assert len(report.rounds) == 2

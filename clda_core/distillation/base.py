@@ -236,7 +236,8 @@ def align_logits(
             "the class counts differ",
             expected="as many classes of the student as of the teacher",
             received=f"{classes} and {teacher_classes}",
-            fix="pass class_map=, for each class of the student the index of the teacher's class",
+            fix="give the KD loss a class_map, distillation=DISTDistillation(class_map=[...]): for each class of the "
+            "student the index of the teacher's class; classes that the teacher lacks cannot be distilled",
         )
     return align(student, teacher, mask)
 

@@ -2,13 +2,14 @@
 
 import pathlib
 import time
+import warnings
 from typing import Any, Dict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule
+from clda_core import CollaborativeLearner, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation
 from clda_core.relation import BySimilarity
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement
@@ -48,17 +49,27 @@ def incomplete(rank: int, ranks: int) -> Dict[str, Any]:
     return {name: train(rank, ranks, scenario) for name, scenario in INCOMPLETE.items()}
 
 
-def all_empty(rank: int, ranks: int) -> str:
-    """Return the error of a step at which no rank has data."""
+def all_empty(rank: int, ranks: int) -> Dict[str, Any]:
+    """Return what came of steps of which the first has data on no rank, and the second on the last one only."""
     teacher, student = networks(Scenario())
-    learner = CollaborativeLearner(teacher, student, schedule=Schedule(warmup=0, interval=1))
-    empty = drawn(0, BATCH, INPUTS)[:0]
-    learner.distill(student(empty), empty).backward()
-    try:
-        learner.step(torch.optim.SGD(student.parameters(), lr=0.1))
-    except CldaError as error:
-        return str(error)
-    return "no error"
+    learner = CollaborativeLearner(teacher, student, schedule=Schedule(warmup=0, interval=5, observations=5))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    said = []
+    for step in range(6):
+        target = drawn(step, BATCH, INPUTS)
+        target = target[:0] if step == 4 or (step == 5 and rank < ranks - 1) else target
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = learner.distill(student(target), target)
+            loss.backward()
+            learner.step(optimizer)
+        said += [str(warning.message) for warning in caught if "target data" in str(warning.message)]
+    return {
+        "last loss": loss.item(),
+        "rounds": learner.report().to_dict()["rounds"],
+        "teacher": values(teacher),
+        "said": said,
+    }
 
 
 class Raising(MaskedDistillation):

@@ -12,7 +12,7 @@ from clda_core import CollaborativeLearner, Schedule
 from clda_core.distillation import KLDistillation
 from tests.helpers import bits, seeded
 
-INPUTS, CLASSES, WIDTH, BATCH = 5, 3, 6, 8
+INPUTS, CLASSES, WIDTH, BATCH = 5, 3, 6, 256
 
 
 class Block(nn.Module):

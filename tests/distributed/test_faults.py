@@ -34,10 +34,14 @@ def test_a_rank_without_data_adds_nothing(incomplete: List[Dict[str, Any]], name
         numpy.testing.assert_allclose(here["teacher"][parameter], value, rtol=0, atol=1e-9, err_msg=parameter)
 
 
-def test_every_rank_says_that_none_has_data(tmp_path: pathlib.Path) -> None:
-    errors = processes.run(faults.all_empty, ranks=2, folder=tmp_path)
-    assert errors[0] == errors[1]
-    assert errors[0].startswith("no rank has data at this step: expected a batch")
+def test_where_no_rank_has_data_the_round_waits_for_one_that_has(tmp_path: pathlib.Path) -> None:
+    first, last = processes.run(faults.all_empty, ranks=2, folder=tmp_path)
+    assert [record["step"] for record in last["rounds"]] == [6]
+    assert first["rounds"] == last["rounds"]
+    assert first["teacher"] == last["teacher"]
+    assert len(first["said"]) == len(last["said"]) == 1
+    assert "optimizer step 5 has no target data" in first["said"][0]
+    assert (first["last loss"], last["last loss"] > 0) == (0.0, True)
 
 
 @pytest.mark.parametrize(("where", "ranks"), [("probe", 2), ("update", 2), ("update", 4)])

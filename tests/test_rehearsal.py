@@ -1,0 +1,189 @@
+"""The first step with target data rehearses a round: what fails in a round fails there, and nothing is written."""
+
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clda_core import CldaError, CollaborativeLearner, Never, Schedule
+from clda_core.relation import BySimilarity
+from clda_core.saliency import Hessian, Magnitude
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
+from tests.helpers import (
+    Net,
+    batch,
+    bits,
+    make_learner,
+    networks,
+    no_traces,
+    nothing_changed,
+    seeded,
+    sgd,
+    train,
+    values,
+)
+from tests.strategies import cases
+
+LATER = Schedule(warmup=20, interval=5)
+UPDATES: Dict[str, Any] = {name: make for name, _, make in cases("update")}
+
+
+def first_step(learner: CollaborativeLearner, inputs: Any, **options: Any) -> None:
+    learner.distill(learner.student(batch()), inputs, **options).backward()
+    learner.step(sgd(learner.student))
+
+
+def fails(learner: CollaborativeLearner, inputs: Any, match: str, **options: Any) -> None:
+    """Expect the first step to fail before the optimizer is stepped, and everything to be as it was."""
+    loss = learner.distill(learner.student(batch()), inputs, **options)
+    loss.backward()
+    with nothing_changed(learner), pytest.raises(CldaError, match=match) as caught:
+        learner.step(step_fn=lambda: pytest.fail("the optimizer was stepped"))
+    assert "Fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("saliency", [None, Hessian(), Magnitude()])
+def test_a_rehearsal_writes_nothing(update: str, saliency: Any) -> None:
+    teacher, student = networks()
+    learner = make_learner(
+        teacher, student, schedule=LATER, update=UPDATES[update](), saliency=saliency, relation=BySimilarity(minimum=0)
+    )
+    learner.distill(student(batch()), batch()).backward()
+    before = bits(learner.state_dict())
+    with no_traces(teacher, student, values_too=True):
+        learner.step(step_fn=lambda: None)
+    assert bits({**learner.state_dict(), "steps": 0}) == before
+
+
+def test_it_is_made_once_and_not_where_there_are_no_rounds() -> None:
+    for schedule, expected in ((LATER, 1), (Never(), 0)):
+        teacher, student = networks()
+        calls: List[int] = []
+        learner = make_learner(teacher, student, schedule=schedule, probe=lambda z, m, c=calls: c.append(1) or z.sum())
+        for _ in range(3):
+            first_step(learner, batch())
+        assert len(calls) == expected
+        train(make_learner(*networks(), schedule=schedule, enabled=False), sgd(student), 1)
+
+
+def test_it_waits_for_target_data() -> None:
+    learner = make_learner(*networks(), schedule=LATER)
+    learner.step(step_fn=lambda: None)
+    fails(learner, None, "nothing to observe on target data", teacher_output=learner.teacher(batch()))
+
+
+def test_inputs_are_missing() -> None:
+    output = networks()[0](batch())
+    fails(make_learner(*networks(), schedule=LATER), None, "nothing to observe.*inputs", teacher_output=output)
+    learner = make_learner(*networks(), schedule=LATER, saliency=Magnitude(), update=MaskedDistillation())
+    fails(learner, None, "needs this step's target batch", teacher_output=output)
+    learner = make_learner(*networks(), schedule=LATER, saliency=Magnitude(), update=Average())
+    first_step(learner, None, teacher_output=output)  # needs none
+
+
+class Narrow(nn.Module):
+    """A student that takes the first three of the teacher's five inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: List[Tensor] = []
+        self.first = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, narrow: Tensor) -> Tensor:
+        self.seen.append(narrow)
+        return self.head(self.first(narrow).relu())
+
+
+@pytest.mark.parametrize("update", [MaskedDistillation, lambda: Guard(MaskedDistillation()), AlignedAverage])
+def test_a_student_gets_its_own_inputs(update: Any) -> None:
+    teacher, student = networks()[0], seeded(Narrow, 1)
+    wide = batch(count=64)
+    narrow = wide[:, :3]
+    learner = make_learner(teacher, student, schedule=LATER, update=update())
+    learner.distill(student(narrow), wide).backward()
+    with pytest.raises(CldaError, match="cannot run the student on the teacher's inputs.*student_inputs="):
+        learner.step(step_fn=lambda: None)
+    learner = make_learner(teacher, student, update=update(), relation=BySimilarity(minimum=0))
+    student.seen.clear()
+    learner.distill(student(narrow), wide, student_inputs={"narrow": narrow}).backward()
+    learner.step(step_fn=lambda: None)
+    assert len(learner.report().rounds) == 1
+    assert len(student.seen) > 1
+    assert all(torch.equal(seen, narrow) for seen in student.seen)
+
+
+class Moody(Net):
+    """Returns something else in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        return output if self.training else torch.cat([output, output], 1)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_logits_of_another_shape_in_eval_mode(warmup: int) -> None:
+    teacher, student = networks()[0], seeded(Moody, 1)
+    before = values(teacher)
+    learner = make_learner(teacher, student, schedule=Schedule(warmup=warmup, interval=1))
+    learner.distill(student(batch()), batch()).backward()
+    with pytest.raises(CldaError, match=r"another shape than those distilled: expected \(N, 3\).*\(8, 6\)"):
+        learner.step(step_fn=lambda: None)
+    assert values(teacher) == before
+
+
+def test_a_head_outside_of_the_student() -> None:
+    teacher, student = networks()
+    head = nn.Linear(3, 3)
+    learner = make_learner(teacher, student, schedule=LATER)
+    learner.distill(head(student(batch())), batch()).backward()
+    with pytest.raises(CldaError, match="not the student's alone"):
+        learner.step(step_fn=lambda: None)
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+@pytest.mark.parametrize("saliency", [None, Magnitude()])
+def test_reentrant_checkpointing_is_named(saliency: Any) -> None:
+    class Reentrant(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.stem(x))
+            options = {"use_reentrant": True} if hasattr(torch, "compile") else {}
+            return self.head(checkpoint(self.blocks, hidden, **options) if hidden.requires_grad else hidden)
+
+    learner = make_learner(seeded(lambda: Reentrant(3), 0), networks()[1], schedule=LATER, saliency=saliency)
+    fails(learner, batch(), "reentrant activation checkpointing.*use_reentrant=False")
+
+
+def test_tensors_of_inference_mode_are_named() -> None:
+    mode = getattr(torch, "inference_mode", None)
+    if mode is None:  # before torch 1.9
+        return
+    with mode():
+        inputs = batch()
+    fails(make_learner(*networks(), schedule=LATER), inputs, "inference mode.*clone")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_are_refused_and_initialised_ones_taken() -> None:
+    if not hasattr(nn, "LazyLinear"):  # before torch 1.8
+        return
+    lazy = seeded(lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), 0)
+    with pytest.raises(CldaError, match="the teacher has lazy modules.*0.weight.*one batch"):
+        CollaborativeLearner(lazy, nn.Linear(5, 3))
+    lazy(batch())
+    assert CollaborativeLearner(lazy, nn.Linear(5, 3))
+
+
+def test_an_update_of_a_users_own_rehearses_if_it_can() -> None:
+    calls: List[str] = []
+
+    class Own(Average):
+        def rehearse(self, context: Any) -> None:
+            calls.append("rehearse")
+            raise ZeroDivisionError("theirs")
+
+    fails(make_learner(*networks(), schedule=LATER, update=Own()), batch(), "a round would fail.*ZeroDivisionError")
+    assert calls == ["rehearse"]
