@@ -66,9 +66,11 @@ class Buffers:
         if known is None or (known.sizes, known.names) != (self._sizes, self._names):
             known, self._copies_all = _Known(self._sizes, self._names, self._stamps), True
         else:
-            changed = {place for place, pair in enumerate(zip(known.stamps, self._stamps)) if pair[0] != pair[1]}
-            self._copies_all = not changed <= known.theirs
-            known.theirs |= changed
+            self._copies_all = False
+            if known.stamps != self._stamps:
+                changed = {place for place, pair in enumerate(zip(known.stamps, self._stamps)) if pair[0] != pair[1]}
+                self._copies_all = not changed <= known.theirs
+                known.theirs |= changed
         self._known = known
         copied = range(len(self._names)) if self._copies_all else known.ours
         with torch.no_grad():
@@ -89,9 +91,10 @@ class Buffers:
         known = self._known
         sizes, names, tensors = self._places()
         same = (sizes, names) == (self._sizes, self._names) and _stamps(tensors) == self._stamps
+        known.stamps = self._stamps
         if self._copies_all or known.ours or not same:
             self._put_back(complete)
-        known.stamps = _stamps(self._tensors)
+            known.stamps = _stamps(self._tensors)
         if complete:
             _known[self._model] = known
 
@@ -194,7 +197,10 @@ def _unlike(now: Tensor, copy: Tensor) -> Tensor:
 
 
 def _stamps(tensors: Sequence[Optional[Tensor]]) -> List[Tuple[int, int]]:
-    return [(id(tensor), -1 if tensor is None else _version(tensor)) for tensor in tensors]
+    try:
+        return [(id(tensor), -1 if tensor is None else tensor._version) for tensor in tensors]
+    except RuntimeError:
+        return [(id(tensor), -1 if tensor is None else _version(tensor)) for tensor in tensors]
 
 
 def _version(tensor: Tensor) -> int:

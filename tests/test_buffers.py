@@ -126,7 +126,7 @@ def contents(model: nn.Module) -> Any:
 
 
 def inputs(seed: int) -> Tensor:
-    return torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+    return torch.randn(64, 5, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
 
 
 def run_twice(model: nn.Module, step: int, then: Callable[[], None] = lambda: None) -> None:
