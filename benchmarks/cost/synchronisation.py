@@ -50,7 +50,7 @@ def waits(loss: Distillation, device: torch.device, *, round_: bool = False, **o
     device = device if device.type == "cuda" else torch.device("meta")
     schedule = Forced()
     teacher, student = (nn.Conv2d(3, 5, 3, padding=1).to(device) for _ in range(2))
-    learner = CollaborativeLearner(teacher, student, distillation=loss, schedule=schedule, **options)
+    learner = CollaborativeLearner(teacher, student, distillation=loss, schedule=schedule, ignore_index=255, **options)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     images = torch.zeros(2, 3, 8, 8, device=device)
     mask = torch.zeros(2, 8, 8, dtype=torch.int64, device=device)

@@ -65,11 +65,7 @@ class Collaboration:
             for batch, mask in zip(images, masks):
                 with keeping_batch_statistics(student):
                     output = learner.student(batch)
-                if mask is not None and not mask.is_cuda and not bool(mask.any()):
-                    # Nothing counts in these images, which the learner refuses where asking is free.
-                    loss = learner.distill(output, batch) * 0.0
-                else:
-                    loss = learner.distill(output, batch, mask=mask)
+                loss = learner.distill(output, batch, mask=mask)
                 (self.options.weight * loss / len(images)).backward()
                 losses.append(loss.detach())
         self._loss = torch.stack(losses).mean()

@@ -274,6 +274,25 @@ def test_a_batch_without_any_valid_position_adds_no_gradient(tmp_path: Path, mon
         assert torch.equal(mine.grad, theirs.grad)
 
 
+def test_no_round_is_made_on_images_of_which_no_position_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host("mic", tmp_path, monkeypatch)
+    dacs = host.ours(learner=EARLY, images="target")
+    dacs.clda.saved = True
+    optimizer = torch.optim.SGD(dacs.get_model().parameters(), lr=0.01)
+    batch = fakes.batches(1, mic=True)[0]
+    nothing = {**batch, "valid_pseudo_mask": batch["valid_pseudo_mask"] * 0}
+    before = fingerprint(dacs.clda.teacher)
+    with pytest.warns(UserWarning, match="target data"):
+        for _ in range(3):
+            dacs.train_step(nothing, optimizer)
+    assert fingerprint(dacs.clda.teacher) == before
+    assert dacs.clda._learner.report().made == 0
+    dacs.train_step(batch, optimizer)
+    assert dacs.clda._learner.report().made == 1
+
+
 # ---------------------------------------------------------------------------------------------------- save and resume
 
 
