@@ -481,7 +481,7 @@ def test_a_criterion_may_have_a_coarser_student_under_a_mask() -> None:
         assert criterion(finer, finer, coarse, mask=mask).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("criterion", ["consensus", None, lambda t, o: t, lambda t, o, s, other: t, lambda: 0], ids=str)
+@pytest.mark.parametrize("criterion", ["consensus", None, lambda t, o: t, lambda t, o, s, other: t, lambda: 0])
 def test_what_cannot_be_called_with_three_logits_is_refused_at_construction(criterion: Any) -> None:
     with pytest.raises(CldaError, match=r"cannot be called with three logits.*Fix: write for example def criterion"):
         Guard(Average(), criterion=criterion)
