@@ -20,7 +20,7 @@ from clda_core.selection import (
     QuantileThreshold,
     ReferenceThreshold,
 )
-from clda_core.update import Average, Guard, MaskedDistillation, UpdateResult
+from clda_core.update import Average, Guard, MaskedDistillation, UpdateResult, agreement
 from tests.helpers import (
     INPUTS,
     Net,
@@ -516,7 +516,7 @@ class Reading:
         """Never called."""
 
 
-def failing(*_: Any) -> Any:
+def failing(*_: Any, **__: Any) -> Any:
     raise RAISED
 
 
@@ -558,18 +558,33 @@ def test_callables_that_raise_leave_everything_as_it_was(case: str) -> None:
         distil_and_step(make_learner(teacher, student, **RAISING[case]()), output)
 
 
+class Breaking:
+    """A strategy that fails as long as it is told to."""
+
+    def __init__(self, working: Any, broken: Any) -> None:
+        self.working, self.broken, self.fails = working, broken, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.broken if self.fails else self.working, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return (self.broken if self.fails else self.working)(*arguments, **named)
+
+
 @pytest.mark.parametrize("case", ["selection", "update", "criterion"])
 def test_a_failed_round_is_no_obstacle_to_the_next(case: str) -> None:
-    broken = {"selection": Answer(call=("nothing",)), "update": Answer(apply=None)}
+    breaking = {
+        "selection": Breaking(AllLayers(), Answer(call=("nothing",))),
+        "update": Breaking(Average(decay=0.9), Answer(apply=None)),
+        "criterion": Breaking(agreement, failing),
+    }[case]
+    strategies = {"selection": AllLayers(), "update": Average(decay=0.9)}
+    strategies.update({"update": Guard(Average(), criterion=breaking)} if case == "criterion" else {case: breaking})
     teacher, student = networks()
-    learner = make_learner(teacher, student, selection=AllLayers(), update=Average(decay=0.9))
-    usual_one = getattr(learner, case, None)
-    setattr(
-        learner, *(("update", Guard(Average(), criterion=failing)) if case == "criterion" else (case, broken[case]))
-    )
-    with pytest.raises(CldaError, match="selection|update|Guard"):
+    learner = make_learner(teacher, student, **strategies)
+    with pytest.raises(CldaError, match="selection|Breaking|Guard"):
         distil_and_step(learner, student(batch()))
-    setattr(learner, *(("update", Average(decay=0.9)) if case == "criterion" else (case, usual_one)))
+    breaking.fails = False
     distil_and_step(learner, student(batch()))
     assert learner.report().steps == 2
     assert len(learner.report().rounds) == 1
