@@ -1023,7 +1023,7 @@ def test_12_a_rejected_round_leaves_the_teacher_as_it_was() -> None:
 def test_13_distill_masks_resizes_and_computes_in_full_precision() -> None:
     """The losses' own tests are in distillation/; this one goes through the learner."""
     teacher, student = seeded(lambda: Segmenter(stride=2), 0).eval(), seeded(lambda: Segmenter(stride=4), 1)
-    learner = make_learner(teacher, student, distillation=KLDistillation(temperature=2.0))
+    learner = make_learner(teacher, student, distillation=KLDistillation(temperature=2.0), ignore_index=255)
     x = images()
     labelled = torch.zeros(2, 8, 8, dtype=torch.int64)
     labelled[:, :4] = 255
