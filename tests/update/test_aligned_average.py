@@ -297,6 +297,16 @@ def test_without_inputs() -> None:
         AlignedAverage().apply(round_context(alive(0), alive(1)))
 
 
+def test_without_inputs_once_channels_are_matched() -> None:
+    teacher, student, update = alive(0), alive(1), AlignedAverage()
+    update.apply(round_context(teacher, student, inputs=images(0, 40)))
+    before, state = values(teacher), str(update.state_dict())
+    with pytest.raises(CldaError, match="the update needs this step's target batch"):
+        update.apply(round_context(teacher, student))
+    assert not changed(teacher, before)
+    assert str(update.state_dict()) == state
+
+
 @pytest.mark.parametrize(
     "options",
     [{"decay": 1.1}, {"decay": float("nan")}, {"buffers": "copy"}, {"granularity": "block"}]

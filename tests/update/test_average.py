@@ -189,6 +189,18 @@ def test_later_rounds_follow_a_model_that_was_changed(change: Any, whose: str) -
     assert not changed(models["student"], values(twins["student"]))
 
 
+def test_rounds_after_the_first_follow_the_formula_too() -> None:
+    teacher, student = randomise(ResNet((3, 2)), 1), randomise(ResNet((2, 1)), 2)
+    update, context = Average(decay=0.5), round_context(teacher, student, ["layer1.2", "layer2.1"])
+    for _ in range(3):
+        before = values(teacher)
+        assert update.apply(context).updated == ("layer1.2", "layer2.1")
+        for ours, theirs in (("layer1.2", "layer1.1"), ("layer2.1", "layer2.0")):
+            for name in ("conv2.weight", "bn2.bias"):
+                now, source = teacher.state_dict()[f"{ours}.{name}"], student.state_dict()[f"{theirs}.{name}"]
+                assert close(now, average(before[f"{ours}.{name}"], source, 0.5)), (ours, name)
+
+
 def test_one_update_serves_other_models_layers_and_relations_too() -> None:
     update, other = Average(decay=0.5), randomise(ResNet((2, 1)), 3)
     for seed, names in ((1, None), (1, ["fc"]), (2, ["layer1.0", "fc"])):

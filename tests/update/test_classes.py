@@ -13,7 +13,7 @@ from clda_core.distillation import KLDistillation
 from clda_core.errors import CldaError
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average
-from clda_core.update.classes import MAY_BE_CLASSES, Classes
+from clda_core.update.classes import MAY_BE_CLASSES, Classes, is_logits
 from tests.reference_update import average
 from tests.update.rounds import changed, randomise, round_context, same_bits, values
 
@@ -153,6 +153,22 @@ def test_layers_as_wide_as_there_are_classes_are_left_out() -> None:
     assert not same.skipped
 
 
+def test_of_heads_of_other_widths_the_biases_are_averaged_by_class_alone() -> None:
+    teacher, student = randomise(Net(width=8), 1), randomise(Net(width=6), 2)
+    before = values(teacher)
+    result = Average(decay=0.5).apply(context(teacher, student, ORDER))
+    assert changed(teacher, before) == ["head.bias"]
+    assert "head: weight" in result.skipped
+    for index, of_teacher in enumerate(ORDER):
+        expected = (before["head.bias"][of_teacher] + student.head.bias[index]) / 2
+        assert teacher.head.bias[of_teacher].item() == pytest.approx(expected.item())
+    before = values(student)
+    result = init_student(student, teacher, inputs=images(), class_map=ORDER)
+    assert changed(student, before) == ["head.bias"]
+    assert torch.equal(student.head.bias, teacher.head.bias[ORDER])
+    assert "head: weight" in result.skipped
+
+
 def test_a_head_with_its_classes_in_the_second_dimension_is_left_out() -> None:
     class Cosine(nn.Module):
         def __init__(self) -> None:
@@ -254,3 +270,14 @@ def test_what_may_be_classes() -> None:
     assert classes.concern((), ()) is False
     assert Classes((0, 1)).concern((2, 2), (2, 2)) is False, "all classes keep their places"
     assert Classes((0, 1)).concern((3, 2), (2, 2))
+
+
+def test_what_cannot_be_compared_with_the_logits_is_not_the_logits() -> None:
+    logits = images(40)
+    assert is_logits(2 * logits + 1, logits)
+    assert not is_logits(logits, None)
+    assert not is_logits(logits[:, :4], logits)
+    assert not is_logits(logits[:, [1, 0, 2, 3, 4]], logits)
+    assert not is_logits(logits[:31], logits[:31]), "too few rows to tell"
+    assert not is_logits(logits[:36], logits), "another batch"
+    assert not is_logits(logits[:, :, None, None], logits), "a grid of another rank"

@@ -1,6 +1,6 @@
 """Buffers: the running statistics of norms are averaged, and nothing else that a model keeps there."""
 
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -155,3 +155,21 @@ def test_the_names_of_statistics_are_canonical() -> None:
     assert frozen_norms(model) == {"2.running_mean", "2.running_var", "2.weight", "2.bias"}
     assert running_statistics(nn.BatchNorm1d(2)) == {"running_mean", "running_var"}
     assert not running_statistics(nn.BatchNorm1d(2, track_running_stats=False))
+
+
+@pytest.mark.parametrize(
+    "names", [["running_mean"], ["running_var"], ["weight", "bias"], ["running_mean", "weight"]], ids=str
+)
+def test_what_has_not_both_statistics_is_no_norm(names: List[str]) -> None:
+    module = nn.Module()
+    for name in names:
+        module.register_buffer(name, torch.ones(WIDTH))
+    assert not running_statistics(module)
+    assert not frozen_norms(module)
+
+
+def test_a_frozen_norm_may_lack_a_bias() -> None:
+    norm = FrozenNorm()
+    del norm.bias
+    assert frozen_norms(nn.Sequential(norm)) == {"0.running_mean", "0.running_var", "0.weight"}
+    assert not running_statistics(norm)

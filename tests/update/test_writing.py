@@ -1,4 +1,5 @@
-from typing import Any
+from collections import OrderedDict
+from typing import Any, Dict
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from clda_core.layers import group_layers
 from clda_core.update.statistics import running_statistics
-from clda_core.update.writing import Snapshot, blend, pair_tensors, tensors_of, undone_on_error
+from clda_core.update.writing import Snapshot, blend, copied, pair_tensors, tensors_of, undone_on_error
 from tests.models import CNN, ResNet
 from tests.reference_update import average, float64
 from tests.test_layout import LAYOUTS
@@ -79,6 +80,25 @@ def test_blend(weight: float, dtype: torch.dtype) -> None:
         assert all(same_bits(targets[name], before[name]) for name in "ab")
     if weight == 1:
         assert same_bits(targets["a"], sources["a"].to(dtype))
+
+
+def test_a_copied_state_has_nothing_in_common_with_the_original() -> None:
+    """What a guard takes back would otherwise have been changed with the original."""
+    array, ordered, tensors = np.ones(2), OrderedDict(a=[1]), [torch.ones(2), torch.ones(2)]
+    state: Dict[str, Any] = {"tensor": tensors[0], "list": [(tensors[1], array, 0.5)], "ordered": ordered, "no": None}
+    kept = copied(state)
+    for tensor in tensors:
+        tensor.zero_()
+    array[:] = 0
+    ordered["a"].append(2)
+    state["list"].append("more")
+    assert list(kept) == list(state)
+    assert kept["tensor"].tolist() == [1, 1]
+    ((tensor, copy_of_array, number),) = kept["list"]
+    assert type(kept["list"][0]) is tuple
+    assert (tensor.tolist(), copy_of_array.tolist(), number) == ([1, 1], [1, 1], 0.5)
+    assert kept["ordered"] == OrderedDict(a=[1])
+    assert kept["no"] is None
 
 
 def test_blend_writes_parameters_that_require_grad() -> None:
