@@ -219,6 +219,17 @@ def test_single_parameters_move_only_where_they_are_not_salient() -> None:
     assert not any((moved[name] & ~mask).any() for name, mask in masks.items())
 
 
+def test_single_parameters_move_and_statistics_move_whole() -> None:
+    teacher, student = alive(0), alive(1)
+    before = values(teacher)
+    nothing = {name: torch.zeros_like(value).bool() for name, value in teacher.named_parameters()}
+    context = round_context(teacher, student, inputs=images(count=40), non_salient=nothing)
+    result = AlignedAverage(decay=0.5, granularity="parameter", buffers="average").apply(context)
+    assert not any("running" in name for name in result.skipped)
+    statistics = [f"{norm}.{name}" for norm in ("bn1", "bn2") for name in ("running_mean", "running_var")]
+    assert changed(teacher, before) == statistics
+
+
 def pair(teacher: nn.Module, student: nn.Module) -> RoundContext:
     related = ByName()(ModelView(teacher, group_layers(teacher)), ModelView(student, group_layers(student))).pairs
     return round_context(teacher, student, inputs=images(count=40), related=related)
@@ -265,6 +276,23 @@ def test_parameters_without_a_leaf_module_and_modules_not_called_are_skipped() -
     student.spare = nn.Linear(2, 2)
     result = AlignedAverage().apply(round_context(teacher, student, inputs=images(count=40)))
     assert result.skipped["spare: weight"] == "its module is not called in the forward pass"
+
+
+def test_a_module_that_only_the_teacher_calls_is_skipped() -> None:
+    class Chain(nn.Module):
+        def __init__(self, calls: List[str]) -> None:
+            super().__init__()
+            self.calls, self.first, self.second, self.head = calls, nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name in self.calls:
+                x = getattr(self, name)(x).tanh()
+            return x
+
+    teacher, student = randomise(Chain(["first", "second", "head"]), 0), randomise(Chain(["first", "head"]), 1)
+    result = AlignedAverage().apply(round_context(teacher, student, inputs=images(0, 64)[:, 0, 0, :6]))
+    assert result.skipped["second: weight"] == "its module is not called in the forward pass"
+    assert {"first", "head"} <= set(result.updated)
 
 
 def test_activations_that_are_not_finite_are_skipped() -> None:

@@ -169,6 +169,21 @@ def test_of_heads_of_other_widths_the_biases_are_averaged_by_class_alone() -> No
     assert "head: weight" in result.skipped
 
 
+def test_a_scalar_parameter_is_no_head() -> None:
+    class Scaled(Net):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(scale))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
+
+    teacher, student = Scaled(2.0), Scaled(4.0)
+    result = Average(decay=0.5).apply(context(teacher, student, ORDER))
+    assert {"head", "scale"} <= set(result.updated)
+    assert teacher.scale.item() == 3.0
+
+
 def test_a_head_with_its_classes_in_the_second_dimension_is_left_out() -> None:
     class Cosine(nn.Module):
         def __init__(self) -> None:

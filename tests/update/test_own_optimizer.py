@@ -333,6 +333,30 @@ def test_the_state_follows_parameters_that_were_replaced_by_ones_of_the_same_nam
     assert not changed(other, values(teacher))
 
 
+class Factored(torch.optim.Optimizer):
+    """Keeps one second moment a row, as Adafactor does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": RATE})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                row = self.state[parameter].setdefault("row", torch.zeros(len(parameter), 1))
+                row += parameter.grad.pow(2).mean(dim=1, keepdim=True)
+                parameter -= group["lr"] * parameter.grad / row.sqrt()
+
+
+def test_moments_of_another_shape_than_their_parameter_keep_it() -> None:
+    weight = nn.Parameter(torch.ones(5, 12))
+    model, own = nn.ParameterDict({"w": weight}), OwnOptimizer(1.0, Factored)
+    for _ in range(2):
+        own.step(model, {"w": weight}, {"w": torch.full((5, 12), 2.0)}, 1.0)
+    assert own.state_dict()["optimizer"]["state"]["w"]["row"].tolist() == [[8.0]] * 5
+    np.testing.assert_allclose(float64(weight), 1 - RATE * (2 / 2 + 2 / 8**0.5), rtol=1e-6)
+
+
 def test_an_update_can_be_copied_and_goes_on() -> None:
     teacher, update = randomise(Sorted(), 1), MaskedDistillation(learning_rate=RATE)
     after_rounds(teacher, update, 0)
