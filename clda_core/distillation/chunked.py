@@ -15,13 +15,15 @@ from ..errors import problem
 
 __all__ = [
     "Chunk",
+    "buffers",
     "chunks",
-    "exponentials",
     "kept_gradient",
     "narrowed",
     "never",
     "only_first_derivatives",
+    "read_both",
     "shares",
+    "to_exponentials",
     "values_in",
     "working_dtype",
 ]
@@ -74,11 +76,45 @@ def values_in(chunk: Chunk, values: Tensor, weights: Optional[Tensor]) -> Tensor
     return part if weights is None else part.masked_fill((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
 
 
-def exponentials(logits: Tensor, temperature: float, dim: int) -> Tuple[Tensor, Tensor, Tensor]:
-    """Return how far tempered logits are below the largest along ``dim``, the exponentials of that, and their sum."""
-    below_top = (logits - logits.amax(dim, keepdim=True)).div_(temperature)
-    found = below_top.exp()
-    return below_top, found, found.sum(dim, keepdim=True)
+def buffers(count: int, like: Tensor, part: Chunk) -> Tensor:
+    """Return memory ``(count, elements)`` for tensors of a chunk's size, which all chunks use in turn.
+
+    To allocate it anew for each takes longer than the arithmetic. ``part`` is the first chunk, which is the largest.
+    """
+    return torch.empty(count, like[part].numel(), dtype=working_dtype(like), device=like.device)
+
+
+def read_both(chunk: Chunk, student: Tensor, teacher: Tensor, weights: Optional[Tensor], memory: Tensor) -> Tensor:
+    """Copy a chunk of both models' logits into memory.
+
+    Args:
+        chunk: What to read.
+        student: Shape ``(N, C, P)``.
+        teacher: Likewise.
+        weights: Shape ``(N, P)``. Positions of weight 0 are read as zeros, so that no NaN gets out of them.
+        memory: From :func:`buffers`, at least two tensors.
+
+    Returns:
+        All the memory as ``(count, n, c, p)``: the chunk of the student, that of the teacher, and what is free.
+    """
+    part = student[chunk]
+    found = memory[:, : part.numel()].view(-1, *part.shape)
+    found[0].copy_(part)
+    found[1].copy_(teacher[chunk])
+    if weights is not None:
+        found[:2].masked_fill_((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
+    return found
+
+
+def to_exponentials(logits: Tensor, temperature: float, dim: int, out: Optional[Tensor] = None) -> Tensor:
+    """Subtract the largest along ``dim`` and divide by the temperature, in place; write the exponentials to ``out``.
+
+    Without ``out`` they overwrite the logits.
+    """
+    logits.sub_(logits.amax(dim, keepdim=True))
+    if temperature != 1:
+        logits.div_(temperature)
+    return torch.exp(logits, out=logits if out is None else out)
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .._compat import autocast_off
 from ..errors import check_number
 from .base import LogitDistillation, align_logits, computing_dtype, valid_mask
-from .chunked import Chunk, chunks, exponentials, kept_gradient, shares, values_in
+from .chunked import Chunk, buffers, chunks, kept_gradient, read_both, shares, to_exponentials
 
 __all__ = ["DISTDistillation", "dist_distillation"]
 
@@ -35,7 +35,7 @@ def dist_distillation(
     not, ``ρ`` counts as 0 and has no derivative; the gradient is then that of the covariance, divided by the teacher's
     deviation and the student's mean, so that a head that starts at zero is pulled towards the teacher. (The source adds
     1e-8 to the deviations, which makes this gradient up to 1e8 times as large.) Probabilities do not vary if they
-    deviate by less than 1e-6 of their mean, or 3e-7 where the logits are small: that much is rounding in float32.
+    deviate by less than 1e-6 of their mean, which is rounding in float32 (3e-7 for float64 logits).
 
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
@@ -140,49 +140,49 @@ class _DIST(torch.autograd.Function):
         inter: float,
         intra: float,
     ) -> Tensor:
-        dtype, classes = computing_dtype(student, teacher), student.shape[1]
-        share = shares((student.shape[0], student.shape[2]), weights, student)
-        parts, read, between, moments = chunks(student), [], share.new_zeros(()), share.new_zeros(5, classes)
-        within_noise = share.new_zeros(2)
+        dtype, classes, parts = computing_dtype(student, teacher), student.shape[1], chunks(student)
+        share, memory = shares((student.shape[0], student.shape[2]), weights, student), buffers(4, student, parts[0])
+        least, even = _least_variance(dtype, share.dtype), share.new_full((2, 1, 1, 1), 1 / classes)
 
-        def probabilities(chunk: Chunk) -> List[Tensor]:
-            """Return those of student and teacher, and how much of each position's is rounding."""
-            found, noise = [], []
-            for logits in (student, teacher):
-                x = values_in(chunk, logits, weights)
-                _, values, total = exponentials(x, temperature, 1)
-                found.append(values.div_(total))
-                largest = torch.max(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
-                noise.append(largest.div_(temperature).clamp_(max=1).mul_(8 * torch.finfo(dtype).eps))
-            return found + noise
+        def read(chunk: Chunk) -> Tuple[Tensor, Tensor, Tensor]:
+            """Return both models' exponentials ``(2, n, C, p)``, memory like them, and the factors to probabilities."""
+            both = read_both(chunk, student, teacher, weights, memory)
+            pair, work = both[:2], both[2:]
+            to_exponentials(pair, temperature, 2)
+            return pair, work, pair.sum(2, keepdim=True).reciprocal_()
 
+        # The means over positions of both models' probabilities, of their squares, and of the product of the two.
+        mean, square, product = share.new_zeros(2, classes), share.new_zeros(2, classes), share.new_zeros(classes)
+        distance = share.new_zeros(())
+        across_q, across_p = share.new_empty(2, student.shape[0], 1, student.shape[2])  # slopes of each position
         for chunk in parts:
-            part = share[chunk[0], chunk[2]].unsqueeze(1)
-            q, p, *noise = probabilities(chunk)
-            squares = q * q, p * p, q * p
-            between += (_across_classes(squares, noise).distance * part).sum()
-            within_noise = torch.max(within_noise, torch.stack([values.max() for values in noise]))
-            weighed = (value if weights is None else value * part for value in (q, p, *squares))
-            moments += torch.stack([value.sum((0, 2)) for value in weighed])
-            if len(parts) == 1:  # small enough to be kept for the second reading
-                read.append([q, p, *noise])
-        if weights is None:
-            moments *= share[0, 0]
-        mean_q, mean_p, square_q, square_p, product = moments.unbind()
-        within = _correlate((square_q, square_p, product), (mean_q, mean_p), within_noise.unbind())
+            pair, work, scale = read(chunk)
+            part, scale_of_product = share[chunk[0], chunk[2]].unsqueeze(1), scale[0] * scale[1]
+            scale_of_squares = scale * scale
+            mean += _over_positions(pair, part * scale)
+            squares = torch.mul(pair, pair, out=work)
+            square += _over_positions(squares, part * scale_of_squares)
+            squares_between = squares.sum(2, keepdim=True).mul_(scale_of_squares / classes)
+            products = torch.mul(pair[0], pair[1], out=work[0])
+            product += _over_positions(products, part * scale_of_product)
+            product_between = products.sum(1, keepdim=True).mul_(scale_of_product / classes)
+            across = _correlate(squares_between, product_between, even, least)
+            distance += (across.distance * part).sum()
+            across_q[chunk], across_p[chunk] = across.by_student, across.by_teacher
+        within = _correlate(square, product, mean, least)
         if ctx.needs_input_grad[0]:
             # Without its share of the mean, by which it would vanish in half precision.
             kept = torch.empty_like(student, dtype=dtype)
-            by_p, by_q = (intra / classes * slope[None, :, None] for slope in within[1:])
-            centre = by_p * mean_p[None, :, None] + by_q * mean_q[None, :, None]
+            by_q, by_p = (intra / classes * slope.unsqueeze(1) for slope in (within.by_student, within.by_teacher))
+            at_mean = by_q * mean[0].unsqueeze(1) + by_p * mean[1].unsqueeze(1)
+            between = inter / classes if classes > 2 else 0.0  # of two, ρ is 1 or -1, whatever their values
             for chunk in parts:
-                q, p, *noise = read.pop() if read else probabilities(chunk)
-                if inter and classes > 2:  # of two classes the correlation is 1 or -1, whatever their values
-                    across = _across_classes((q * q, p * p, q * p), noise)
-                    by_value = torch.addcmul(-centre, p, by_p + inter / classes * across.by_teacher)
-                    by_value.addcmul_(q, by_q + inter / classes * across.by_student)
-                else:
-                    by_value = torch.addcmul(-centre, p, by_p).addcmul_(q, by_q)
+                if len(parts) > 1:  # of a single chunk they are still there
+                    pair, work, scale = read(chunk)
+                q, p = pair.mul_(scale)
+                slope_q = torch.add(by_q, across_q[chunk], alpha=between, out=work[0])
+                slope_p = torch.add(by_p, across_p[chunk], alpha=between, out=work[1])
+                by_value = torch.addcmul(-at_mean, q, slope_q, out=work[0]).addcmul_(p, slope_p)
                 by_value.mul_(q)  # what is equal for all classes of a position cancels in the next line
                 by_value.addcmul_(q, by_value.sum(1, keepdim=True), value=-1)
                 if weights is not None:  # the slopes of a rare class may be beyond float32 where it is not rare
@@ -190,7 +190,7 @@ class _DIST(torch.autograd.Function):
                 kept[chunk] = by_value
             ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
             ctx.factor, ctx.dtype = temperature, student.dtype
-        return (temperature**2 * (inter * between + intra * within.distance.mean())).to(dtype)
+        return (temperature**2 * (inter * distance + intra * within.distance.mean())).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -198,42 +198,41 @@ class _DIST(torch.autograd.Function):
 
 
 class _Correlation(NamedTuple):
-    """``1 - ρ``, and by how much it grows with the student's value, per unit of the teacher's and of its own."""
+    """``1 - ρ``, and by how much it grows with the student's value, per unit of its own and of the teacher's."""
 
     distance: Tensor
-    by_teacher: Tensor
     by_student: Tensor
+    by_teacher: Tensor
 
 
-def _across_classes(squares: Sequence[Tensor], noise: Sequence[Tensor]) -> _Correlation:
-    """Correlate the classes of each position, ``(N, 1, P)``, from both squares and the product ``(N, C, P)``."""
-    means = [square.mean(1, keepdim=True) for square in squares]
-    mean = torch.full_like(means[0][:1, :, :1], 1 / squares[0].shape[1])  # of probabilities
-    return _correlate(means, (mean, mean), noise)
+def _over_positions(values: Tensor, share: Tensor) -> Tensor:
+    """Return sums over positions, ``(..., C)``, of values ``(..., n, C, p)`` with shares ``(..., n, 1, p)``."""
+    return torch.matmul(values, share.transpose(-1, -2)).sum((-3, -1))
 
 
-def _correlate(squares: Sequence[Tensor], means: Sequence[Tensor], noise: Sequence[Tensor]) -> _Correlation:
+def _correlate(square: Tensor, product: Tensor, mean: Tensor, least: float) -> _Correlation:
     """Correlate student and teacher.
 
     Args:
-        squares: The means of the student's squares, the teacher's and the product.
-        means: Those of the student's values and the teacher's.
-        noise: How much of their variation is rounding, relative to the mean.
+        square: The means of the student's squares and the teacher's, ``(2, ...)``.
+        product: That of their product.
+        mean: Those of the student's values and the teacher's, likewise.
+        least: The least variance, relative to the mean's square, that is no rounding.
     """
-    (q_square, p_square, product), (q, p) = squares, means
-    of_student, student_varies = _inverse_deviation(q_square - q * q, q, noise[0])
-    of_teacher, teacher_varies = _inverse_deviation(p_square - p * p, p, noise[1])
-    of_teacher = of_teacher * teacher_varies
-    rho = ((product - q * p) * of_teacher * of_student * student_varies).clamp(-1, 1)  # beyond by rounding only
-    return _Correlation(teacher_varies - rho, -of_teacher * of_student, rho * of_student * of_student)
+    mean_square, floor = mean * mean, torch.finfo(mean.dtype).tiny ** 0.9  # its inverse can be squared
+    variance = square - mean_square
+    constant = variance <= (least * mean_square).clamp_(min=floor)
+    student_varies, teacher_varies = (~constant).to(mean.dtype)
+    of_student, of_teacher = torch.where(constant, mean_square, variance).clamp_(min=floor).rsqrt_()
+    of_both = of_student * of_teacher * teacher_varies
+    covariance = product - mean[0] * mean[1]
+    rho = (covariance * of_both).mul_(student_varies).clamp_(-1, 1)  # beyond by rounding only
+    return _Correlation(teacher_varies - rho, rho * of_student * of_student, -of_both)
 
 
-def _inverse_deviation(variance: Tensor, mean: Tensor, noise: Tensor) -> Tuple[Tensor, Tensor]:
-    """Return the inverse deviation, or the inverse mean of values that do not vary, and whether they vary as 0 or 1."""
-    square, floor = mean * mean, torch.finfo(mean.dtype).tiny ** 0.9  # its inverse can be squared
-    least = (noise * noise).clamp(min=256 * torch.finfo(mean.dtype).eps)  # what the difference of squares leaves
-    constant = (variance <= least * square) | (variance <= floor)
-    deviation = torch.where(constant, square, variance)
-    negligible = deviation <= floor
-    inverse = deviation.masked_fill(negligible, 1.0).rsqrt().masked_fill(negligible, 0.0)
-    return inverse, (~constant).to(mean.dtype)
+def _least_variance(dtype: torch.dtype, working: torch.dtype) -> float:
+    """Return the least variance, relative to the mean's square, that is more than rounding.
+
+    It is more than that of values in ``dtype``, and than what the difference of squares in ``working`` leaves.
+    """
+    return max((8 * torch.finfo(dtype).eps) ** 2, 256 * torch.finfo(working).eps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._compat import autocast_off
 from ..errors import check_number
 from .base import Aligned, LogitDistillation, align_logits, computing_dtype, valid_mask
-from .chunked import chunks, exponentials, kept_gradient, narrowed, never, shares, values_in
+from .chunked import buffers, chunks, kept_gradient, narrowed, never, read_both, shares, to_exponentials
 
 __all__ = ["KLDistillation", "kl_distillation"]
 
@@ -120,18 +120,22 @@ class _MeanKL(torch.autograd.Function):
         # In [-1, 1]; a factor uses the whole range of half precision, whose small end the share of a position is below.
         factor = 2.0**15 if student.dtype == torch.float16 else 1.0
         kept = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for chunk in chunks(student, dim):
-            x, y = values_in(chunk, student, weights), values_in(chunk, teacher, weights)
+        parts = chunks(student, dim)
+        memory = buffers(4, student, parts[0])
+        for chunk in parts:
+            both = read_both(chunk, student, teacher, weights, memory)
+            logits, exponentials = both[:2], both[2:]
             if weights is not None and dim == 2:
-                offset = temperature * weights[chunk[0]].unsqueeze(1).to(x.dtype).log()
-                x, y = ((values + offset).clamp_(min=min(1.0, temperature) * never(x.dtype)) for values in (x, y))
-            below_top_x, x, total_x = exponentials(x, temperature, dim)
-            below_top_y, y, total_y = exponentials(y, temperature, dim)
-            q, p = x.div_(total_x), y.div_(total_y)
-            divergence = below_top_y.sub_(below_top_x).mul_(p).sum(dim) + (total_x / total_y).log_().squeeze(dim)
-            mean += (divergence * share[chunk[0], chunk[3 - dim]]).sum()
+                offset = temperature * weights[chunk[0]].unsqueeze(1).to(logits.dtype).log()
+                logits.add_(offset).clamp_(min=min(1.0, temperature) * never(logits.dtype))
+            x, y = to_exponentials(logits, temperature, dim + 1, out=exponentials)
+            total_x, total_y = totals = exponentials.sum(dim + 1, keepdim=True)
+            apart = logits[1].sub_(logits[0])
+            divergence = apart.mul_(y).sum(dim, keepdim=True).div_(total_y).add_((total_x / total_y).log_())
+            mean += (divergence.squeeze(dim) * share[chunk[0], chunk[3 - dim]]).sum()
             if kept is not None:
-                kept[chunk] = q.sub_(p).mul_(factor)
+                scale_x, scale_y = factor / totals
+                kept[chunk] = x.mul_(scale_x).addcmul_(y, scale_y, value=-1)
         if kept is not None:
             dtype = computing_dtype(student, teacher)
             ctx.save_for_backward(kept, share.unsqueeze(dim).to(dtype))
