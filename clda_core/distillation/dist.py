@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -223,7 +224,8 @@ def _correlate(square: Tensor, product: Tensor, mean: Tensor, least: float) -> _
     variance = square - mean_square
     constant = variance <= (least * mean_square).clamp_(min=floor)
     student_varies, teacher_varies = (~constant).to(mean.dtype)
-    of_student, of_teacher = torch.where(constant, mean_square, variance).clamp_(min=floor).rsqrt_()
+    of_constant = mean_square.masked_fill(mean_square <= floor, math.inf)  # whose inverse is 0
+    of_student, of_teacher = torch.where(constant, of_constant, variance).rsqrt_()
     of_both = of_student * of_teacher * teacher_varies
     covariance = product - mean[0] * mean[1]
     rho = (covariance * of_both).mul_(student_varies).clamp_(-1, 1)  # beyond by rounding only

@@ -98,7 +98,7 @@ def batches(draw):
 
 
 def almost_constant(logits, mask, temperature):
-    """Return whether some probabilities deviate about as little as what DIST takes for rounding."""
+    """Return whether some probabilities are about what DIST takes for constant: by rounding, or too small to square."""
     q = (logits.double() / temperature).softmax(1).reshape(*logits.shape[:2], -1)
     weights = torch.ones(q.shape[0], q.shape[2]) if mask is None else mask.double().reshape(len(q), -1)
     share = (weights / weights.sum()).unsqueeze(1)
@@ -106,7 +106,8 @@ def almost_constant(logits, mask, temperature):
     within = (share * (q - mean).pow(2)).sum((0, 2)).sqrt() / mean.flatten().clamp(min=1e-300)
     across = (q - 1 / q.shape[1]).pow(2).mean(1).sqrt() * q.shape[1]
     deviations = torch.cat([within.flatten(), across.flatten()])
-    return bool(((deviations > 1e-8) & (deviations < 1e-4)).any())
+    unsquarable = (mean > 0) & (mean < 1e-130)
+    return bool(((deviations > 1e-8) & (deviations < 1e-4)).any() or unsquarable.any())
 
 
 @bounded
