@@ -189,6 +189,20 @@ def test_later_rounds_follow_a_model_that_was_changed(change: Any, whose: str) -
     assert not changed(models["student"], values(twins["student"]))
 
 
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_a_model_without_buffers_may_change_its_dtype_between_rounds(whose: str) -> None:
+    """It keeps its Parameters then, and gives them other memory."""
+    models = {"teacher": randomise(mlp(), 1), "student": randomise(mlp(), 2)}
+    update = Average(decay=0.5)
+    update.apply(round_context(models["teacher"], models["student"]))
+    models[whose].double()
+    before = values(models["teacher"])
+    update.apply(round_context(models["teacher"], models["student"]))
+    for name, parameter in models["teacher"].named_parameters():
+        assert parameter.dtype == before[name].dtype
+        assert close(parameter, average(before[name], models["student"].state_dict()[name], 0.5)), name
+
+
 def test_rounds_after_the_first_follow_the_formula_too() -> None:
     teacher, student = randomise(ResNet((3, 2)), 1), randomise(ResNet((2, 1)), 2)
     update, context = Average(decay=0.5), round_context(teacher, student, ["layer1.2", "layer2.1"])
