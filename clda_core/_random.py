@@ -24,7 +24,8 @@ def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
     That state belongs to the whole process: setting it back makes a loader in another thread repeat the numbers that it
     drew meanwhile. So it is set back only if the block itself draws. If no other Python thread is alive, every change
     is the block's. Otherwise the first block of its kind is watched operation by operation, where torch can do that
-    (from 1.13 on); elsewhere a block that once left the state alone is taken for one that does not draw.
+    (from 1.13 on); elsewhere a block that once left the state alone is taken for one that does not draw. After
+    an error it is set back in any case: the block may have drawn where it never did before.
 
     Nothing here waits for a device: the states of its generators are on the host's side.
 
@@ -46,7 +47,8 @@ def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
             known[doing] = True
         elif finished and (watching is not None or not changed):
             known[doing] = False
-        if changed and (known.get(doing, True) or not (others or threading.active_count() > 1)):
+        alone = not (others or threading.active_count() > 1)
+        if changed and (known.get(doing, True) or alone or not finished):
             for index in changed:
                 _set_state(index, before[index])
 

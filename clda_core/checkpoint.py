@@ -8,7 +8,7 @@ import stat
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from ._compat import load_plain
 from ._plain import plain, plain_state
 from ._restoring import fitted, restore
-from .errors import problem
+from .errors import CldaError, problem
 from .learner import CollaborativeLearner
 
 __all__ = ["atomically", "load", "save"]
@@ -119,16 +119,14 @@ def read(path: Union[str, Path]) -> Any:
         CldaError: If the file is damaged or of another kind.
     """
     try:
-        _check_sums(str(path))
-        return load_plain(str(path))
+        damaged = _damaged_part(str(path))
+        held = load_plain(str(path)) if damaged is None else None
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        raise problem(
-            f"{path} cannot be read",
-            expected="a whole file of tensors and plain Python types, as clda_core.checkpoint.save() writes it",
-            received=f"one that is damaged or of another kind ({type(error).__name__}: {first_line})",
-            fix="go on from an earlier checkpoint",
-        ) from error
+        raise _unreadable(path, f"{type(error).__name__}: {first_line}") from error
+    if damaged is not None:
+        raise _unreadable(path, f"{damaged} is not as it was written")
+    return held
 
 
 @contextmanager
@@ -178,11 +176,19 @@ def _state_of(name: str, value: Any) -> Any:
     return plain_state(value.state_dict(), name)
 
 
-def _check_sums(path: str) -> None:
-    """Raise if a part of the file has another sum than it was written with, which torch does not look at."""
+def _unreadable(path: Union[str, Path], why: str) -> CldaError:
+    return problem(
+        f"{path} cannot be read",
+        expected="a whole file of tensors and plain Python types, as clda_core.checkpoint.save() writes it",
+        received=f"one that is damaged or of another kind ({why})",
+        fix="go on from an earlier checkpoint",
+    )
+
+
+def _damaged_part(path: str) -> Optional[str]:
+    """Return a part of the file that has another sum than it was written with, which torch does not look at."""
     options = getattr(torch.serialization, "get_crc32_options", None)
-    if (options is None or options()) and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+    if (options is not None and not options()) or not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()

@@ -199,7 +199,6 @@ class CollaborativeLearner:
         """Whether gradients are observed at the optimizer step now in the making, if it has target data."""
         return self.enabled and self._rounds.observed(self._steps + 1)
 
-    @settled
     def distill(
         self,
         student_output: Any,
@@ -232,19 +231,33 @@ class CollaborativeLearner:
                 step, so NaN passes into the loss.
 
         Note:
+            Under ``torch.no_grad()`` the loss is only read, on validation data for example: rounds are not made of it.
             On one of several ranks without data the loss keeps its graph, and the rank adds nothing to what the ranks
             average.
         """
+        return self._distill(student_output, inputs, teacher_output, mask, student_inputs, torch.is_grad_enabled())
+
+    @settled
+    def _distill(
+        self,
+        student_output: Any,
+        inputs: Any,
+        teacher_output: Any,
+        mask: Optional[Tensor],
+        student_inputs: Any,
+        of_step: bool,
+    ) -> Tensor:
+        """Return the KD loss; ``of_step`` says whether the step in the making is to be observed on this batch."""
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         check_mask(mask)
         mask = valid_mask(mask, self.ignore_index)
         several, step = world_size() > 1, self._steps + 1
-        in_round = self.observing or self._rounds.due(step)
+        in_round = of_step and (self.observing or self._rounds.due(step))
         student = as_outputs(student_output, self.extract, "student", may_be_empty=True)
         has_data = self._has_samples(student, mask, in_round)
-        target = self._runner.step
+        target = self._runner.step if of_step else TargetStep()
         target.here = has_data or bool(target.here)
         if not has_data:
             if not several:
@@ -267,8 +280,9 @@ class CollaborativeLearner:
         check_trainable(student)
         if not has_data:
             loss = loss * 0  # with its graph, since the other ranks' backward() waits for this one's
-        self._kd_loss = loss.detach()
-        self._takes_inputs |= inputs is not None
+        if of_step:
+            self._kd_loss = loss.detach()
+        self._takes_inputs |= of_step and inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
         if inputs is not None and (in_round or not self._rehearsed) and (has_data or target.inputs is None):
             # Without the graph of a network that made them: rounds need none, and no copy could have it.
@@ -650,7 +664,7 @@ class CollaborativeLearner:
         related = self._relate(self._runner.step.inputs)
         context = self._context(tuple(layers[name] for name in layers if name in selected), related.pairs, strength)
         with self._whole_or_not(context):
-            result = self._apply(context) if context.layers else UpdateResult(())
+            result = self._apply(context)
             torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast
             self._observer.start_next_round()
             self._history.append(
@@ -690,6 +704,10 @@ class CollaborativeLearner:
             yield
 
     def _apply(self, context: RoundContext) -> UpdateResult:
+        if not context.layers:
+            return UpdateResult(())
+        if not context.strength:  # not even moments may move, and zero times infinity is no zero
+            return UpdateResult((), {layer.name: "the schedule's strength is 0" for layer in context.layers})
         try:
             result = self.update.apply(context)
             check_result(result, context.layers)

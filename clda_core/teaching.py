@@ -74,7 +74,8 @@ def teach(
         empty = False
         with keeping_rng("distill", student), evaluating(student), torch.no_grad():
             its = inputs if student_inputs is None else student_inputs(inputs)
-            learner.distill(call_model(student, its), inputs, student_inputs=None if student_inputs is None else its)
+            of_student = None if student_inputs is None else its
+            learner._distill(call_model(student, its), inputs, None, None, of_student, of_step=True)
         learner.step(step_fn=lambda: None)
     if empty:
         raise problem(

@@ -15,6 +15,8 @@ from clda_core import CollaborativeLearner, Schedule
 from clda_core.distillation import kl_distillation
 
 INPUTS, CLASSES = 5, 3
+SAMPLES = 64
+"""Enough rows for relations and alignments by activations."""
 
 
 class Block(nn.Module):
@@ -84,11 +86,11 @@ def networks(teacher_depth: int = 3, student_depth: int = 2, seed: int = 0) -> T
     return teacher.eval(), student.train()
 
 
-def batch(seed: int = 0, count: int = 8) -> Tensor:
+def batch(seed: int = 0, count: int = SAMPLES) -> Tensor:
     return torch.randn(count, INPUTS, generator=torch.Generator().manual_seed(seed))
 
 
-def labels(seed: int = 0, count: int = 8) -> Tensor:
+def labels(seed: int = 0, count: int = SAMPLES) -> Tensor:
     return torch.randint(0, CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
 
 

@@ -23,6 +23,7 @@ from clda_core.selection import (
 from clda_core.update import Average, Guard, MaskedDistillation, UpdateResult, agreement
 from tests.helpers import (
     INPUTS,
+    SAMPLES,
     Net,
     Segmenter,
     batch,
@@ -208,14 +209,14 @@ def test_tensors_on_another_device() -> None:
     attempt(learner, optimizer, lambda: learner.distill(output, elsewhere), "on meta.*Fix: move the inputs")
     logits = learner.teacher(batch()).detach()
     attempt(learner, optimizer, lambda: learner.distill(output, teacher_output=logits.to("meta")), "devices")
-    mask = torch.ones(8, device="meta")
+    mask = torch.ones(SAMPLES, device="meta")
     attempt(learner, optimizer, lambda: learner.distill(output, batch(), mask=mask), "different devices")
 
 
 def test_a_model_that_fails_for_another_reason_fails_with_its_own_error() -> None:
     learner, optimizer, output = usual()
     with nothing_changed(learner, optimizer), pytest.raises(RuntimeError, match="shape") as caught:
-        learner.distill(output, torch.zeros(8, INPUTS + 1))
+        learner.distill(output, torch.zeros(SAMPLES, INPUTS + 1))
     assert not isinstance(caught.value, CldaError)
 
 
@@ -733,7 +734,7 @@ def test_the_teachers_output_in_the_place_of_the_inputs() -> None:
 
 def test_a_whole_batch_with_its_labels() -> None:
     learner, optimizer, output = usual()
-    whole = (batch(), torch.zeros(8, dtype=torch.int64))
+    whole = (batch(), torch.zeros(SAMPLES, dtype=torch.int64))
     attempt(learner, optimizer, lambda: learner.distill(output, whole), "received tuple of 2.*pass images_t alone")
 
 

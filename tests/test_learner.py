@@ -745,3 +745,22 @@ def test_integer_parameters_are_none_of_ours_but_count_for_the_size() -> None:
     learner.step(step_fn=lambda: None)
     assert not any("codes" in name for name in learner.report().layers)
     assert torch.equal(teacher.codes, torch.arange(4))
+
+
+@pytest.mark.parametrize("update", [lambda: MaskedDistillation(), lambda: Guard(MaskedDistillation()), Average])
+def test_a_round_of_strength_zero_changes_nothing_and_says_so(update: Any) -> None:
+    class Off(Schedule):
+        def strength(self, step: int) -> float:
+            return float(step < 2)
+
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=update(), schedule=Off(warmup=0, interval=1), selection=AllLayers())
+    optimizer = sgd(student)
+    train(learner, optimizer, 1)
+    before, state = values(teacher), bits(learner.state_dict()["update"])
+    train(learner, optimizer, 1, start=1)
+    last = learner.report().rounds[-1]
+    assert (last.strength, last.updated) == (0.0, ())
+    assert set(last.skipped.values()) == {"the schedule's strength is 0"}
+    assert values(teacher) == before
+    assert bits(learner.state_dict()["update"]) == state

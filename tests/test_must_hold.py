@@ -27,6 +27,7 @@ from clda_core.selection import AllLayers, DomainShift, LowestFraction, Referenc
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
 from tests.distributed import processes, unlike
 from tests.helpers import (
+    SAMPLES,
     FakeScaler,
     Net,
     Segmenter,
@@ -82,7 +83,7 @@ def host_loop(make: Any, steps: int = 4, **options: Any) -> Tuple[Any, ...]:
         loss = host_loss(student, step)
         if learner is not None:
             target = batch(step)
-            output = student(target) if options.get("view") else torch.zeros(8, 3, requires_grad=True)
+            output = student(target) if options.get("view") else torch.zeros(SAMPLES, 3, requires_grad=True)
             loss = loss + learner.distill(output, target)
         loss.backward()
         losses.append(loss.item())
@@ -201,8 +202,8 @@ def test_02_projectors_are_the_learners_own() -> None:
     teacher, student = networks()
     distillation = FeatureDistillation()
     learner = make_learner(teacher, student, distillation=distillation, extract=lambda x: Outputs(x[0], tuple(x[1])))
-    output = student.head(torch.zeros(8, 6)), student.features(batch())[:1]
-    wanted = torch.zeros(8, 3), teacher.features(batch())[:1]
+    output = student.head(torch.zeros(SAMPLES, 6)), student.features(batch())[:1]
+    wanted = torch.zeros(SAMPLES, 3), teacher.features(batch())[:1]
     before = [len(list(model.parameters())) for model in (teacher, student)]
     with no_traces(teacher, student, values_too=True):
         learner.distill(output, teacher_output=wanted)

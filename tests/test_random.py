@@ -137,3 +137,20 @@ def test_own_generators_and_dropout_that_drops_nothing_are_no_draws(loader: Load
         if not needs_watching:
             loader.draw()
     assert torch.equal(torch.get_rng_state(), state) is needs_watching
+
+
+def test_after_an_error_the_state_is_as_before_although_a_thread_is_alive(loader: Loader) -> None:
+    model = Drawing(4).eval()
+    x = torch.ones(2, 5)
+    for _ in range(2):  # known not to draw
+        with keeping_rng("distill", model):
+            model(x)
+    before = random_states()
+    with pytest.raises(ValueError, match="in the middle"), keeping_rng("distill", model):
+        _draws_and_fails()
+    assert random_states() == before
+
+
+def _draws_and_fails() -> None:
+    torch.rand(3)
+    raise ValueError("in the middle")

@@ -19,6 +19,7 @@ from tests.helpers import (
     bits,
     host_loss,
     images,
+    labels,
     loaded,
     make_learner,
     networks,
@@ -201,7 +202,7 @@ def test_micro_batches_without_data_do_not_erase_those_with_some() -> None:
 def test_source_gradients_of_a_co_trained_teacher_are_not_taken_for_target_ones(silent: Any) -> None:
     teacher, student = networks()
     learner = make_learner(teacher, student, update=Average(decay=0.9))
-    F.cross_entropy(teacher(batch()), torch.zeros(8, dtype=torch.int64)).backward()
+    F.cross_entropy(teacher(batch()), labels()).backward()
     learner.step(sgd(student))
     assert not learner.report().rounds
     assert learner.state_dict()["observer"]["observations"]["counts"] == {}
@@ -289,3 +290,30 @@ def test_models_without_data_keep_the_learner_usable_after_an_error(silent: Any)
     assert learner.state_dict()["owed"] is None
     train_step(learner, sgd(student), 0)
     assert len(learner.report().rounds) == 1
+
+
+def test_a_loss_that_is_read_on_validation_data_is_no_data_of_the_step(silent: Any) -> None:
+    """Under ``no_grad`` the loss is only read: the step has no target data by it, nor another batch than its own."""
+    trained = {}
+    for how in ("alone", "read before", "read after"):
+        torch.manual_seed(0)  # of the student's dropout
+        learner, optimizer = due_every_two(update=MaskedDistillation(learning_rate=1e-2), selection=AllLayers())
+        for step in range(6):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                if how == "read before":
+                    learner.distill(learner.student.eval()(batch(90)), batch(90))
+            learner.student.train()
+            if step % 2:
+                learner.distill(learner.student(batch(step)), batch(step)).backward()
+            else:
+                host_loss(learner.student, step).backward()
+            with torch.no_grad():
+                if how == "read after":
+                    learner.distill(learner.student.eval()(batch(91)), batch(91))
+            learner.student.train()
+            learner.step(optimizer)
+        trained[how] = bits(learner.report().to_dict()["rounds"]), values(learner.teacher), values(learner.student)
+    assert len(learner.report().rounds) == 2
+    assert trained["read before"] == trained["alone"]
+    assert trained["read after"] == trained["alone"]
