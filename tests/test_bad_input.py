@@ -337,7 +337,7 @@ WRONG_LOSSES: Dict[str, Any] = {
     "not of the teacher": (torch.ones((), requires_grad=True) * 2, "does not depend on the teacher"),
     "a function that returns None": (lambda model: None, "function given to observe.*NoneType"),
     "a function that returns a number": (lambda model: 1.0, "function given to observe.*float"),
-    "a function that returns logits": (lambda model: model(batch()), "function given to observe.*shape .8, 3."),
+    "a function that returns logits": (lambda model: model(batch()), "function given to observe.*shape .64, 3."),
     "a function that detaches": (lambda model: model(batch()).sum().detach(), "function given to observe"),
     "a function of something else": (
         lambda model: torch.ones((), requires_grad=True) * 2,

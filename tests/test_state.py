@@ -14,6 +14,7 @@ from clda_core.saliency import Hessian
 from clda_core.selection import AllLayers
 from clda_core.update import Average
 from tests.helpers import (
+    SAMPLES,
     batch,
     bits,
     every_step,
@@ -211,7 +212,7 @@ def test_a_copy_is_independent_also_in_the_midst_of_a_step(how: Any) -> None:
     train(learner, sgd(student), 1)
     translated = torch.nn.Linear(5, 5)(batch())  # inputs made by a network of the host, with a graph
     loss = learner.distill(student(translated), translated)
-    weights = torch.rand(8) * torch.ones((), requires_grad=True)
+    weights = torch.rand(SAMPLES) * torch.ones((), requires_grad=True)
     loss = loss + learner.distill(student(translated), {"input": translated}, mask=weights)
     other = how(learner)
     assert other.student is not student

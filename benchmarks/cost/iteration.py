@@ -86,7 +86,7 @@ def _rounds(host: Host, device: torch.device, repeats: int) -> Times:
     """Time what a learner does at a step that ends with a round beyond what it does at any step."""
     tasks: Dict[str, Callable[[], None]] = {}
     with torch.no_grad():
-        output, target = host.student(host.mixed), host.teacher(host.mixed)
+        output, target = host.student(host.mixed).requires_grad_(), host.teacher(host.mixed)
     updates = {name: update for name, (update, _, _) in _updates().items()}
     for name, update in {**updates, "AlignedAverage, realigning": AlignedAverage(realign_every=1)}.items():
         schedule = Forced()
@@ -112,8 +112,7 @@ def _step(
 ) -> None:
     """Make the learner's part of a step, with both models' outputs at hand and nothing to optimise."""
     schedule.round, schedule.observed = round_, observed
-    with torch.no_grad():
-        learner.distill(output, images, teacher_output=target)
+    learner.distill(output, images, teacher_output=target)
     learner.step(step_fn=lambda: None)
 
 
@@ -183,7 +182,7 @@ def context_of_a_round(host: Host) -> RoundContext:
     watched, schedule = _Watched(), Forced()
     learner = CollaborativeLearner(host.teacher, host.student, update=watched, schedule=schedule)
     with torch.no_grad():
-        output, target = host.student(host.mixed), host.teacher(host.mixed)
+        output, target = host.student(host.mixed).requires_grad_(), host.teacher(host.mixed)
     _step(learner, schedule, output, target, host.mixed, True, True)
     assert watched.context is not None
     return watched.context

@@ -65,11 +65,10 @@ def _round(blocks: int, width: int, update: Update, device: torch.device) -> Cal
     schedule = Forced()
     schedule.round = schedule.observed = True
     learner = CollaborativeLearner(teacher.eval(), student, update=update, schedule=schedule)
-    output = torch.zeros(1, width, device=device)
+    output = torch.zeros(1, width, device=device, requires_grad=True)
 
     def run() -> None:
-        with torch.no_grad():
-            learner.distill(output, inputs, teacher_output=output)
+        learner.distill(output, inputs, teacher_output=output)
         learner.step(step_fn=lambda: None)
 
     return run
