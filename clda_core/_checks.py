@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Hashable, Iterable, Mapping, Optional, S
 import torch
 from torch import Tensor, nn
 
+from ._compat import uninitialized
 from ._config import Strategy
 from ._sharded import check_sharding
 from .errors import check_number, problem
@@ -121,9 +122,7 @@ def check_as_built(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mappin
 
 
 def _check_initialised(whose: str, model: nn.Module) -> None:
-    # Which came with torch 1.8.
-    lazy = getattr(nn.parameter, "UninitializedTensorMixin", getattr(nn.parameter, "UninitializedParameter", ()))
-    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, lazy)]
+    names = [name for name, parameter in model.named_parameters() if uninitialized(parameter)]
     if names:
         raise problem(
             f"the {whose} has lazy modules, whose parameters have no shape yet",
