@@ -8,13 +8,13 @@ from typing import Any, Callable, Dict, Hashable, Iterable, Mapping, Optional, S
 import torch
 from torch import Tensor, nn
 
-from ._compat import uninitialized
-from ._config import Strategy
-from ._sharded import check_sharding
+from ._host.compat import uninitialized
+from ._host.shards import check_sharding
 from .errors import check_number, problem
 from .layers import Layer, canonical_parameters
 from .outputs import Outputs
 from .relation import ModelView, RelatedLayers
+from .strategy import Strategy
 from .update import UpdateResult
 
 _STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {

@@ -8,7 +8,7 @@ from typing import Any, Deque, Dict, Iterator, Mapping, Optional
 
 from torch import Tensor, nn
 
-from ._sharded import is_sharded
+from ._host.shards import is_sharded
 from .errors import problem
 from .outputs import Outputs
 from .saliency import PseudoLabelCrossEntropy

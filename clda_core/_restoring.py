@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Mapping, Tuple, cast
 
 from torch import Tensor, nn
 
-from ._named import paired_names
-from ._plain import plain_state
+from ._host.names import paired_names
+from ._host.plain import plain_state
 from .errors import CldaError, problem
 from .learner import CollaborativeLearner
 

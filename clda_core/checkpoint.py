@@ -13,8 +13,8 @@ from typing import Any, Dict, Iterator, Optional, Union
 import torch
 from torch import nn
 
-from ._compat import load_plain
-from ._plain import plain, plain_state
+from ._host.compat import load_plain
+from ._host.plain import plain, plain_state
 from ._restoring import fitted, restore
 from .errors import CldaError, problem
 from .learner import CollaborativeLearner

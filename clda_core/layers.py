@@ -9,8 +9,8 @@ from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional,
 
 from torch import nn
 
-from ._compat import parametrized
-from ._named import canonical_buffers, canonical_modules, canonical_name, canonical_parameters
+from ._host.compat import parametrized
+from ._host.names import canonical_buffers, canonical_modules, canonical_name, canonical_parameters
 from .errors import problem
 
 __all__ = ["Layer", "LayerGrouping", "canonical_buffers", "canonical_name", "canonical_parameters", "group_layers"]

@@ -29,33 +29,33 @@ from ._checks import (
     shapes_of,
     warn_if_swapped,
 )
-from ._compat import uncompiled
-from ._config import describe
-from ._distributed import adding, world_size
 from ._fits import takes_classes
-from ._gradients import explained
-from ._plain import plain
-from ._projectors import Projectors
-from ._random import keeping_rng
-from ._running import Runner
-from ._state import STATE_VERSION, migrated
-from ._stepping import accumulates, make_step, unscale
-from ._target import DueRounds, TargetStep
-from ._undo import settled, undoing
-from ._writable import check_memory, check_precision, check_writable, writable_layers, written_now
+from ._host.compat import uncompiled
+from ._host.plain import plain
+from ._host.ranks import adding, world_size
+from ._host.rng import keeping_rng
+from ._host.stepping import accumulates, make_step, unscale
+from ._host.undo import settled, undoing
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.base import leaves_nothing, valid_mask
+from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import Layer, LayerGrouping, group_layers
-from .observation import LossOrFunction, Observer
 from .outputs import Extract, Outputs, as_outputs, emptied, owned, stand_in, without_graph, zero_loss
 from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .report import Earlier, Report, RoundRecord
+from .running import Runner
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
+from .saliency.host_gradients import explained
+from .saliency.observer import LossOrFunction, Observer
 from .schedule import Never, RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
+from .state import STATE_VERSION, migrated
+from .step import DueRounds, TargetStep
+from .strategy import describe
 from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
 from .update.base import rehearse
+from .update.writable import check_memory, check_precision, check_writable, writable_layers, written_now
 from .update.writing import Snapshot, copied
 
 __all__ = ["CollaborativeLearner"]

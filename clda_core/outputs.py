@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Optional,
 import torch
 from torch import Tensor, nn
 
-from ._distributed import inside_ddp
+from ._host.ranks import inside_ddp
 from .errors import problem
 
 __all__ = ["Extract", "Outputs"]

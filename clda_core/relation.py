@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Protocol
 
-from ._activations import LEAST_ROWS, capturing, positions, rows, watching, wide
-from ._config import Strategy
-from ._distributed import sum_across_ranks
-from ._named import canonical_modules
+from ._host.activations import LEAST_ROWS, capturing, positions, rows, watching, wide
+from ._host.names import canonical_modules
+from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
 from .layers import Layer
 from .outputs import call_model
+from .strategy import Strategy
 
 __all__ = [
     "ByName",

@@ -7,8 +7,8 @@ from typing import Optional
 
 from typing_extensions import Literal, Protocol
 
-from ._config import Strategy
 from .errors import check_choice, check_number
+from .strategy import Strategy
 
 __all__ = ["Never", "RoundSchedule", "Schedule"]
 

@@ -9,9 +9,9 @@ from typing import Dict, Mapping, Optional, Tuple
 from torch import Tensor
 from typing_extensions import Protocol
 
-from ._config import Strategy
 from .errors import check_number, problem
 from .saliency.histogram import Histogram, fraction_above, mean, quantile
+from .strategy import Strategy
 
 __all__ = [
     "AllLayers",

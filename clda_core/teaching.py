@@ -7,8 +7,8 @@ from typing import Any, Callable, Iterable, Optional
 import torch
 from torch import Tensor, nn
 
-from ._models import evaluating
-from ._random import keeping_rng
+from ._host.borrowing import evaluating
+from ._host.rng import keeping_rng
 from .errors import problem
 from .learner import CollaborativeLearner
 from .outputs import call_model

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Outputs, Schedule, checkpoint
-from clda_core._config import describe
 from clda_core.relation import ModelView, RelatedLayers
 from clda_core.saliency import Histogram
 from clda_core.selection import AllLayers, LowestFraction, MeanThreshold, ReferenceThreshold
+from clda_core.strategy import describe
 from clda_core.update import Guard, MaskedDistillation
 from tests.helpers import (
     batch,
@@ -195,7 +195,7 @@ def test_pickles(name: str, role: str, make: Any) -> None:
 
 def test_descriptions_are_the_same_in_another_process() -> None:
     code = (
-        "import json; from clda_core._config import describe; from tests.strategies import cases;"
+        "import json; from clda_core.strategy import describe; from tests.strategies import cases;"
         "print(json.dumps([describe(make()) for _, _, make in cases()]))"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._named import canonical_modules, named_tensors, paired_names
+from clda_core._host.names import canonical_modules, named_tensors, paired_names
 from clda_core.errors import CldaError
 from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers, local_names
 from clda_core.relation import ByName, ByRelativeDepth, ModelView

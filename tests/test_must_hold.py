@@ -21,8 +21,8 @@ from torch.nn import functional as F
 import clda_core
 from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_layers
 from clda_core.distillation import FeatureDistillation, KLDistillation
-from clda_core.observation import Observer
 from clda_core.relation import ByName, BySimilarity
+from clda_core.saliency.observer import Observer
 from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
 from tests.distributed import processes, unlike

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from clda_core import CldaError, CollaborativeLearner
-from clda_core._state import STATE_VERSION, migrated
 from clda_core.saliency import Hessian
 from clda_core.selection import AllLayers
+from clda_core.state import STATE_VERSION, migrated
 from clda_core.update import Average
 from tests.helpers import (
     SAMPLES,

@@ -12,8 +12,8 @@ from benchmarks.cost.settings import Forced, Host, Setting
 from benchmarks.cost.timing import interleaved, ratio
 from clda_core import CollaborativeLearner
 from clda_core.layers import canonical_parameters, group_layers
-from clda_core.observation import score_layers
 from clda_core.saliency import PseudoLabelCrossEntropy, Taylor
+from clda_core.saliency.observer import score_layers
 from clda_core.selection import LowestFraction, layer_saliency_rates
 
 BARE, PRUNING = 1.15, 0.5

@@ -13,9 +13,9 @@ from benchmarks.evidence.runs import trained_teacher, versions
 from benchmarks.evidence.task import Host, Task
 from benchmarks.evidence.training import probing, train, train_on_source
 from clda_core.layers import group_layers
-from clda_core.observation import Observer
 from clda_core.relation import ModelView
 from clda_core.saliency import PseudoLabelCrossEntropy, Taylor
+from clda_core.saliency.observer import Observer
 from clda_core.selection import MeanThreshold, ReferenceThreshold, Threshold
 
 BATCHES = 20

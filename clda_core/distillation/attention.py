@@ -7,9 +7,9 @@ from typing import Any, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from .._compat import autocast_off
-from .._config import Strategy
+from .._host.compat import autocast_off
 from ..errors import check_number, problem
+from ..strategy import Strategy
 from .base import align_features, computing_dtype, valid_mask
 from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Protocol
 
-from .._config import Strategy
 from ..errors import check_number, problem
 from ..outputs import Outputs
+from ..strategy import Strategy
 
 __all__ = ["Distillation", "WeightedSum", "check_values", "distillation_loss"]
 

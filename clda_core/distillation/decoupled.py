@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import autocast_off
+from .._host.compat import autocast_off
 from ..errors import check_number, problem
 from .base import LogitDistillation, align_logits, computing_dtype, nearest, per_position, smaller_grid, valid_mask
 from .chunked import chunks, kept_gradient, narrowed, never, shares, values_in

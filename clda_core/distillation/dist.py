@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .._compat import autocast_off
+from .._host.compat import autocast_off
 from ..errors import check_number
 from .base import LogitDistillation, align_logits, computing_dtype, valid_mask
 from .chunked import Chunk, buffers, chunks, kept_gradient, read_both, shares, to_exponentials

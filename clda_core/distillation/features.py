@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._compat import autocast_off, out_of_inference_mode
-from .._config import Strategy
+from .._host.compat import autocast_off, out_of_inference_mode
 from ..errors import check_number, problem
+from ..strategy import Strategy
 from .base import Aligned, align_features, computing_dtype, valid_mask
 from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
 

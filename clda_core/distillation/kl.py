@@ -7,7 +7,7 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .._compat import autocast_off
+from .._host.compat import autocast_off
 from ..errors import check_number
 from .base import Aligned, LogitDistillation, align_logits, computing_dtype, valid_mask
 from .chunked import buffers, chunks, kept_gradient, narrowed, never, read_both, shares, to_exponentials

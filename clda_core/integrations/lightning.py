@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any, Dict, List
 
+from .._host.stepping import overflowed
 from .._restoring import restore_pair, saved_pair
-from .._stepping import overflowed
 from ..learner import CollaborativeLearner
 from ._engine import Unstepped, not_watched, students_optimizer
 

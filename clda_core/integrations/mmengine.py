@@ -14,8 +14,8 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import load_checkpoint
 from torch import nn
 
+from .._host.stepping import watching
 from .._restoring import restore_pair, saved_pair
-from .._stepping import watching
 from ..errors import problem
 from ..learner import CollaborativeLearner
 from ..schedule import Schedule

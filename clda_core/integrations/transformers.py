@@ -8,8 +8,8 @@ from typing import Any, Optional
 import torch
 from transformers import TrainerCallback
 
+from .._host.stepping import StepWatch
 from .._restoring import restore_pair, saved_pair
-from .._stepping import StepWatch
 from ..checkpoint import atomically, read
 from ..errors import problem
 from ..learner import CollaborativeLearner

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Literal, Protocol
 
-from .._layout import strided
+from .._host.layout import strided
 from ..errors import check_number, problem
 
 __all__ = ["Probe", "SaliencyEstimator", "derivatives"]

@@ -7,7 +7,7 @@ from typing import Optional
 from torch import Tensor
 from typing_extensions import Literal
 
-from .._config import Strategy
+from ..strategy import Strategy
 from .base import needed
 
 __all__ = ["Fisher"]

@@ -7,8 +7,8 @@ from typing import Optional
 from torch import Tensor
 from typing_extensions import Literal
 
-from .._config import Strategy
 from ..errors import check_number
+from ..strategy import Strategy
 from .base import needed
 
 __all__ = ["Hessian"]

@@ -9,7 +9,7 @@ from typing import Tuple, Union
 import torch
 from torch import Tensor
 
-from .._compat import has_float64, leading_bits
+from .._host.compat import has_float64, leading_bits
 from ..errors import check_number, problem
 
 __all__ = ["Histogram", "fraction_above", "mean", "quantile"]

@@ -7,8 +7,8 @@ from typing import Optional
 from torch import Tensor
 from torch.nn import functional
 
-from .._config import Strategy
 from ..distillation.base import align, weighted_mean
+from ..strategy import Strategy
 
 __all__ = ["PseudoLabelCrossEntropy"]
 

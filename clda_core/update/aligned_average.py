@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._activations import LEAST_ROWS, capturing, positions, rows, watching
-from .._config import Strategy
-from .._distributed import sum_across_ranks
-from .._named import canonical_buffers, canonical_modules, canonical_parameters
-from .._sharded import local as part_here
-from .._sharded import part_for, whole
-from ..alignment import Moments, match_channels
+from .._host.activations import LEAST_ROWS, capturing, positions, rows, watching
+from .._host.names import canonical_buffers, canonical_modules, canonical_parameters
+from .._host.ranks import sum_across_ranks
+from .._host.shards import local as part_here
+from .._host.shards import part_for, whole
 from ..errors import check_choice, check_number
 from ..layers import Layer, local_names
+from ..strategy import Strategy
+from .alignment import Moments, match_channels
 from .base import Granularity, RoundContext, UpdateResult
 from .classes import MAY_BE_CLASSES, Classes, is_logits
 from .statistics import NO_STATISTIC, running_statistics
@@ -39,7 +39,7 @@ class AlignedAverage(Strategy):
     strength :math:`s`. For each pair of convolutions, linear or norm modules of a teacher layer and its related student
     layer (paired by local name), a round's target batch gives the correlation of every teacher channel with every
     student channel, once for what goes into the module and once for what comes out; from these
-    :func:`~clda_core.alignment.match_channels` chooses the student channels :math:`\mathrm{in}(j)` and
+    :func:`~clda_core.update.alignment.match_channels` chooses the student channels :math:`\mathrm{in}(j)` and
     :math:`\mathrm{out}(i)`, and
 
     .. math:: W'_{ij} = \frac{W^S_{\mathrm{out}(i),\,\mathrm{in}(j)}}{m_{\mathrm{in}(j)}}, \qquad

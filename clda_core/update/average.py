@@ -8,12 +8,12 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Sequence, Tu
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._activations import watching
-from .._compat import lerp_
-from .._config import Strategy
-from .._named import named_tensors
-from .._sharded import local, part_for, whole
+from .._host.activations import watching
+from .._host.compat import lerp_
+from .._host.names import named_tensors
+from .._host.shards import local, part_for, whole
 from ..errors import check_choice, check_number
+from ..strategy import Strategy
 from .base import Granularity, RoundContext, UpdateResult
 from .classes import Classes, find_classes
 from .statistics import running_statistics

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Literal, Protocol
 
-from .._models import evaluating
+from .._host.borrowing import evaluating
 from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned

@@ -8,11 +8,11 @@ from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tup
 import torch
 from torch import Tensor, nn
 
-from .._activations import LEAST_ROWS, capturing, positions, rows
-from .._distributed import sum_across_ranks
-from .._named import canonical_modules
-from ..alignment import Moments
+from .._host.activations import LEAST_ROWS, capturing, positions, rows
+from .._host.names import canonical_modules
+from .._host.ranks import sum_across_ranks
 from ..outputs import Outputs
+from .alignment import Moments
 
 __all__ = ["Classes", "find_classes", "is_logits"]
 
@@ -95,7 +95,7 @@ def find_classes(
 def is_logits(output: Tensor, logits: Optional[Tensor]) -> bool:
     """Return whether an activation is the logits, but for its grid and scale: then its channels are the classes.
 
-    Both come from :func:`~clda_core._activations.positions`. Classes that vary in neither do not count.
+    Both come from :func:`~clda_core._host.activations.positions`. Classes that vary in neither do not count.
     """
     if logits is None or logits.shape[1] != output.shape[1]:
         return False

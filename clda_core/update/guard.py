@@ -9,13 +9,13 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple, cast
 import torch
 from torch import Tensor, nn
 
-from .._activations import wide
-from .._config import Strategy
-from .._distributed import mean_across_ranks
-from .._undo import undoing
+from .._host.activations import wide
+from .._host.ranks import mean_across_ranks
+from .._host.undo import undoing
 from ..distillation import kl_distillation
 from ..distillation.base import align, align_logits, weighted_mean
 from ..errors import check_number, problem
+from ..strategy import Strategy
 from .base import Granularity, RoundContext, Update, UpdateResult, rehearse
 from .writing import Snapshot
 

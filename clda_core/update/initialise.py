@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch import nn
 
-from .._activations import LEAST_ROWS, watching
-from .._sharded import local, part_for, whole
+from .._host.activations import LEAST_ROWS, watching
+from .._host.shards import local, part_for, whole
 from ..distillation.base import check_class_map, in_students_classes
 from ..errors import problem
 from ..layers import Layer, LayerGrouping, group_layers
@@ -64,7 +64,7 @@ def init_student(
         ('0', '2')
     """
     from .._checks import check_models, size  # which themselves read this package's types
-    from .._writable import check_memory
+    from .writable import check_memory
 
     check_models(teacher, student)
     if size(student) > size(teacher):

@@ -7,15 +7,15 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from .._compat import has_float64, norms
-from .._config import Strategy
-from .._distributed import mean_where_seen
-from .._layout import strided
-from .._models import evaluating, requiring_grad
-from .._sharded import as_sharded, gradients, is_sharded, local, sum_over_shards
+from .._host.borrowing import evaluating, requiring_grad
+from .._host.compat import has_float64, norms
+from .._host.layout import strided
+from .._host.ranks import mean_where_seen
+from .._host.shards import as_sharded, gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
 from ..errors import check_choice, check_number, problem
 from ..layers import canonical_parameters
+from ..strategy import Strategy
 from .base import Granularity, RoundContext, UpdateResult
 from .own_optimizer import OptimizerFactory, OwnOptimizer
 

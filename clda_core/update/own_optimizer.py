@@ -8,11 +8,11 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 import torch
 from torch import Tensor, nn
 
-from .._compat import adam
-from .._layout import is_dense, laid_out_like
-from .._models import requiring_grad
-from .._sharded import as_sharded, is_sharded, local
-from .._undo import without_gradients
+from .._host.borrowing import requiring_grad
+from .._host.compat import adam
+from .._host.layout import is_dense, laid_out_like
+from .._host.shards import as_sharded, is_sharded, local
+from .._host.undo import without_gradients
 from ..errors import CldaError, problem
 from .writing import copied
 

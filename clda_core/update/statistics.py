@@ -6,7 +6,7 @@ from typing import FrozenSet, List, Tuple
 
 from torch import Tensor, nn
 
-from .._named import canonical_modules
+from .._host.names import canonical_modules
 
 __all__ = ["frozen_norms", "running_statistics"]
 

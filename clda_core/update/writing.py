@@ -9,10 +9,10 @@ from typing import AbstractSet, Any, Dict, Iterable, Iterator, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
-from .._compat import halve_towards_, lerp_
-from .._named import named_tensors
-from .._sharded import local
-from .._undo import undoing
+from .._host.compat import halve_towards_, lerp_
+from .._host.names import named_tensors
+from .._host.shards import local
+from .._host.undo import undoing
 from ..layers import Layer, local_names
 from .classes import MAY_BE_CLASSES, Classes
 from .statistics import NO_STATISTIC

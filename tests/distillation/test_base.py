@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from clda_core import CldaError
-from clda_core._config import describe
 from clda_core.distillation import (
     AttentionTransfer,
     FeatureDistillation,
@@ -20,6 +19,7 @@ from clda_core.distillation import (
 )
 from clda_core.distillation.base import valid_mask
 from clda_core.outputs import Outputs
+from clda_core.strategy import describe
 from tests import reference_distillation as reference
 from tests.distillation.cases import flat, pair
 

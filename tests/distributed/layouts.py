@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clda_core._distributed import sum_across_ranks
-from clda_core._projectors import Projectors
+from clda_core._host.ranks import sum_across_ranks
+from clda_core.distillation.projectors import Projectors
 from clda_core.update import MaskedDistillation
 from tests.update.rounds import randomise, round_context
 

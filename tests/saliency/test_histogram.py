@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clda_core._compat import leading_bits, leading_bits_by_search
+from clda_core._host.compat import leading_bits, leading_bits_by_search
 from clda_core.errors import CldaError
 from clda_core.saliency import Histogram
 from clda_core.saliency.histogram import fraction_above, mean, quantile

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clda_core.layers import Layer
-from clda_core.observation import non_salient_elements, score_layers
 from clda_core.saliency import Fisher, Histogram, Magnitude, Taylor
 from clda_core.saliency.histogram import mean, quantile
+from clda_core.saliency.observer import non_salient_elements, score_layers
 from clda_core.selection import (
     BelowRate,
     DomainShift,

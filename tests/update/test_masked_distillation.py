@@ -419,7 +419,7 @@ def test_a_state_saved_where_adam_is_fused_is_continued_where_it_is_not(monkeypa
     update.apply(round_context(teacher, student, inputs=vectors()))
     state = update.state_dict()
     state["optimizer"]["param_groups"][0]["fused"] = True
-    monkeypatch.setattr("clda_core._compat._has_fused_adam", lambda: False)
+    monkeypatch.setattr("clda_core._host.compat._has_fused_adam", lambda: False)
     resumed = MaskedDistillation()
     resumed.load_state_dict(state)
     assert resumed.apply(round_context(teacher, student, inputs=vectors())).updated

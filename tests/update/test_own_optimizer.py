@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clda_core._layout import is_dense
+from clda_core._host.layout import is_dense
 from clda_core.distillation import kl_distillation
 from clda_core.errors import CldaError
 from clda_core.update import MaskedDistillation

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import clda_core
 from clda_core import CollaborativeLearner
-from clda_core._undo import settled, undoing
+from clda_core._host.undo import settled, undoing
 from clda_core.relation import BySimilarity
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement

@@ -8,10 +8,10 @@ from typing import Iterable, Iterator, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._buffers import Buffers
-from ._named import modules_of
-from ._sharded import reshard
-from ._undo import undoing
+from .buffers import Buffers
+from .names import modules_of
+from .shards import reshard
+from .undo import undoing
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from typing import Any, List
 import pytest
 import torch
 
-from clda_core._observations import Observations
 from clda_core.errors import CldaError
 from clda_core.saliency import Histogram
+from clda_core.saliency.rates import Observations
 from clda_core.selection import FixedThreshold, MeanThreshold, ReferenceThreshold
 from tests.helpers import bits, loaded, saved
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from clda_core.alignment import Moments, linear_assignment, match_channels
 from clda_core.errors import CldaError
+from clda_core.update.alignment import Moments, linear_assignment, match_channels
 from tests import reference_relation as reference
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from clda_core.errors import CldaError
 from clda_core.layers import Layer, group_layers
-from clda_core.observation import Observer, non_salient_elements, score_layers
 from clda_core.relation import ModelView
 from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
 from clda_core.saliency.histogram import CHUNK
+from clda_core.saliency.observer import Observer, non_salient_elements, score_layers
 from clda_core.selection import FixedThreshold, ReferenceThreshold
 from tests.helpers import bits, loaded, saved
 

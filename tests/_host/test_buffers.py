@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner, Never
-from clda_core._models import evaluating
+from clda_core._host.borrowing import evaluating
 from clda_core.relation import BySimilarity
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._stepping import accumulates, make_step, scaler_step, unscale
+from clda_core._host.stepping import accumulates, make_step, scaler_step, unscale
 
 
 class FakeScaler:

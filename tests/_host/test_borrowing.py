@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
-from clda_core._models import evaluating, requiring_grad
+from clda_core._host.borrowing import evaluating, requiring_grad
 from clda_core.distillation import KLDistillation
 from clda_core.relation import BySimilarity
 from clda_core.saliency import Fisher

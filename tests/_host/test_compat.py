@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clda_core import _compat
-from clda_core._compat import adam, has_complex_adam, has_float64, norms, uncompiled
+from clda_core._host import compat as _compat
+from clda_core._host.compat import adam, has_complex_adam, has_float64, norms, uncompiled
 
 
 class Network(nn.Module):

@@ -8,13 +8,13 @@ from typing import Collection, Dict, List, Mapping, Optional, Sequence, Set, Tup
 import torch
 from torch import Tensor, nn
 
-from ._compat import has_complex_adam
-from ._layout import overlaps
-from ._named import canonical_modules, canonical_parameters, named_tensors
-from .errors import problem
-from .layers import Layer
-from .relation import ModelView
-from .saliency import SaliencyEstimator
+from .._host.compat import has_complex_adam
+from .._host.layout import overlaps
+from .._host.names import canonical_modules, canonical_parameters, named_tensors
+from ..errors import problem
+from ..layers import Layer
+from ..relation import ModelView
+from ..saliency import SaliencyEstimator
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 

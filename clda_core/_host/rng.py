@@ -10,8 +10,8 @@ from typing import Dict, Iterator, List, MutableMapping, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._compat import noting_draws
-from ._undo import undoing
+from .compat import noting_draws
+from .undo import undoing
 
 _draws: MutableMapping[nn.Module, Dict[str, bool]] = weakref.WeakKeyDictionary()
 """By model and by what is done with it, whether that draws random numbers."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import problem
+from ..errors import problem
 
 _has_data: ContextVar[bool] = ContextVar("_has_data", default=True)
 
@@ -35,7 +35,7 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> List[Tensor]:
     """Return each tensor summed over the ranks with data; in one process the tensors themselves.
 
     One call for each dtype and device. What comes back is row-major, whatever the layout was: bring it to that of a
-    parameter before it meets one in an optimizer (:func:`clda_core._layout.laid_out_like`).
+    parameter before it meets one in an optimizer (:func:`clda_core._host.layout.laid_out_like`).
     """
     if world_size() == 1:
         return list(tensors)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._compat import has_float64, part_by_part, uncompiled
-from ._models import evaluating
-from ._random import keeping_rng
-from ._undo import undoing
+from .borrowing import evaluating
+from .compat import has_float64, part_by_part, uncompiled
+from .rng import keeping_rng
+from .undo import undoing
 
 _SPATIAL = {
     1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d),

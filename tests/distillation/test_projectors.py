@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CldaError
-from clda_core._projectors import Projectors
 from clda_core.distillation import WeightedSum, kl_distillation
+from clda_core.distillation.projectors import Projectors
 from clda_core.update import Guard, MaskedDistillation
 from tests.helpers import WithParameter, batch, bits, make_learner, networks, no_traces, sgd, values
 

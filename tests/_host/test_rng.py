@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner
-from clda_core._random import keeping_rng
+from clda_core._host.rng import keeping_rng
 from tests.helpers import make_learner, random_states, seeded
 
 

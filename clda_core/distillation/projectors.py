@@ -7,10 +7,10 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_apart
-from ._distributed import mean_where_seen
-from ._layout import laid_out_like, strided
-from .update.writing import copied
+from .._checks import check_apart
+from .._host.layout import laid_out_like, strided
+from .._host.ranks import mean_where_seen
+from ..update.writing import copied
 
 _LEARNING_RATE = 1e-3
 

@@ -7,11 +7,11 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ._compat import has_float64
-from ._distributed import sum_across_ranks
-from .errors import problem
-from .saliency.histogram import Histogram
-from .selection import Threshold, layer_saliency_rates
+from .._host.compat import has_float64
+from .._host.ranks import sum_across_ranks
+from ..errors import problem
+from ..selection import Threshold, layer_saliency_rates
+from .histogram import Histogram
 
 
 class Observations:

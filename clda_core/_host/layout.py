@@ -11,7 +11,7 @@ from typing import Iterator, List, Mapping, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ._sharded import as_sharded, is_sharded, local
+from .shards import as_sharded, is_sharded, local
 
 
 def strided(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ._distributed import adding, sum_across_ranks, world_size
+from ._host.ranks import adding, sum_across_ranks, world_size
 from .schedule import RoundSchedule
 from .update import Update
 

@@ -11,7 +11,7 @@ from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._layout import is_dense
+from .layout import is_dense
 
 
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *, alike: bool = False) -> None:

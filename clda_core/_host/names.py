@@ -11,9 +11,9 @@ from typing import Any, Container, Dict, Iterable, List, Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
-from ._compat import uninitialized
-from ._sharded import reshard
-from .errors import problem
+from ..errors import problem
+from .compat import uninitialized
+from .shards import reshard
 
 _T = TypeVar("_T", bound=Tensor)
 

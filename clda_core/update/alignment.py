@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._activations import wide
-from .errors import check_number, problem
+from .._host.activations import wide
+from ..errors import check_number, problem
 
 __all__ = ["Moments", "linear_assignment", "match_channels"]
 

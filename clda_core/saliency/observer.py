@@ -7,21 +7,21 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_differentiable, check_reached
-from ._compat import has_float64
-from ._distributed import inside_ddp, mean_across_ranks, mean_where_seen
-from ._gradients import explained, hosts_gradients, leftover_gradients, still_leftover
-from ._models import evaluating, requiring_grad
-from ._observations import Observations
-from ._sharded import gradients, is_sharded, local, sum_over_shards
-from ._undo import undoing
-from .errors import problem
-from .layers import Layer, canonical_parameters
-from .relation import ModelView
-from .saliency import Probe, SaliencyEstimator
-from .saliency.base import derivatives
-from .saliency.histogram import CHUNK, Histogram
-from .selection import Threshold
+from .._checks import check_differentiable, check_reached
+from .._host.borrowing import evaluating, requiring_grad
+from .._host.compat import has_float64
+from .._host.ranks import inside_ddp, mean_across_ranks, mean_where_seen
+from .._host.shards import gradients, is_sharded, local, sum_over_shards
+from .._host.undo import undoing
+from ..errors import problem
+from ..layers import Layer, canonical_parameters
+from ..relation import ModelView
+from ..selection import Threshold
+from . import Probe, SaliencyEstimator
+from .base import derivatives
+from .histogram import CHUNK, Histogram
+from .host_gradients import explained, hosts_gradients, leftover_gradients, still_leftover
+from .rates import Observations
 
 __all__ = ["LossOrFunction", "Observer", "non_salient_elements", "score_layers"]
 

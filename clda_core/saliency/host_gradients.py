@@ -8,10 +8,10 @@ from typing import Dict, Iterator, List, Mapping, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._layout import strided
-from ._sharded import local, sum_over_shards
-from .errors import CldaError, problem
-from .layers import canonical_parameters
+from .._host.layout import strided
+from .._host.shards import local, sum_over_shards
+from ..errors import CldaError, problem
+from ..layers import canonical_parameters
 
 Leftover = Mapping[str, Tuple[Tensor, int]]
 """Gradients by parameter name, each with its version, which any write to it raises."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Schedule, init_student
-from clda_core._compat import has_complex_adam
+from clda_core._host.compat import has_complex_adam
 from clda_core.saliency import Fisher, Hessian, Magnitude, Taylor
 from clda_core.schedule import Never
 from clda_core.selection import AllLayers

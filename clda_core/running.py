@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ._fits import check_fits, check_graph
-from ._models import evaluating
-from ._random import keeping_rng
-from ._target import TargetStep
+from ._host.borrowing import evaluating
+from ._host.rng import keeping_rng
 from .distillation import Distillation
 from .distillation.base import in_students_classes
 from .errors import problem
 from .outputs import Extract, Outputs, as_outputs, call_model
+from .step import TargetStep
 
 
 class Runner:

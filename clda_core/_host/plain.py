@@ -11,7 +11,7 @@ from typing import Any, Dict, FrozenSet, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
-from .errors import CldaError, problem
+from ..errors import CldaError, problem
 
 _DEPTH = 200
 """Containers may nest so deep; pickling fails a little later."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clda_core._layout import is_dense, laid_out_like, overlaps, strided
+from clda_core._host.layout import is_dense, laid_out_like, overlaps, strided
 
 LAYOUTS: Dict[str, Callable[[Tensor], Tensor]] = {
     "row-major": lambda x: x.clone(),

@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional
 import pytest
 import torch
 
-from clda_core._config import Strategy, describe
 from clda_core.distillation import KLDistillation, WeightedSum
+from clda_core.strategy import Strategy, describe
 from clda_core.update import Guard, MaskedDistillation, mutual_information
 from tests.helpers import batch, loaded, make_learner, networks, saved
 

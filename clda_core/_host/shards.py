@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._distributed import adding, mean_where_seen, share_of_mean
-from ._undo import without_gradients
-from .errors import problem
+from ..errors import problem
+from .ranks import adding, mean_where_seen, share_of_mean
+from .undo import without_gradients
 
 
 def is_sharded(tensor: Optional[Tensor]) -> bool:
