@@ -32,7 +32,7 @@ class Environment(NamedTuple):
     tests: tuple[str, ...] = ()  # a part of the suite, where another session has the same torch
 
 
-WHAT_MUST_HOLD = ("tests/test_must_hold.py", "tests/test_contracts.py", "tests/examples")
+WHAT_MUST_HOLD = ("tests/test_must_hold.py", "tests/test_contracts.py", "tests/examples", "tests/hosts")
 ENVIRONMENTS = {
     "oldest": Environment("3.8", "the oldest supported: torch 1.7.1"),
     "host-seg": Environment(

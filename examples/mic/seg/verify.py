@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from examples.daformer.verification.command import main
-from examples.daformer.verification.host import MIC_SEG
+from tests.hosts.segmentation.command import main
+from tests.hosts.segmentation.host import MIC_SEG
 
 if __name__ == "__main__":
     sys.exit(main(MIC_SEG, "examples.mic.seg.verify"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import types
@@ -18,10 +19,10 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from clda_core import CldaError
-from examples.daformer.verification import checks, command, configs, data, host, host_process, runs
-from examples.daformer.verification.checks import Result, run_check
-from examples.daformer.verification.host import DAFORMER, MIC_SEG, check_folder, version_of
-from examples.daformer.verification.runs import Laboratory, Run, RunFailed
+from tests.hosts.segmentation import checks, command, configs, data, host, host_process, runs
+from tests.hosts.segmentation.checks import Result, run_check
+from tests.hosts.segmentation.host import DAFORMER, MIC_SEG, check_folder, version_of
+from tests.hosts.segmentation.runs import Laboratory, Run, RunFailed
 
 # ------------------------------------------------------------------------------------------------------ made-up data
 
@@ -508,6 +509,21 @@ def test_a_host_that_cannot_run_fails_by_its_last_words(tmp_path: Path, capsys: 
     line = next(line for line in printed.splitlines() if line.startswith("FAIL"))
     assert "Error" in line
     assert (keep / "process" / "host.txt").read_text().strip()
+
+
+@pytest.mark.parametrize("program", ["examples.daformer.verify", "examples.mic.seg.verify"])
+def test_the_command_is_run_from_a_clone_whatever_else_is_installed(program: str, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("raise RuntimeError('tests that a package of the host installed')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--host", str(tmp_path)],
+        cwd=str(runs.REPOSITORY),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 2, done.stdout.decode()
+    assert done.stdout.decode().startswith(f"{program}: the host is another repository")
 
 
 # ------------------------------------------------------------------------------------------------- the host's process

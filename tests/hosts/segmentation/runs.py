@@ -19,8 +19,8 @@ from .configs import ROUND_EVERY, STUDENT, TEACHER
 from .data import write_data
 from .host import MIC_SEG, Host
 
-OURS = Path(__file__).resolve().parents[1]
-REPOSITORY = OURS.parents[1]
+REPOSITORY = Path(__file__).resolve().parents[3]
+OURS = REPOSITORY / "examples" / "daformer"
 
 SHORT = 6
 TEACHER_ITERATIONS = 20
@@ -153,14 +153,14 @@ class Laboratory:
             layout.mkdir(parents=True)
             (layout / "configs").symlink_to(self.root / "configs")
             shutil.copytree(
-                str(OURS), str(layout / "clda_daformer"), ignore=shutil.ignore_patterns("verif*", "__pycache__")
+                str(OURS), str(layout / "clda_daformer"), ignore=shutil.ignore_patterns("verify.py", "__pycache__")
             )
         recipes = sorted(str(path) for path in (layout / "clda_daformer").glob(self.host.ours))
         found = self.folder / "found.json"
         if found.exists():
             return json.loads(found.read_text())  # type: ignore[no-any-return]
         arguments = [str(found), str(self._config("teacher")), *recipes]
-        self._process("recipes", "examples.daformer.verification.inside_host", arguments, folder=layout)
+        self._process("recipes", "tests.hosts.segmentation.inside_host", arguments, folder=layout)
         return json.loads(found.read_text())  # type: ignore[no-any-return]
 
     def _plan(self, name: str) -> Plan:
