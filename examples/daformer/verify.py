@@ -3,8 +3,8 @@
     python -m examples.daformer.verify --host PATH/TO/DAFormer
 
 Trains DAFormer, unmodified, for a few iterations without us, with us switched off, and with us, and prints one line
-per check; the exit status is 0 only if all hold. It takes minutes, and 2 GB in the temporary folder; it needs no GPU, no
-data and no downloads. What it runs is in ``tests/hosts/segmentation``.
+per check; the exit status is 0 only if all hold. It takes minutes, and 2 GB in the temporary folder; it needs no GPU,
+no data and no downloads. What it runs is in ``tests/hosts/segmentation``.
 """
 
 from __future__ import annotations

@@ -514,7 +514,7 @@ def test_a_host_that_cannot_run_fails_by_its_last_words(tmp_path: Path, capsys: 
 @pytest.mark.parametrize("program", ["examples.daformer.verify", "examples.mic.seg.verify"])
 def test_the_command_is_run_from_a_clone_whatever_else_is_installed(program: str, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "__init__.py").write_text("raise RuntimeError('tests that a package of the host installed')\n")
+    (tmp_path / "tests" / "__init__.py").write_text("raise RuntimeError('tests of another package')\n")
     done = subprocess.run(
         [sys.executable, "-m", program, "--host", str(tmp_path)],
         cwd=str(runs.REPOSITORY),

@@ -17,8 +17,8 @@ from clda_core.distillation import kl_distillation
 from clda_core.errors import CldaError
 from clda_core.update import MaskedDistillation
 from clda_core.update.own_optimizer import OwnOptimizer
+from tests._host.test_layout import LAYOUTS
 from tests.reference_update import Adam, float64
-from tests.test_layout import LAYOUTS
 from tests.update.rounds import changed, randomise, round_context, values
 
 RATE = 1e-2

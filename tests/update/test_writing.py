@@ -11,9 +11,9 @@ from torch import nn
 from clda_core.layers import group_layers
 from clda_core.update.statistics import running_statistics
 from clda_core.update.writing import Snapshot, blend, copied, pair_tensors, tensors_of, undone_on_error
+from tests._host.test_layout import LAYOUTS
 from tests.models import CNN, ResNet
 from tests.reference_update import average, float64
-from tests.test_layout import LAYOUTS
 from tests.update.rounds import changed, randomise, same_bits, traces, values
 
 
