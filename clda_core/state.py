@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Tuple
 
 from .errors import problem
 from .report import Earlier
+from .strategy import PACKAGE
+
+State = Dict[str, Any]
+Description = Dict[str, Any]
 
 STATE_VERSION = 3
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
@@ -30,8 +34,10 @@ def migrated(state: Any) -> Dict[str, Any]:
     today = dict(state)
     try:
         for former in range(version, STATE_VERSION):
-            today = {**_MIGRATIONS[former](today), "version": former + 1}
-    except (KeyError, TypeError, ValueError) as error:
+            for migrate in _MIGRATIONS[former]:
+                today = migrate(today)
+            today["version"] = former + 1
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise problem(
             "the state cannot be read",
             expected=f"a state_dict() in the format of version {version}",
@@ -41,16 +47,42 @@ def migrated(state: Any) -> Dict[str, Any]:
     return today
 
 
-def _from_1(state: Dict[str, Any]) -> Dict[str, Any]:
-    """Before ``observe_every`` every round was observed, and every round was kept."""
-    config = dict(state["config"])
-    schedule = config["schedule"]
-    if isinstance(schedule, Mapping) and schedule.get("class") == "clda_core.schedule.Schedule":
-        config["schedule"] = {"observe_every": 1, **schedule}
-    return {**state, "config": config, "earlier": asdict(Earlier())}
+# ------------------------------------------------------------------------------------- what changed, from 1 to 2
 
 
-def _from_2(state: Dict[str, Any]) -> Dict[str, Any]:
+def _every_step_was_observed(state: State) -> State:
+    """Before ``observe_every`` every step of a round was observed."""
+    return _with_strategies(state, _observe_every)
+
+
+def _observe_every(strategy: Description) -> Description:
+    if strategy["class"] == "clda_core.schedule.Schedule":
+        return {"observe_every": 1, **strategy}
+    return strategy
+
+
+def _every_round_was_kept(state: State) -> State:
+    return {**state, "earlier": asdict(Earlier())}
+
+
+# ------------------------------------------------------------------------------------- what changed, from 2 to 3
+
+
+def _strategies_had_module_paths(state: State) -> State:
+    """Before strategies and functions of this package went by their bare names; whatever its files were called."""
+    roles = {role: _without_paths(of) for role, of in state["config"].items() if not role.endswith("_layers")}
+    return {**state, "config": {**state["config"], **roles}}
+
+
+def _without_paths(described: Any) -> Any:
+    if isinstance(described, str):
+        return described.rpartition(".")[2] if described.startswith(f"{PACKAGE}.") else described
+    if isinstance(described, dict):
+        return {name: _without_paths(of) for name, of in described.items()}
+    return [_without_paths(of) for of in described] if isinstance(described, list) else described
+
+
+def _data_was_not_followed(state: State) -> State:
     """Before it was noted whose saliency is known, and which round waits for target data.
 
     An update's moments had positions, which it still reads itself.
@@ -58,5 +90,24 @@ def _from_2(state: Dict[str, Any]) -> Dict[str, Any]:
     return {**state, "owed": None, "observer": {**state["observer"], "known": None, "round_is_over": False}}
 
 
-_MIGRATIONS: Dict[int, Callable[[Dict[str, Any]], Dict[str, Any]]] = {1: _from_1, 2: _from_2}
-"""By version, what makes a state of that version one of the next."""
+_MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
+    1: (_every_step_was_observed, _every_round_was_kept),
+    2: (_strategies_had_module_paths, _data_was_not_followed),
+}
+"""By version, what makes a state of that version one of the next, one change after the other.
+
+A change of what strategies are made of is a function of one description, ``{"class": name, argument: value, ...}``,
+which :func:`_with_strategies` applies to each. No function changes what it is given.
+"""
+
+
+def _with_strategies(state: State, change: Callable[[Description], Any]) -> State:
+    """Return the state with every strategy in its configuration changed, the inner ones first."""
+
+    def changed(described: Any) -> Any:
+        if isinstance(described, dict):
+            inner = {name: changed(of) for name, of in described.items()}
+            return change(inner) if "class" in inner else inner
+        return [changed(of) for of in described] if isinstance(described, list) else described
+
+    return {**state, "config": {role: changed(of) for role, of in state["config"].items()}}

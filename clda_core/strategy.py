@@ -13,6 +13,8 @@ from typing import Any, FrozenSet, List, Mapping
 
 import torch
 
+PACKAGE = __name__.partition(".")[0]
+
 
 class Strategy:
     """Gives a strategy the ``repr`` its constructor call had; strategies need not derive from it."""
@@ -30,11 +32,14 @@ _TRAITS = (("score", "order"), ("apply", "granularity"), ("due", "observes"), ("
 def describe(strategy: Any) -> Any:
     """Return a strategy, or a plain value, as plain Python data that is equal for equal configurations.
 
-    A strategy becomes ``{"class": qualified name, argument: value, ...}`` with the arguments its ``__init__`` declares
-    and keeps under the same attribute name; a function becomes its qualified name, with the arguments that
-    ``functools.partial`` binds; numbers, strings, ``None`` and containers of these stay, paths, types and members of
-    enumerations become strings, and sets sorted lists. Whatever else a strategy holds, a trainer or a network, may
-    change while the training goes on, and is described by its class alone.
+    A strategy becomes ``{"class": name, argument: value, ...}`` with the arguments its ``__init__`` declares and keeps
+    under the same attribute name; a function becomes its name, with the arguments that ``functools.partial`` binds;
+    numbers, strings, ``None`` and containers of these stay, paths, types and members of enumerations become strings,
+    and sets sorted lists. Whatever else a strategy holds, a trainer or a network, may change while the training goes
+    on, and is described by its class alone.
+
+    What is of this package goes by its bare name, ``"Taylor"``, wherever the file that defines it may move; everything
+    else by its module and name.
     """
     return _describe(strategy, True, frozenset())
 
@@ -71,7 +76,7 @@ def _describe(value: Any, whole: bool, outer: FrozenSet[int]) -> Any:
     described = {"class": _name(type(value))}
     if whole or _is_strategy(value):
         # What our strategies hold are strategies; those of others may hold the host.
-        inner = type(value).__module__.partition(".")[0] == __name__.partition(".")[0]
+        inner = _is_ours(type(value))
         described.update((name, _describe(getattr(value, name), inner, outer)) for name in _kept_arguments(value))
     return described
 
@@ -102,4 +107,9 @@ def _has(value: Any, name: str) -> bool:
 
 
 def _name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+    return value.__qualname__ if _is_ours(value) else f"{value.__module__}.{value.__qualname__}"
+
+
+def _is_ours(value: Any) -> bool:
+    """Return whether a class or function is of this package."""
+    return str(value.__module__).partition(".")[0] == PACKAGE

@@ -1,9 +1,11 @@
 """Checkpoints of former versions are read, those of newer ones refused; none grows with the length of the run."""
 
 import copy
+import importlib
+import json
 import pickle
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from clda_core import CldaError, CollaborativeLearner
 from clda_core.saliency import Hessian
 from clda_core.selection import AllLayers
 from clda_core.state import STATE_VERSION, migrated
+from clda_core.strategy import describe
 from clda_core.update import Average
 from tests.helpers import (
     SAMPLES,
@@ -27,18 +30,21 @@ from tests.helpers import (
     train,
     train_step,
 )
-from tests.states import training
+from tests.states import strategies, training
+from tests.strategies import MODULES, cases
 
 STATES = Path(training.__file__).parent
-VERSIONS = range(1, STATE_VERSION + 1)
+FILES = ["version-1", "version-2", "version-2-defaults", f"version-{STATE_VERSION}"]
+OF_STRATEGIES = json.loads((STATES / "version-2-strategies.json").read_text())
 
 
-def former(version: int) -> Dict[str, Any]:
-    return loaded((STATES / f"version-{version}.pt").read_bytes())
+def former(version: Any) -> Dict[str, Any]:
+    file = version if isinstance(version, str) else f"version-{version}"
+    return loaded((STATES / f"{file}.pt").read_bytes())
 
 
-def resumed(checkpoint: Dict[str, Any]) -> Any:
-    learner, optimizer = training.build()
+def resumed(checkpoint: Dict[str, Any], *, defaults: bool = False) -> Any:
+    learner, optimizer = training.build(defaults)
     learner.teacher.load_state_dict(checkpoint["teacher"])
     learner.student.load_state_dict(checkpoint["student"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -46,11 +52,11 @@ def resumed(checkpoint: Dict[str, Any]) -> Any:
     return learner, optimizer
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_checkpoint_of_every_version_goes_on_as_it_did_there(version: int) -> None:
-    checkpoint = former(version)
-    assert checkpoint["learner"]["version"] == version
-    learner, optimizer = resumed(checkpoint)
+@pytest.mark.parametrize("file", FILES)
+def test_a_checkpoint_of_every_version_goes_on_as_it_did_there(file: str) -> None:
+    checkpoint = former(file)
+    assert checkpoint["learner"]["version"] == int(file.split("-")[1])
+    learner, optimizer = resumed(checkpoint, defaults=file.endswith("defaults"))
     assert learner.report().steps == training.SAVED
     training.train(learner, optimizer, training.SAVED, training.LAST)
     here, there = training.outcome(learner), checkpoint["afterwards"]
@@ -65,10 +71,10 @@ def test_a_checkpoint_of_every_version_goes_on_as_it_did_there(version: int) -> 
         assert not torch.equal(value, checkpoint["teacher"][name]) or name not in ("stem.weight", "blocks.0.0.weight")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_migrated_state_is_one_of_today(version: int) -> None:
-    checkpoint = former(version)
-    learner, _ = resumed(checkpoint)
+@pytest.mark.parametrize("file", FILES)
+def test_a_migrated_state_is_one_of_today(file: str) -> None:
+    checkpoint = former(file)
+    learner, _ = resumed(checkpoint, defaults=file.endswith("defaults"))
     before = bits(checkpoint["learner"])
     state = migrated(checkpoint["learner"])
     assert bits(checkpoint["learner"]) == before, "what is given stays as it is"
@@ -76,6 +82,66 @@ def test_a_migrated_state_is_one_of_today(version: int) -> None:
     own = learner.state_dict()
     assert set(state) == set(own)
     assert state["config"] == own["config"]
+
+
+def built(described: Any) -> Any:
+    """Make what a configuration describes, of what the package offers today."""
+    if isinstance(described, dict):
+        made = {name: built(of) for name, of in described.items() if name != "class"}
+        return OFFERED[described["class"]](**made) if "class" in described else made
+    if isinstance(described, list):
+        return [built(of) for of in described]
+    return OFFERED.get(described, described) if isinstance(described, str) else described
+
+
+OFFERED = {
+    name: getattr(importlib.import_module(module), name)
+    for module in MODULES
+    for name in importlib.import_module(module).__all__
+}
+
+
+@pytest.mark.parametrize("case", OF_STRATEGIES)
+def test_a_state_with_any_strategy_from_before_files_were_moved_is_restored(case: str) -> None:
+    state = OF_STRATEGIES[case]
+    state["observer"]["generator"] = torch.Generator().get_state()
+    config = {role: of for role, of in migrated(state)["config"].items() if not role.endswith("_layers")}
+    learner = CollaborativeLearner(strategies.Net(3), strategies.Net(2), **built(config))
+    learner.load_state_dict(state)
+    assert learner.state_dict()["config"] == migrated(state)["config"]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every string in plain data."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts(item)
+    if isinstance(value, str):
+        yield value
+
+
+def test_no_state_holds_a_module_path_of_the_package() -> None:
+    """Files may move; checkpoints stay. A path has the package's name in it, whatever is moved where."""
+    states = [resumed(former(file), defaults=file.endswith("defaults"))[0].state_dict() for file in FILES]
+    for _, role, make in cases():
+        if role in ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe"):
+            states.append(make_learner(*networks(), **{role: make()}).state_dict())
+    states.append([describe(make()) for _, _, make in cases()])
+    assert not [text for text in texts(states) if "clda_core" in text]
+    assert {"Taylor", "consensus", "MeanThreshold", "kl_distillation"} <= set(texts(states))
+
+
+def test_paths_of_any_layout_are_migrated_and_those_of_users_stay() -> None:
+    state = former(2)["learner"]
+    state["config"]["saliency"] = {"class": "clda_core.some.where.deeper.Taylor"}
+    state["config"]["update"]["criterion"] = {"partial": "clda_core.moved.consensus", "args": [], "keywords": {}}
+    state["config"]["probe"] = {"class": "mine.clda_core.Probe", "inner": ["clda_core.Taylor", "my_clda_core.X"]}
+    config = migrated(state)["config"]
+    assert config["saliency"] == {"class": "Taylor"}
+    assert config["update"]["criterion"]["partial"] == "consensus"
+    assert config["probe"] == {"class": "mine.clda_core.Probe", "inner": ["Taylor", "my_clda_core.X"]}
 
 
 def test_the_format_has_not_changed_without_a_new_version() -> None:

@@ -42,14 +42,23 @@ def test_plain_values_stay_and_containers_become_plain() -> None:
 
 
 def test_functions_are_described_by_name_and_bound_arguments() -> None:
-    name = "clda_core.update.guard.mutual_information"
+    name = "mutual_information"
     assert describe(mutual_information) == name
+    assert describe(batch) == f"{batch.__module__}.batch", "a user's"
     assert describe(functools.partial(mutual_information, 1, student_logits=2)) == {
         "partial": name,
         "args": [1],
         "keywords": {"student_logits": 2},
     }
     assert describe(Sample) == HERE
+
+
+def test_what_is_of_the_package_goes_by_its_bare_name() -> None:
+    described = describe(Guard(MaskedDistillation()))
+    assert described["class"] == "Guard"
+    assert described["update"]["class"] == "MaskedDistillation"
+    assert described["criterion"] == "consensus"
+    assert describe(Guard) == "Guard"
 
 
 def test_numpy_numbers_become_plain() -> None:

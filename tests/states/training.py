@@ -4,8 +4,10 @@ Run in a checkout of the version in question, this writes the file, and what the
 
     git worktree add ../former COMMIT
     PYTHONPATH=../former python tests/states/training.py tests/states/version-N.pt
+    PYTHONPATH=../former python tests/states/training.py tests/states/version-N-defaults.pt defaults
 
-By the oldest supported torch, so that every version of torch can read it.
+By the oldest supported torch, so that every version of torch can read it. version-2-defaults.pt was written at commit
+ffd5f54, before the package's files were moved.
 """
 
 import inspect
@@ -42,20 +44,19 @@ def drawn(seed: int) -> Tensor:
     return torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def build() -> Tuple[CollaborativeLearner, Any]:
+def build(defaults: bool = False) -> Tuple[CollaborativeLearner, Any]:
+    """Return a learner, with default strategies if told so, and its student's optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teacher, student = Net(3).double(), Net(2).double()
     schedule: Dict[str, Any] = {"warmup": 1, "interval": 3, "observations": 3}
     if "observe_every" in inspect.signature(Schedule.__init__).parameters:
         schedule["observe_every"] = 1
-    learner = CollaborativeLearner(
-        teacher,
-        student,
-        schedule=Schedule(**schedule),
-        update=Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1.0),
-        distillation=FeatureDistillation(),
-    )
+    strategies: Dict[str, Any] = {}
+    if not defaults:
+        strategies["update"] = Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1.0)
+        strategies["distillation"] = FeatureDistillation()
+    learner = CollaborativeLearner(teacher, student, schedule=Schedule(**schedule), **strategies)
     return learner, torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -77,8 +78,8 @@ def outcome(learner: CollaborativeLearner) -> Dict[str, Any]:
     return {"teacher": learner.teacher.state_dict(), "rounds": learner.report().to_dict()["rounds"]}
 
 
-def main(path: str) -> None:
-    learner, optimizer = build()
+def main(path: str, strategies: str = "") -> None:
+    learner, optimizer = build(defaults=strategies == "defaults")
     train(learner, optimizer, 0, SAVED)
     saved = state(learner, optimizer)
     torch.save(saved, path)  # at once, since the tensors of the models are not copied
