@@ -6,18 +6,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Iterator
 
-from benchmarks.cost.figures import Figure, figure
-from benchmarks.cost.timing import spread
+from benchmarks.cost.figures import Figure
 
 _SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "import_time.py"
 
 
 def imports(repeats: int) -> Iterator[Figure]:
-    """Measure as ``make import-time`` does, in processor time."""
+    """Measure as ``make import-time`` does, in processor time, and judge the least of the repeats as it does."""
     script = _loaded()
-    found = spread([script.alone()[1] for _ in range(repeats)])
-    note = "processor time, in processes that have imported torch"
-    yield figure("imports", "import clda_core", "", found, unit="ms", at_most=script.BUDGET_MS, note=note)
+    found = script.needed([script.alone()[1] for _ in range(repeats)])
+    note = f"processor time, the least of {repeats} processes that have imported torch: what is above it is the machine"
+    yield Figure("imports", "import clda_core", "", found, unit="ms", at_most=script.BUDGET_MS, note=note)
 
 
 def _loaded() -> Any:

@@ -10,6 +10,7 @@ pytest.importorskip("transformers", reason="the benchmarks' segmentation network
 pytest.importorskip("tabulate", reason="the benchmarks print tables with tabulate, no dependency of the package")
 pytest.importorskip("sklearn", reason="the digits' networks stand beside scikit-learn's images")
 
+from benchmarks.cost import imports as import_part
 from benchmarks.cost.command import main
 from benchmarks.cost.distillation import distillation
 from benchmarks.cost.figures import Figure, from_dict, table
@@ -133,6 +134,15 @@ def test_the_slope_is_that_of_the_last_decade() -> None:
     assert slope([1, 10], [1.0, 100.0]) == pytest.approx(2.0)
     found = list(scaling(CPU, 1, (1_000, 10_000), (2, 4)))
     assert [one.where for one in found if one.judged] == ["1,000 to 10,000 parameters"] * 2 + ["2 to 4 layers"] * 2
+
+
+@pytest.mark.parametrize(("cpu", "missed"), [([90.0, 31.0, 62.0], False), ([90.0, 51.0, 62.0], True)])
+def test_the_import_is_judged_by_the_least_of_its_runs(cpu, missed, monkeypatch) -> None:
+    script, runs = import_part._loaded(), iter(cpu)
+    monkeypatch.setattr(script, "alone", lambda: (2000.0, next(runs)))
+    monkeypatch.setattr(import_part, "_loaded", lambda: script)
+    (found,) = import_part.imports(len(cpu))
+    assert (found.value, found.missed) == (min(cpu), missed)
 
 
 @pytest.mark.parametrize("name", LOSSES)
