@@ -6,7 +6,6 @@ import os
 import statistics
 import subprocess
 import sys
-
 from typing import Sequence, Tuple
 
 BUDGET_MS = 50.0
