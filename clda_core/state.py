@@ -82,6 +82,48 @@ def _without_paths(described: Any) -> Any:
     return [_without_paths(of) for of in described] if isinstance(described, list) else described
 
 
+def _losses_weighed_themselves(state: State) -> State:
+    """Before only a ``WeightedSum`` weighed: each loss of ours had a weight, which that of a term of a sum multiplied.
+
+    A loss whose weight was not 1 becomes a sum of one term, which owns the loss's parameters.
+    """
+    new = _with_strategies(_with_strategies(state, _weigh_terms), _weigh_by_sum)
+    former, loss = state["config"]["distillation"], new["config"]["distillation"]
+    if not _had_weight(former) or loss["class"] == former["class"]:
+        return new
+    module = {f"owners.0.{name}": value for name, value in state["projectors"]["module"].items()}
+    return {**new, "projectors": {**state["projectors"], "module": module}}
+
+
+def _weigh_terms(strategy: Description) -> Description:
+    if strategy["class"] != "WeightedSum":
+        return strategy
+    weighed = [
+        [weight * loss["weight"], {**loss, "weight": 1.0}] if _had_weight(loss) else [weight, loss]
+        for weight, loss in strategy["terms"]
+    ]
+    return {**strategy, "terms": weighed}
+
+
+def _weigh_by_sum(strategy: Description) -> Description:
+    if not _had_weight(strategy):
+        return strategy
+    loss = {name: value for name, value in strategy.items() if name != "weight"}
+    weight = strategy["weight"]
+    return loss if weight == 1 else {"class": "WeightedSum", "terms": [[weight, loss]]}
+
+
+def _had_weight(described: Any) -> bool:
+    return isinstance(described, dict) and described.get("class") in (
+        "AttentionTransfer",
+        "ChannelWiseDistillation",
+        "DISTDistillation",
+        "DecoupledDistillation",
+        "FeatureDistillation",
+        "KLDistillation",
+    )
+
+
 def _data_was_not_followed(state: State) -> State:
     """Before it was noted whose saliency is known, and which round waits for target data.
 
@@ -92,7 +134,7 @@ def _data_was_not_followed(state: State) -> State:
 
 _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     1: (_every_step_was_observed, _every_round_was_kept),
-    2: (_strategies_had_module_paths, _data_was_not_followed),
+    2: (_strategies_had_module_paths, _losses_weighed_themselves, _data_was_not_followed),
 }
 """By version, what makes a state of that version one of the next, one change after the other.
 

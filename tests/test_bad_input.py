@@ -226,7 +226,7 @@ NUMBERS: Dict[str, Callable[[], Any]] = {
     "temperature 0": lambda: KLDistillation(temperature=0.0),
     "temperature negative": lambda: KLDistillation(temperature=-1.0),
     "temperature NaN": lambda: KLDistillation(temperature=NAN),
-    "weight": lambda: KLDistillation(weight=-1.0),
+    "weight": lambda: WeightedSum([(-1.0, KLDistillation())]),
     "fraction 0": lambda: LowestFraction(fraction=0.0),
     "fraction above 1": lambda: LowestFraction(fraction=1.1),
     "rate": lambda: BelowRate(rate=2.0),

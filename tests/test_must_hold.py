@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import clda_core
 from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_layers
-from clda_core.distillation import FeatureDistillation, KLDistillation
+from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.relation import ByName, BySimilarity
 from clda_core.saliency.observer import Observer
 from clda_core.selection import AllLayers, DomainShift, LowestFraction, ReferenceThreshold
@@ -116,7 +116,8 @@ def test_01_a_zero_weight_leaves_the_student_on_the_hosts_trajectory() -> None:
     without = host_loop(lambda teacher, student: None)
 
     def make(teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
-        return make_learner(teacher, student, distillation=KLDistillation(weight=0.0), update=Average(decay=0.9))
+        weightless = WeightedSum([(0.0, KLDistillation())])
+        return make_learner(teacher, student, distillation=weightless, update=Average(decay=0.9))
 
     with_learner = host_loop(make)
     assert with_learner[:2] == without[:2]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clda_core import CldaError, CollaborativeLearner
+from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.saliency import Hessian
 from clda_core.selection import AllLayers
 from clda_core.state import STATE_VERSION, migrated
@@ -178,6 +179,57 @@ def test_a_state_of_a_former_version_and_another_configuration_is_refused() -> N
     )
     with nothing_changed(learner), pytest.raises(CldaError, match=r"of another configuration.*'observe_every': 1"):
         learner.load_state_dict(checkpoint["learner"])
+
+
+def weighted(checkpoint: Dict[str, Any], distillation: Any) -> Dict[str, Any]:
+    """Return a former state of another KD loss, whose parameters and whose update's loss stay as they were."""
+    state = checkpoint["learner"]
+    return {**state, "config": {**state["config"], "distillation": distillation}}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_weight_that_a_former_loss_had_itself_is_that_of_a_sum(version: int) -> None:
+    checkpoint = former(version)
+    loss = {**checkpoint["learner"]["config"]["distillation"], "weight": 0.5}
+    state = weighted(checkpoint, loss)
+    learner, optimizer = training.build(distillation=WeightedSum([(0.5, FeatureDistillation())]))
+    learner.load_state_dict(state)
+    assert migrated(state)["config"] == learner.state_dict()["config"]
+    theirs = state["projectors"]["module"]
+    mine = learner.state_dict()["projectors"]["module"]
+    assert bits(mine) == bits({f"owners.0.{name}": value for name, value in theirs.items()})
+    training.train(learner, optimizer, training.SAVED, training.LAST)
+    with pytest.raises(CldaError, match="of another configuration.*distillation"):
+        training.build()[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_weight_of_a_former_term_is_in_the_sums_own(version: int) -> None:
+    checkpoint = former(version)
+    features = {**checkpoint["learner"]["config"]["distillation"], "weight": 4.0}
+    kl = {"class": "clda_core.distillation.kl.KLDistillation", "temperature": 2.0, "weight": 1.0, "class_map": None}
+    terms = {"class": "clda_core.distillation.base.WeightedSum", "terms": [[3.0, kl], [0.5, features]]}
+    state = weighted(checkpoint, terms)
+    module = {f"owners.0.{name}": value for name, value in state["projectors"]["module"].items()}
+    state["projectors"] = {**state["projectors"], "module": module}
+    learner, _ = training.build(distillation=WeightedSum([(3.0, KLDistillation()), (2.0, FeatureDistillation())]))
+    learner.load_state_dict(state)
+    assert bits(learner.state_dict()["projectors"]["module"]) == bits(module)
+
+
+def test_a_former_loss_within_an_update_keeps_its_weight() -> None:
+    checkpoint = former(2)
+    guard = copy.deepcopy(checkpoint["learner"]["config"]["update"])
+    guard["update"]["distillation"]["weight"] = 2.0
+    state = weighted(checkpoint, checkpoint["learner"]["config"]["distillation"])
+    state["config"]["update"] = guard
+    loss = migrated(state)["config"]["update"]["update"]["distillation"]
+    assert loss == describe(WeightedSum([(2.0, KLDistillation(temperature=1.0))]))
+
+
+def test_a_users_loss_keeps_an_option_named_weight() -> None:
+    loss = {"class": "package.KLDistillation", "weight": 0.5}
+    assert migrated(weighted(former(2), loss))["config"]["distillation"] == loss
 
 
 # -------------------------------------------------------------------------------------------- how much history

@@ -83,7 +83,6 @@ class AttentionTransfer(Strategy):
 
     Args:
         power: Exponent of the activations, >= 1.
-        weight: Factor of the loss, >= 0.
 
     Raises:
         CldaError: If an argument is out of range.
@@ -95,11 +94,9 @@ class AttentionTransfer(Strategy):
 
     reads = "features"
 
-    def __init__(self, *, power: float = 2.0, weight: float = 1.0) -> None:
+    def __init__(self, *, power: float = 2.0) -> None:
         check_number("power", power, at_least=1)
-        check_number("weight", weight, at_least=0)
         self.power = power
-        self.weight = weight
 
     def __call__(
         self,
@@ -107,8 +104,8 @@ class AttentionTransfer(Strategy):
         teacher_features: Union[Tensor, Sequence[Tensor]],
         mask: Optional[Tensor] = None,
     ) -> Tensor:
-        """Return the weighted loss of features, paired in order."""
-        return self.weight * attention_transfer(student_features, teacher_features, mask, power=self.power)
+        """Return the loss of features, paired in order."""
+        return attention_transfer(student_features, teacher_features, mask, power=self.power)
 
 
 class _Attention(torch.autograd.Function):

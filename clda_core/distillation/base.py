@@ -147,14 +147,10 @@ class WeightedSum(Strategy, nn.Module):
 class LogitDistillation(Strategy):
     """What the strategies on logits have in common: their options."""
 
-    def __init__(
-        self, *, temperature: float = 4.0, weight: float = 1.0, class_map: Optional[Sequence[int]] = None
-    ) -> None:
+    def __init__(self, *, temperature: float = 4.0, class_map: Optional[Sequence[int]] = None) -> None:
         check_number("temperature", temperature, above=0)
-        check_number("weight", weight, at_least=0)
         check_class_map(class_map)
         self.temperature = temperature
-        self.weight = weight
         self.class_map = class_map
 
 

@@ -76,7 +76,6 @@ class ChannelWiseDistillation(LogitDistillation):
 
     Args:
         temperature: Softmax temperature, > 0.
-        weight: Factor of the loss, >= 0.
         class_map: For each student class the index of the teacher's class, where the classes differ.
 
     Raises:
@@ -89,8 +88,7 @@ class ChannelWiseDistillation(LogitDistillation):
     """
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the weighted loss of logits ``(N, C, ...)``."""
-        loss = channel_wise_distillation(
+        """Return the loss of logits ``(N, C, ...)``."""
+        return channel_wise_distillation(
             student_logits, teacher_logits, mask, temperature=self.temperature, class_map=self.class_map
         )
-        return self.weight * loss

@@ -86,7 +86,6 @@ class DecoupledDistillation(LogitDistillation):
         temperature: Softmax temperature, > 0.
         alpha: Weight of the target-class term, >= 0.
         beta: Weight of the non-target term, >= 0.
-        weight: Factor of the loss, >= 0.
         class_map: For each student class the index of the teacher's class, where the classes differ.
 
     Raises:
@@ -103,17 +102,16 @@ class DecoupledDistillation(LogitDistillation):
         temperature: float = 4.0,
         alpha: float = 1.0,
         beta: float = 8.0,
-        weight: float = 1.0,
         class_map: Optional[Sequence[int]] = None,
     ) -> None:
-        super().__init__(temperature=temperature, weight=weight, class_map=class_map)
+        super().__init__(temperature=temperature, class_map=class_map)
         _check_options(temperature, alpha, beta)
         self.alpha = alpha
         self.beta = beta
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the weighted loss of logits ``(N, C, ...)``."""
-        loss = decoupled_distillation(
+        """Return the loss of logits ``(N, C, ...)``."""
+        return decoupled_distillation(
             student_logits,
             teacher_logits,
             mask,
@@ -122,7 +120,6 @@ class DecoupledDistillation(LogitDistillation):
             beta=self.beta,
             class_map=self.class_map,
         )
-        return self.weight * loss
 
 
 def _check_options(temperature: float, alpha: float, beta: float) -> None:

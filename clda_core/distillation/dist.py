@@ -83,7 +83,6 @@ class DISTDistillation(LogitDistillation):
         temperature: Softmax temperature, > 0.
         inter: Weight of the relation between classes, >= 0.
         intra: Weight of the relation within a class, >= 0.
-        weight: Factor of the loss, >= 0.
         class_map: For each student class the index of the teacher's class, where the classes differ.
 
     Raises:
@@ -100,17 +99,16 @@ class DISTDistillation(LogitDistillation):
         temperature: float = 1.0,
         inter: float = 1.0,
         intra: float = 1.0,
-        weight: float = 1.0,
         class_map: Optional[Sequence[int]] = None,
     ) -> None:
-        super().__init__(temperature=temperature, weight=weight, class_map=class_map)
+        super().__init__(temperature=temperature, class_map=class_map)
         _check_options(temperature, inter, intra)
         self.inter = inter
         self.intra = intra
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the weighted loss of logits ``(N, C, ...)``."""
-        loss = dist_distillation(
+        """Return the loss of logits ``(N, C, ...)``."""
+        return dist_distillation(
             student_logits,
             teacher_logits,
             mask,
@@ -119,7 +117,6 @@ class DISTDistillation(LogitDistillation):
             intra=self.intra,
             class_map=self.class_map,
         )
-        return self.weight * loss
 
 
 def _check_options(temperature: float, inter: float, intra: float) -> None:

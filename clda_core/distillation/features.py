@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Literal
 
 from .._host.compat import autocast_off, out_of_inference_mode
-from ..errors import check_number, problem
+from ..errors import problem
 from ..strategy import Strategy
 from .base import Aligned, align_features, computing_dtype, valid_mask
 from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
@@ -68,7 +68,6 @@ class FeatureDistillation(Strategy, nn.Module):
 
     Args:
         project: ``"always"`` as in the source, or ``"mismatched"`` to compare features of equal width directly.
-        weight: Factor of the loss, >= 0.
 
     Raises:
         CldaError: If an argument is out of range.
@@ -82,7 +81,7 @@ class FeatureDistillation(Strategy, nn.Module):
 
     reads = "features"
 
-    def __init__(self, *, project: Literal["always", "mismatched"] = "always", weight: float = 1.0) -> None:
+    def __init__(self, *, project: Literal["always", "mismatched"] = "always") -> None:
         super().__init__()
         if project not in ("always", "mismatched"):
             raise problem(
@@ -91,9 +90,7 @@ class FeatureDistillation(Strategy, nn.Module):
                 received=repr(project),
                 fix="pass one of the two",
             )
-        check_number("weight", weight, at_least=0)
         self.project = project
-        self.weight = weight
         self.projectors = nn.ModuleDict()
 
     def forward(
@@ -102,9 +99,9 @@ class FeatureDistillation(Strategy, nn.Module):
         teacher_features: Union[Tensor, Sequence[Tensor]],
         mask: Optional[Tensor] = None,
     ) -> Tensor:
-        """Return the weighted loss of features, paired in order; the first call makes the projectors."""
+        """Return the loss of features, paired in order; the first call makes the projectors."""
         pairs = align_features(student_features, teacher_features, mask)
-        return self.weight * _mean_loss([self._projected(pair, str(index)) for index, pair in enumerate(pairs)])
+        return _mean_loss([self._projected(pair, str(index)) for index, pair in enumerate(pairs)])
 
     def _projected(self, pair: Aligned, key: str) -> Aligned:
         widths = pair.student.shape[1], pair.teacher.shape[1]

@@ -67,7 +67,6 @@ class KLDistillation(LogitDistillation):
 
     Args:
         temperature: Softmax temperature, > 0.
-        weight: Factor of the loss, >= 0.
         class_map: For each student class the index of the teacher's class, where the classes differ.
 
     Raises:
@@ -78,17 +77,14 @@ class KLDistillation(LogitDistillation):
         0.0
     """
 
-    def __init__(
-        self, *, temperature: float = 2.0, weight: float = 1.0, class_map: Optional[Sequence[int]] = None
-    ) -> None:
-        super().__init__(temperature=temperature, weight=weight, class_map=class_map)
+    def __init__(self, *, temperature: float = 2.0, class_map: Optional[Sequence[int]] = None) -> None:
+        super().__init__(temperature=temperature, class_map=class_map)
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the weighted loss of logits ``(N, C, ...)``."""
-        loss = kl_distillation(
+        """Return the loss of logits ``(N, C, ...)``."""
+        return kl_distillation(
             student_logits, teacher_logits, mask, temperature=self.temperature, class_map=self.class_map
         )
-        return self.weight * loss
 
 
 def mean_kl(pair: Aligned, *, temperature: float = 1.0, dim: int = 1) -> Tensor:

@@ -98,7 +98,7 @@ def test_strategies_describe_themselves():
     described = describe(loss)
     assert described["terms"][0][1]["temperature"] == 2.0
     assert described["terms"][1][1]["project"] == "always"
-    assert repr(loss).startswith("WeightedSum(terms=[(1.0, KLDistillation(temperature=2.0, weight=1.0, class_map=[1,")
+    assert repr(loss).startswith("WeightedSum(terms=[(1.0, KLDistillation(temperature=2.0, class_map=[1,")
 
 
 @pytest.mark.parametrize(("ignored", "ignore_index"), [(None, None), (255, 255), (-100, -100), (-1, 255), (1, 1)])

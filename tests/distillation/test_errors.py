@@ -108,21 +108,10 @@ def test_temperatures(call, message, value):
         call(temperature=value)
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        KLDistillation,
-        ChannelWiseDistillation,
-        DecoupledDistillation,
-        DISTDistillation,
-        FeatureDistillation,
-        AttentionTransfer,
-    ],
-)
 @pytest.mark.parametrize("value", [-0.1, float("nan"), True, "1"])
-def test_weights(strategy, value):
-    with pytest.raises(CldaError, match="weight is"):
-        strategy(weight=value)
+def test_weights(value):
+    with pytest.raises(CldaError, match="the weight of a term is"):
+        WeightedSum([(value, KLDistillation())])
 
 
 @pytest.mark.parametrize(
@@ -186,8 +175,6 @@ def test_terms_of_a_wrong_form(terms):
 
 
 def test_terms_with_a_wrong_part():
-    with pytest.raises(CldaError, match="weight of a term is out of range"):
-        WeightedSum([(-1.0, KLDistillation())])
     with pytest.raises(CldaError, match="loss is not callable"):
         WeightedSum([(1.0, "kl")])
 

@@ -73,11 +73,11 @@ def test_projectors_learn_and_only_they_and_the_student_get_gradients():
 
 @pytest.mark.parametrize("restore", ["load", "pickle", "deepcopy"])
 def test_a_restored_loss_goes_on_the_same(restore):
-    loss = FeatureDistillation(weight=0.5)
+    loss = FeatureDistillation()
     loss(STUDENT, TEACHER).backward()
     torch.optim.SGD(loss.parameters(), lr=0.1).step()
     if restore == "load":
-        restored = FeatureDistillation(weight=0.5)
+        restored = FeatureDistillation()
         restored.load_state_dict(loss.state_dict())
     else:
         restored = pickle.loads(pickle.dumps(loss)) if restore == "pickle" else copy.deepcopy(loss)

@@ -339,16 +339,14 @@ def test_inputs_are_untouched(name):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_strategies_survive_pickling_and_scale_with_their_weight(strategy):
+def test_strategies_survive_pickling(strategy):
     student, teacher = pair(2, 3, 4, 4, dtype=torch.float32)
-    loss = strategy(weight=2.0)
+    loss = strategy()
     value = loss(student, teacher)
     assert value.item() > 0
-    assert value.item() == pytest.approx(2 * strategy()(student, teacher).item())
     restored = pickle.loads(pickle.dumps(loss))
     assert restored(student, teacher).item() == value.item()
     assert repr(restored) == repr(loss)
-    assert "weight=2.0" in repr(loss)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 1000])

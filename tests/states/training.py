@@ -44,8 +44,8 @@ def drawn(seed: int) -> Tensor:
     return torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def build(defaults: bool = False) -> Tuple[CollaborativeLearner, Any]:
-    """Return a learner, with default strategies if told so, and its student's optimizer."""
+def build(defaults: bool = False, distillation: Any = None) -> Tuple[CollaborativeLearner, Any]:
+    """Return a learner, with default strategies or another KD loss if told so, and its student's optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teacher, student = Net(3).double(), Net(2).double()
@@ -55,7 +55,7 @@ def build(defaults: bool = False) -> Tuple[CollaborativeLearner, Any]:
     strategies: Dict[str, Any] = {}
     if not defaults:
         strategies["update"] = Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1.0)
-        strategies["distillation"] = FeatureDistillation()
+        strategies["distillation"] = FeatureDistillation() if distillation is None else distillation
     learner = CollaborativeLearner(teacher, student, schedule=Schedule(**schedule), **strategies)
     return learner, torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
 
