@@ -21,11 +21,7 @@ _STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
     "saliency": (("score",), ("order",), "Taylor()"),
     "selection": (("__call__", "threshold"), (), "LowestFraction()"),
     "relation": (("__call__",), ("needs_inputs",), "ByRelativeDepth()"),
-    "update": (
-        ("apply", "state_dict", "load_state_dict"),
-        ("granularity", "needs_relation"),
-        "Guard(MaskedDistillation())",
-    ),
+    "update": (("apply", "state_dict", "load_state_dict"), ("needs_relation",), "Guard(MaskedDistillation())"),
     "distillation": (("__call__",), (), "DISTDistillation()"),
     "schedule": (("due", "observes", "strength"), (), "Schedule(warmup=1000)"),
     "probe": (("__call__",), (), "PseudoLabelCrossEntropy()"),

@@ -162,7 +162,7 @@ class CollaborativeLearner:
         self._related: Optional[RelatedLayers] = None
         self._runner = Runner(teacher, student, extract, self.distillation)
         self._takes_classes = takes_classes(self.distillation, self.probe, self.schedule)
-        self._rounds = DueRounds(self.schedule, self.update)
+        self._rounds = DueRounds(self.schedule)
         if not self.relation.needs_inputs:
             self._relate(None)
         # Relations are between whole models; observed and written is what the host has not frozen.
@@ -388,10 +388,9 @@ class CollaborativeLearner:
                 target.missed = True
                 self._rounds.warn_of_no_data(self._steps + 1)
             else:
-                elements = self.update.granularity == "parameter"
                 rng, adds = keeping_rng(f"observe {domain}", self.teacher), target.adds or domain == "source"
                 with rng, adding(adds), uncompiled(self.teacher):
-                    self._observer.observe(loss, domain, target.inputs, target.mask, elements=elements)
+                    self._observer.observe(loss, domain, target.inputs, target.mask)
                 target.missed &= domain == "source"
         if self.enabled:
             self._projectors.unscale(scaler)
@@ -642,7 +641,6 @@ class CollaborativeLearner:
             mask=self._runner.step.mask,
             forward=self._runner.in_common_classes,
             strength=strength,
-            non_salient=self._observer.non_salient,
             class_map=getattr(self.distillation, "class_map", None),
         )
 

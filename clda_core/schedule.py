@@ -43,8 +43,7 @@ class Schedule(Strategy):
         interval: Optimizer steps between rounds, >= 1.
         observations: Observed steps for a round, between 1 and ``interval``.
         observe_every: Rounds from one that is observed to the next, >= 1. The rates change slowly, and an observation
-            costs a forward and a backward pass of the teacher. An update of single parameters
-            (``granularity="parameter"``) is observed at every round all the same.
+            costs a forward and a backward pass of the teacher.
         decay: How the strength falls after the warm-up.
         total: Optimizer steps of the whole training; needed by ``"linear"`` and ``"cosine"``, and > ``warmup``.
 

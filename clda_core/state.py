@@ -124,6 +124,23 @@ def _had_weight(described: Any) -> bool:
     )
 
 
+def _updates_moved_single_parameters(state: State) -> State:
+    return _with_strategies(state, _whole_layers)
+
+
+def _whole_layers(strategy: Description) -> Description:
+    if strategy["class"] not in ("Average", "AlignedAverage", "MaskedDistillation"):
+        return strategy
+    if strategy.get("granularity", "layer") != "layer":
+        raise problem(
+            "the state is of an update of single parameters, which this version no longer has",
+            expected="granularity='layer'",
+            received=f"granularity={strategy['granularity']!r}",
+            fix="go on with the clda-core that wrote it, or begin with a new learner, whose update moves whole layers",
+        )
+    return {name: value for name, value in strategy.items() if name != "granularity"}
+
+
 def _data_was_not_followed(state: State) -> State:
     """Before it was noted whose saliency is known, and which round waits for target data.
 
@@ -134,7 +151,12 @@ def _data_was_not_followed(state: State) -> State:
 
 _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     1: (_every_step_was_observed, _every_round_was_kept),
-    2: (_strategies_had_module_paths, _losses_weighed_themselves, _data_was_not_followed),
+    2: (
+        _strategies_had_module_paths,
+        _losses_weighed_themselves,
+        _updates_moved_single_parameters,
+        _data_was_not_followed,
+    ),
 }
 """By version, what makes a state of that version one of the next, one change after the other.
 

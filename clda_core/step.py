@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ._host.ranks import adding, sum_across_ranks, world_size
 from .schedule import RoundSchedule
-from .update import Update
 
 
 @dataclass
@@ -57,16 +56,14 @@ class DueRounds:
 
     Args:
         schedule: The schedule.
-        update: The update; every round of one of single parameters is observed.
 
     Attributes:
         owed: The step whose round is owed, or ``None``.
     """
 
-    def __init__(self, schedule: RoundSchedule, update: Update) -> None:
+    def __init__(self, schedule: RoundSchedule) -> None:
         self.owed: Optional[int] = None
         self._schedule = schedule
-        self._update = update
         self._warned = False
 
     def due(self, step: int) -> bool:
@@ -75,11 +72,11 @@ class DueRounds:
 
     def observed(self, step: int) -> bool:
         """Return whether gradients are observed at a step, be it for a round that is owed."""
-        return self._observes(step) or (self.owed is not None and self._observes(self.owed))
+        return self._schedule.observes(step) or (self.owed is not None and self._schedule.observes(self.owed))
 
     def owe(self, step: int) -> None:
         """Put the round of a step off to the next one with target data."""
-        if self.owed is None or not self._observes(self.owed):
+        if self.owed is None or not self._schedule.observes(self.owed):
             self.owed = step
         self.warn_of_no_data(step)
 
@@ -93,7 +90,3 @@ class DueRounds:
                 "target data. This is said once",
                 stacklevel=4,
             )
-
-    def _observes(self, step: int) -> bool:
-        single = self._update.granularity == "parameter"
-        return self._schedule.observes(step) or (single and self._schedule.due(step))

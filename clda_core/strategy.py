@@ -25,7 +25,7 @@ class Strategy:
         return f"{type(self).__name__}({arguments})"
 
 
-_TRAITS = (("score", "order"), ("apply", "granularity"), ("due", "observes"), ("needs_inputs",), ("threshold",))
+_TRAITS = (("score", "order"), ("apply", "needs_relation"), ("due", "observes"), ("needs_inputs",), ("threshold",))
 """What tells a strategy that does not derive from ours from anything else that it may hold."""
 
 

@@ -1,7 +1,7 @@
 """Slow float64 oracles for updates, written from the equations alone."""
 
 import math
-from typing import List, Mapping, Optional
+from typing import List, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -11,13 +11,10 @@ def float64(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy().copy()
 
 
-def average(
-    teacher: Tensor, student: Tensor, decay: float, strength: float = 1.0, non_salient: Optional[Tensor] = None
-) -> np.ndarray:
+def average(teacher: Tensor, student: Tensor, decay: float, strength: float = 1.0) -> np.ndarray:
     t, s = float64(teacher), float64(student)
     weight = strength * (1 - decay)
-    moved = (1 - weight) * t + weight * s
-    return moved if non_salient is None else np.where(non_salient.numpy(), moved, t)
+    return (1 - weight) * t + weight * s
 
 
 def distributions(logits: Tensor) -> List[List[float]]:
@@ -56,11 +53,9 @@ class Adam:
         values: Mapping[str, np.ndarray],
         gradients: Mapping[str, np.ndarray],
         rate: float,
-        movable: Optional[Mapping[str, np.ndarray]] = None,
     ) -> None:
         for name, gradient in gradients.items():
-            mask = 1.0 if movable is None else movable[name]
             m, v, t = self.moments.get(name, (0.0, 0.0, 0))
-            m, v, t = 0.9 * m + 0.1 * mask * gradient, 0.999 * v + 0.001 * (mask * gradient) ** 2, t + 1
+            m, v, t = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2, t + 1
             self.moments[name] = (m, v, t)
-            values[name] -= mask * rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            values[name] -= rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)

@@ -83,15 +83,15 @@ CASES: Dict[str, List[Case]] = {
     "BySimilarity": [("relation", lambda: BySimilarity(minimum=0.0))],
     "Average": [
         ("update", lambda: Average(decay=0.9)),
-        ("update", lambda: Average(decay=0.9, granularity="parameter", buffers="average")),
+        ("update", lambda: Average(decay=0.9, buffers="average")),
     ],
     "AlignedAverage": [
         ("update", lambda: AlignedAverage(decay=0.9)),
-        ("update", lambda: Guard(AlignedAverage(decay=0.9, granularity="parameter"))),
+        ("update", lambda: Guard(AlignedAverage(decay=0.9))),
     ],
     "MaskedDistillation": [
         ("update", lambda: MaskedDistillation(learning_rate=1e-2)),
-        ("update", lambda: MaskedDistillation(steps=2, learning_rate=1e-2, granularity="parameter")),
+        ("update", lambda: MaskedDistillation(steps=2, learning_rate=1e-2)),
     ],
     "Guard": [
         ("update", lambda: Guard(MaskedDistillation(learning_rate=1e-2))),
@@ -127,7 +127,6 @@ NOT_STRATEGIES = {
     "teach": "a function: test_teaching.py",
     "Criterion": "a type",
     "Distillation": "a protocol",
-    "Granularity": "a type",
     "Histogram": "data: saliency/test_histogram.py",
     "Layer": "data",
     "ModelView": "data",

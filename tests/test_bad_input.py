@@ -253,7 +253,6 @@ NUMBERS: Dict[str, Callable[[], Any]] = {
 CHOICES: Dict[str, Callable[[], Any]] = {
     "decay": lambda: Schedule(decay="exponential", total=10_000),
     "buffers": lambda: Average(buffers="copy"),
-    "granularity": lambda: Average(granularity="channel"),
     "project": lambda: FeatureDistillation(project="never"),
 }
 
@@ -420,7 +419,7 @@ def test_an_extract_or_a_grouping_that_is_none() -> None:
 class Answer:
     """A strategy of any role that returns what it was told to."""
 
-    granularity, needs_relation, needs_inputs = "layer", False, False
+    needs_relation, needs_inputs = False, False
 
     def __init__(self, order: int = 1, **answers: Any) -> None:
         self.order, self.answers = order, answers

@@ -12,7 +12,7 @@ from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum, dist_distillation, kl_distillation
 from clda_core.relation import RelatedLayers
 from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
-from clda_core.selection import AllLayers, BelowRate, DomainShift, FixedThreshold, LowestFraction, ReferenceThreshold
+from clda_core.selection import AllLayers, BelowRate, DomainShift, LowestFraction, ReferenceThreshold
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, UpdateResult, init_student
 from tests.helpers import (
     Net,
@@ -340,12 +340,11 @@ def test_step_observes_target_data_though_source_data_was_observed() -> None:
     assert learner.report().rounds[0].source_rates
 
 
-@pytest.mark.parametrize(("granularity", "source_first"), [("layer", True), ("layer", False), ("parameter", True)])
-def test_a_reference_threshold_comes_from_source_data(granularity: str, source_first: bool) -> None:
-    """Single elements are compared when they are observed, so source data must come first for them."""
+@pytest.mark.parametrize("source_first", [True, False])
+def test_a_reference_threshold_comes_from_source_data(source_first: bool) -> None:
     teacher, student = networks()
     selection = BelowRate(rate=1.0, threshold=ReferenceThreshold())
-    learner = make_learner(teacher, student, selection=selection, update=Average(decay=0.9, granularity=granularity))
+    learner = make_learner(teacher, student, selection=selection, update=Average(decay=0.9))
     for step in range(2):
         learner.distill(student(batch(step)), batch(step))
         calls = [lambda: learner.observe(source_loss, domain="source"), learner.observe]
@@ -355,19 +354,6 @@ def test_a_reference_threshold_comes_from_source_data(granularity: str, source_f
     assert len(learner.report().rounds) == 2
     one_round(learner)
     assert len(learner.report().rounds) == 3, "the reference stays without further source data"
-
-
-@pytest.mark.parametrize("update", [Average(decay=0.5, granularity="parameter")])
-def test_single_parameters_move_only_where_they_are_not_salient(update: Any) -> None:
-    teacher, student = networks()
-    before = {name: parameter.detach().clone() for name, parameter in teacher.named_parameters()}
-    selection = AllLayers(threshold=FixedThreshold(0.2))
-    learner = make_learner(teacher, student, update=update, selection=selection, saliency=Magnitude())
-    one_round(learner)
-    for name, parameter in teacher.named_parameters():
-        salient = before[name].abs() > 0.2
-        assert torch.equal(parameter[salient], before[name][salient])
-    assert any(not torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
 
 
 def test_observations_of_a_round_are_averaged() -> None:
@@ -587,7 +573,6 @@ class MyRelation:
 
 
 class MyUpdate:
-    granularity = "layer"
     needs_relation = False
 
     def apply(self, context: Any) -> UpdateResult:

@@ -102,7 +102,23 @@ OFFERED = {
 }
 
 
-@pytest.mark.parametrize("case", OF_STRATEGIES)
+OF_SINGLE_PARAMETERS = [case for case in OF_STRATEGIES if "'granularity': 'parameter'" in str(OF_STRATEGIES[case])]
+
+
+@pytest.mark.parametrize("case", OF_SINGLE_PARAMETERS)
+def test_a_state_of_an_update_of_single_parameters_is_refused_and_changes_nothing(case: str) -> None:
+    learner = make_learner(*networks())
+    match = r"of an update of single parameters.*received granularity='parameter'\. Fix: go on with the clda-core that"
+    with nothing_changed(learner), pytest.raises(CldaError, match=match):
+        learner.load_state_dict(OF_STRATEGIES[case])
+
+
+def test_updates_of_single_parameters_were_saved_alone_and_in_a_guard() -> None:
+    updates = [OF_STRATEGIES[case]["config"]["update"] for case in OF_SINGLE_PARAMETERS]
+    assert {"update" in update for update in updates} == {True, False}
+
+
+@pytest.mark.parametrize("case", [case for case in OF_STRATEGIES if case not in OF_SINGLE_PARAMETERS])
 def test_a_state_with_any_strategy_from_before_files_were_moved_is_restored(case: str) -> None:
     state = OF_STRATEGIES[case]
     state["observer"]["generator"] = torch.Generator().get_state()
@@ -230,6 +246,12 @@ def test_a_former_loss_within_an_update_keeps_its_weight() -> None:
 def test_a_users_loss_keeps_an_option_named_weight() -> None:
     loss = {"class": "package.KLDistillation", "weight": 0.5}
     assert migrated(weighted(former(2), loss))["config"]["distillation"] == loss
+
+
+def test_the_granularity_of_an_update_of_another_package_is_its_own() -> None:
+    state = former("version-2")["learner"]
+    state["config"]["update"] = {"class": "mine.Average", "granularity": "channel"}
+    assert migrated(state)["config"]["update"] == state["config"]["update"]
 
 
 # -------------------------------------------------------------------------------------------- how much history

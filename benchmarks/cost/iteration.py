@@ -161,7 +161,7 @@ def _off(
 class _Watched:
     """An update that keeps what the round handed to it."""
 
-    needs_relation, granularity = False, "layer"
+    needs_relation = False
 
     def __init__(self) -> None:
         self.context: Optional[RoundContext] = None

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .._checks import check_differentiable, check_reached
 from .._host.borrowing import evaluating, requiring_grad
-from .._host.compat import has_float64
 from .._host.ranks import inside_ddp, mean_across_ranks, mean_where_seen
 from .._host.shards import gradients, is_sharded, local, sum_over_shards
 from .._host.undo import undoing
@@ -23,7 +22,7 @@ from .histogram import CHUNK, Histogram
 from .host_gradients import explained, hosts_gradients, leftover_gradients, still_leftover
 from .rates import Observations
 
-__all__ = ["LossOrFunction", "Observer", "non_salient_elements", "score_layers"]
+__all__ = ["LossOrFunction", "Observer", "score_layers"]
 
 LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
 """What may be observed: a loss with a graph to the teacher, or a function of the teacher that returns one."""
@@ -82,29 +81,6 @@ class _Gathering:
         return self._histogram
 
 
-def non_salient_elements(
-    estimator: SaliencyEstimator,
-    parameters: Mapping[str, Tensor],
-    found: Mapping[str, Optional[Tensor]],
-    threshold: Tensor,
-) -> Dict[str, Tensor]:
-    """Return, by parameter name, True where the saliency does not exceed the threshold; False where it is unknown.
-
-    Of a sharded parameter it is this rank's part.
-    """
-    return {
-        name: torch.zeros_like(local(parameters[name]), dtype=torch.bool)
-        if derivative is None and estimator.order > 0
-        else _not_above(_scores(estimator, name, parameters[name], derivative), threshold)
-        for name, derivative in found.items()
-    }
-
-
-def _not_above(scores: Tensor, threshold: Tensor) -> Tensor:
-    wide = threshold if has_float64(scores.device) else threshold.float()
-    return scores <= wide.to(scores.device)
-
-
 def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
     parameter = local(parameter)
     derivative = None if derivative is None else local(derivative)
@@ -135,8 +111,6 @@ class Observer:
 
     Attributes:
         discarded: Observations discarded because they were not finite.
-        non_salient: By parameter name, the non-salient elements at the last target observation of this step; filled
-            only on request.
     """
 
     def __init__(
@@ -148,7 +122,6 @@ class Observer:
         logits: Callable[[Any], Tensor],
     ) -> None:
         self.discarded = 0
-        self.non_salient: Dict[str, Tensor] = {}
         self._view = view
         self._saliency = saliency
         self._threshold = threshold
@@ -179,9 +152,7 @@ class Observer:
         """Return whether the host left gradients of its own on the teacher."""
         return bool(hosts_gradients(self._view.model, self._leftover))
 
-    def observe(
-        self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor], *, elements: bool
-    ) -> None:
+    def observe(self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor]) -> None:
         """Score the teacher's parameters on one batch.
 
         Args:
@@ -189,15 +160,10 @@ class Observer:
             domain: ``"target"`` or ``"source"``.
             inputs: The batch for the probe.
             mask: Its mask.
-            elements: Whether single non-salient elements are wanted.
         """
         parameters = canonical_parameters(self._view.model)
         found = self._derivatives(loss, domain, inputs, mask, parameters)
         histogram = score_layers(self._saliency, self._view.layers, parameters, found)
-        if domain == "target" and elements:
-            source = [other for kind, other, _ in self._pending if kind == "source"]
-            threshold = self._observations.threshold(self._threshold, histogram, source)
-            self.non_salient = non_salient_elements(self._saliency, parameters, found, threshold)
         known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
         self._pending.append((domain, histogram, known))
 
@@ -246,7 +212,6 @@ class Observer:
     def forget_step(self) -> None:
         """Drop what belongs to one optimizer step."""
         self._pending = []
-        self.non_salient = {}
         self._leftover = still_leftover(self._view.model, self._leftover)
 
     def state_dict(self) -> Dict[str, Any]:

@@ -60,17 +60,14 @@ class Observations:
         self._sums[domain] = self._sums.get(domain, 0) + added["sums"]
         self._counts[domain] = self._counts.get(domain, 0) + added["counts"]
 
-    def threshold(self, threshold: Threshold, histogram: Histogram, pending: Sequence[Histogram] = ()) -> Tensor:
+    def threshold(self, threshold: Threshold, histogram: Histogram) -> Tensor:
         """Return the threshold for one observation, a 0-dim tensor.
 
         Args:
             threshold: The strategy.
             histogram: The observation.
-            pending: Observations of source data that are not added yet.
         """
         reference = self._reference
-        for other in () if self._reference_frozen else pending:
-            reference = _merged(reference, other)
         value = threshold(histogram, None if reference is None else _moved(reference, histogram.counts.device))
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise problem(

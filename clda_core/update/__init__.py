@@ -2,7 +2,7 @@
 
 from .aligned_average import AlignedAverage
 from .average import Average
-from .base import Granularity, RoundContext, Update, UpdateResult
+from .base import RoundContext, Update, UpdateResult
 from .guard import Criterion, Guard, agreement, consensus, mutual_information
 from .initialise import init_student
 from .masked_distillation import MaskedDistillation
@@ -11,7 +11,6 @@ __all__ = [
     "AlignedAverage",
     "Average",
     "Criterion",
-    "Granularity",
     "Guard",
     "MaskedDistillation",
     "RoundContext",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Literal
 
 from .._host.activations import LEAST_ROWS, capturing, positions, rows, watching
-from .._host.names import canonical_buffers, canonical_modules, canonical_parameters
+from .._host.names import canonical_modules
 from .._host.ranks import sum_across_ranks
 from .._host.shards import local as part_here
 from .._host.shards import part_for, whole
@@ -19,10 +19,10 @@ from ..errors import check_choice, check_number
 from ..layers import Layer, local_names
 from ..strategy import Strategy
 from .alignment import Moments, match_channels
-from .base import Granularity, RoundContext, UpdateResult
+from .base import RoundContext, UpdateResult
 from .classes import MAY_BE_CLASSES, Classes, is_logits
 from .statistics import NO_STATISTIC, running_statistics
-from .writing import blend, copied
+from .writing import blend, copied, tensors_of
 
 __all__ = ["AlignedAverage"]
 
@@ -58,7 +58,6 @@ class AlignedAverage(Strategy):
         decay: :math:`d` in [0, 1]; 1 changes nothing.
         buffers: ``"average"`` treats the running means and variances of norms like their other vectors, ``"keep"``
             leaves the teacher's. All other buffers (masks, observers, counters, queues, tables) are left alone.
-        granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
         minimum: Channels must be correlated by more than this, in [0, 1), to correspond.
         samples: Most samples (images x positions) to correlate over, >= 32; bounds memory.
         realign_every: Rounds for which channels that were matched stay matched, >= 1. Matching takes far longer than
@@ -93,20 +92,17 @@ class AlignedAverage(Strategy):
         *,
         decay: float = 0.99,
         buffers: Literal["keep", "average"] = "keep",
-        granularity: Granularity = "layer",
         minimum: float = 0.0,
         samples: int = 2048,
         realign_every: int = 20,
     ) -> None:
         check_number("decay", decay, at_least=0, at_most=1)
         check_choice("buffers", buffers, ("keep", "average"))
-        check_choice("granularity", granularity, ("layer", "parameter"))
         check_number("minimum", minimum, at_least=0, below=1)
         check_number("samples", samples, at_least=LEAST_ROWS, integer=True)
         check_number("realign_every", realign_every, at_least=1, integer=True)
         self.decay = decay
         self.buffers = buffers
-        self.granularity: Granularity = granularity
         self.minimum = minimum
         self.samples = samples
         self.realign_every = realign_every
@@ -117,12 +113,10 @@ class AlignedAverage(Strategy):
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the aligned student layers into the selected teacher layers, in place."""
         context.required_inputs()
-        movable = context.movable(self.granularity)
         statistics = running_statistics(context.teacher) if self.buffers == "average" else None
         pairs, skipped = _paired_modules(context, statistics)
         maps = self._current_maps(context, pairs)
-        parameters = canonical_parameters(context.teacher)
-        of_teacher: Dict[str, Tensor] = {**parameters, **canonical_buffers(context.teacher)}
+        of_teacher = tensors_of(context.teacher)
         targets: Dict[str, Tensor] = {}
         sources: Dict[str, Tensor] = {}
         updated: List[str] = []
@@ -132,9 +126,7 @@ class AlignedAverage(Strategy):
                 target = of_teacher[name]
                 source = getattr(pair.theirs, name.rpartition(".")[2], None)
                 reason = found if isinstance(found, str) else None
-                if movable and name in parameters and name not in movable:
-                    reason = "no gradient of it was observed, so its non-salient elements are unknown"
-                elif not isinstance(source, Tensor):
+                if not isinstance(source, Tensor):
                     reason = f"the student's module {pair.other!r} has no such tensor"
                 elif not isinstance(found, str):
                     aligned = _expressed(whole(target), whole(source), found, _is_depthwise(pair.ours))
@@ -144,7 +136,7 @@ class AlignedAverage(Strategy):
                         updated.append(pair.layer)
                 if reason is not None:
                     skipped[f"{pair.layer}: {local}"] = reason
-        blend(targets, sources, (1 - self.decay) * context.strength, movable)
+        blend(targets, sources, (1 - self.decay) * context.strength)
         return UpdateResult(tuple(dict.fromkeys(updated)), skipped)
 
     def rehearse(self, context: RoundContext) -> None:

@@ -14,7 +14,7 @@ from .._host.names import named_tensors
 from .._host.shards import local, part_for, whole
 from ..errors import check_choice, check_number
 from ..strategy import Strategy
-from .base import Granularity, RoundContext, UpdateResult
+from .base import RoundContext, UpdateResult
 from .classes import Classes, find_classes
 from .statistics import running_statistics
 from .writing import blend, pair_tensors
@@ -38,7 +38,6 @@ class Average(Strategy):
         decay: :math:`d` in [0, 1]; 1 changes nothing.
         buffers: ``"average"`` treats the running means and variances of norms alike, ``"keep"`` leaves the teacher's.
             All other buffers (masks, observers, counters, queues, tables) are left alone.
-        granularity: ``"parameter"`` moves only non-salient elements; buffers have no saliency and move whole.
 
     Raises:
         CldaError: If an argument is out of range.
@@ -53,25 +52,16 @@ class Average(Strategy):
 
     needs_relation = True
 
-    def __init__(
-        self,
-        *,
-        decay: float = 0.99,
-        buffers: Literal["keep", "average"] = "keep",
-        granularity: Granularity = "layer",
-    ) -> None:
+    def __init__(self, *, decay: float = 0.99, buffers: Literal["keep", "average"] = "keep") -> None:
         check_number("decay", decay, at_least=0, at_most=1)
         check_choice("buffers", buffers, ("keep", "average"))
-        check_choice("granularity", granularity, ("layer", "parameter"))
         self.decay = decay
         self.buffers = buffers
-        self.granularity: Granularity = granularity
         self._pairs: Optional[_Pairs] = None
         self._classes: Optional[Tuple[Any, Classes]] = None
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Average the related student layers into the selected teacher layers, in place."""
-        movable = context.movable(self.granularity)
         weight = (1 - self.decay) * context.strength
         of_teacher, of_student = named_tensors(context.teacher), named_tensors(context.student)
         related = [context.related.get(layer.name) for layer in context.layers]
@@ -87,11 +77,11 @@ class Average(Strategy):
             for index, (name, other) in enumerate(pairs.names.items()):
                 if classes.are_rows(name, targets[index].shape, other, sources[index].shape):
                     sources[index] = classes.in_teachers(whole(targets[index]), whole(sources[index]))
-        if pairs.memory and not movable:
+        if pairs.memory:
             lerp_(targets, sources, weight, alike=True)
         else:
             parts = {name: part_for(source, target) for name, source, target in zip(pairs.names, sources, targets)}
-            blend({name: local(target) for name, target in zip(pairs.names, targets)}, parts, weight, movable)
+            blend({name: local(target) for name, target in zip(pairs.names, targets)}, parts, weight)
         return UpdateResult(pairs.updated, dict(pairs.skipped))
 
     def _where_classes_are(self, context: RoundContext, models: Tuple[Any, Any]) -> Optional[Classes]:

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Literal, Protocol
+from typing_extensions import Protocol
 
 from .._host.borrowing import evaluating
 from ..errors import problem
@@ -15,9 +15,7 @@ from ..layers import Layer
 from ..outputs import Outputs, owned
 from .writing import copied
 
-__all__ = ["Granularity", "RoundContext", "Update", "UpdateResult"]
-
-Granularity = Literal["layer", "parameter"]
+__all__ = ["RoundContext", "Update", "UpdateResult"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class RoundContext:
             teacher's logits are of the student's classes, where the KD loss has a ``class_map``. Let
             :meth:`inputs_of` choose the inputs.
         strength: The schedule's factor on the size of the update, in [0, 1].
-        non_salient: For single-parameter granularity, by parameter name, True where an element is non-salient.
         class_map: The KD loss's: student class ``i`` is teacher class ``class_map[i]``; ``None`` where the classes are
             the same.
     """
@@ -49,7 +46,6 @@ class RoundContext:
     mask: Optional[Tensor]
     forward: Callable[[nn.Module, Any], Outputs]
     strength: float = 1.0
-    non_salient: Mapping[str, Tensor] = field(default_factory=dict)
     class_map: Optional[Sequence[int]] = None
     student_inputs: Any = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
@@ -104,23 +100,6 @@ class RoundContext:
             )
         return self.inputs
 
-    def movable(self, granularity: Granularity) -> Mapping[str, Tensor]:
-        """Return, by parameter name, True where an element may move; empty for layers that move whole.
-
-        Raises:
-            CldaError: If ``granularity`` is ``"parameter"`` and no gradient was observed at this step.
-        """
-        if granularity == "layer":
-            return {}
-        if not self.non_salient:
-            raise problem(
-                "the update cannot tell which elements are non-salient",
-                expected="gradients observed at the step that ends with a round",
-                received="none at this step",
-                fix="let the schedule observe the steps that are due, or use granularity='layer'",
-            )
-        return self.non_salient
-
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -147,11 +126,6 @@ class Update(Protocol):
     An update may have a method ``rehearse(context)`` as well: it does what :meth:`apply` would do that can fail, and
     writes nothing. The learner calls it once, in the first step. Without it both models are run on the inputs there.
     """
-
-    @property
-    def granularity(self) -> Granularity:
-        """``"layer"`` writes selected layers whole; ``"parameter"`` only their non-salient elements."""
-        ...
 
     @property
     def needs_relation(self) -> bool:

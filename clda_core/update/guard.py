@@ -16,7 +16,7 @@ from ..distillation import kl_distillation
 from ..distillation.base import align, align_logits, weighted_mean
 from ..errors import check_number, problem
 from ..strategy import Strategy
-from .base import Granularity, RoundContext, Update, UpdateResult, rehearse
+from .base import RoundContext, Update, UpdateResult, rehearse
 from .writing import Snapshot
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
@@ -163,11 +163,6 @@ class Guard(Strategy):
         self.criterion = criterion
         self.tolerance = tolerance
         self.backtracks = backtracks
-
-    @property
-    def granularity(self) -> Granularity:
-        """The guarded update's."""
-        return self.update.granularity
 
     @property
     def needs_relation(self) -> bool:

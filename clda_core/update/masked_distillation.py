@@ -11,12 +11,12 @@ from .._host.borrowing import evaluating, requiring_grad
 from .._host.compat import has_float64, norms
 from .._host.layout import strided
 from .._host.ranks import mean_where_seen
-from .._host.shards import as_sharded, gradients, is_sharded, local, sum_over_shards
+from .._host.shards import gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
-from ..errors import check_choice, check_number, problem
+from ..errors import check_number, problem
 from ..layers import canonical_parameters
 from ..strategy import Strategy
-from .base import Granularity, RoundContext, UpdateResult
+from .base import RoundContext, UpdateResult
 from .own_optimizer import OptimizerFactory, OwnOptimizer
 
 __all__ = ["MaskedDistillation"]
@@ -38,7 +38,6 @@ class MaskedDistillation(Strategy):
             has a ``class_map``, the teacher's logits come in the student's classes.
         optimizer: Builds another optimizer from the teacher's parameters, for example
             ``lambda parameters: torch.optim.SGD(parameters, lr=1e-2)``; then ``learning_rate`` is not used.
-        granularity: ``"parameter"`` moves only non-salient elements of the selected layers.
 
     Raises:
         CldaError: If an argument is out of range, or ``optimizer`` holds other parameters than it was given.
@@ -62,16 +61,13 @@ class MaskedDistillation(Strategy):
         learning_rate: float = 1e-4,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
-        granularity: Granularity = "layer",
     ) -> None:
         check_number("steps", steps, at_least=1, integer=True)
         check_number("learning_rate", learning_rate, above=0)
-        check_choice("granularity", granularity, ("layer", "parameter"))
         self.steps = steps
         self.learning_rate = learning_rate
         self.distillation = KLDistillation(temperature=1.0) if distillation is None else distillation
         self.optimizer = optimizer
-        self.granularity: Granularity = granularity
         self._own = OwnOptimizer(learning_rate, optimizer)
 
     def apply(self, context: RoundContext) -> UpdateResult:
@@ -79,7 +75,6 @@ class MaskedDistillation(Strategy):
         everything = canonical_parameters(context.teacher)
         names = [name for layer in context.layers for name in layer.parameters]
         selected = [everything[name] for name in names]
-        movable = context.movable(self.granularity)
         self._own.prepare(context.teacher, everything)
         target = context.student_outputs()
         inputs = context.required_inputs()
@@ -96,7 +91,7 @@ class MaskedDistillation(Strategy):
             if not all_finite(found.values()):
                 reason = "a gradient of the round is not finite"
                 break
-            self._step(context.teacher, everything, found, movable, context.strength)
+            self._own.step(context.teacher, everything, found, context.strength)
             reached.update(found)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
@@ -133,27 +128,6 @@ class MaskedDistillation(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the optimizer's state; it is applied when the teacher is at hand."""
         self._own.load_state_dict(state)
-
-    def _step(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, Tensor],
-        found: Mapping[str, Tensor],
-        movable: Mapping[str, Tensor],
-        strength: float,
-    ) -> None:
-        """Step with the gradients ``found`` alone, in each parameter only where it is ``movable``."""
-        # Momentum and weight decay move elements without a gradient too, so these are put back after the step.
-        kept = {name: local(parameters[name]).clone() for name in found if name in movable}
-        masked = {
-            name: as_sharded(local(gradient) * movable[name], parameters[name]) if name in kept else gradient
-            for name, gradient in found.items()
-        }
-        self._own.step(model, parameters, masked, strength)
-        with torch.no_grad():
-            for name, before in kept.items():
-                part = local(parameters[name])
-                part.copy_(torch.where(movable[name], part, before))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -65,23 +65,16 @@ def undone_on_error(model: nn.Module, layers: Iterable[Layer]) -> Iterator[Snaps
         yield snapshot
 
 
-def blend(
-    targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], weight: float, non_salient: Mapping[str, Tensor]
-) -> None:
+def blend(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], weight: float) -> None:
     """Move target tensors towards the sources of the same name: ``target <- target + weight · (source - target)``.
 
     Args:
         targets: Teacher tensors by canonical name, written in place.
         sources: What to move towards, of equal shapes; names that ``targets`` lacks are not allowed.
         weight: In [0, 1].
-        non_salient: By name, True for the only elements that may move; a name that is absent moves whole.
     """
     with torch.no_grad():
-        masked = [
-            torch.where(non_salient[name], source.to(targets[name]), targets[name]) if name in non_salient else source
-            for name, source in sources.items()
-        ]
-        lerp_([targets[name] for name in sources], masked, weight)
+        lerp_([targets[name] for name in sources], list(sources.values()), weight)
 
 
 def tensors_of(model: nn.Module) -> Dict[str, Tensor]:

@@ -17,10 +17,8 @@ def masked_distillation(**options: Any) -> Dict[str, Any]:
 
 SCENARIOS: Dict[str, Scenario] = {
     "average": Scenario(lambda: {"update": Average(decay=0.9)}),
-    "average, single parameters": Scenario(lambda: {"update": Average(decay=0.9, granularity="parameter")}),
     "aligned average": Scenario(lambda: {"update": AlignedAverage(decay=0.9), "saliency": Fisher()}),
     "masked distillation": Scenario(masked_distillation),
-    "masked distillation, single parameters": Scenario(lambda: masked_distillation(granularity="parameter")),
     "guarded, agreement": Scenario(
         lambda: {"update": Guard(Average(decay=0.5), criterion=agreement), "selection": AllLayers()}
     ),

@@ -36,15 +36,12 @@ def masked_distillation(**options: Any) -> Dict[str, Any]:
 
 SCENARIOS: Dict[str, Scenario] = {
     "average": Scenario(lambda: {"update": Average(decay=0.9)}),
-    "average, single parameters": Scenario(
-        lambda: {"update": Average(decay=0.9, granularity="parameter"), "saliency": Fisher()}
-    ),
+    "average, Fisher": Scenario(lambda: {"update": Average(decay=0.9), "saliency": Fisher()}),
     "average, magnitude": Scenario(
         lambda: {"update": Average(decay=0.9), "saliency": Magnitude(), "selection": AllLayers()}
     ),
     "aligned average": Scenario(lambda: {"update": AlignedAverage(decay=0.9)}),
     "masked distillation": Scenario(masked_distillation),
-    "masked distillation, single parameters": Scenario(lambda: masked_distillation(granularity="parameter")),
     "guarded": Scenario(
         lambda: {"update": Guard(MaskedDistillation(learning_rate=0.1), criterion=agreement), "selection": AllLayers()}
     ),

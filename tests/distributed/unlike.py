@@ -38,8 +38,8 @@ SCENARIOS: Dict[str, Callable[[], Dict[str, Any]]] = {
         "saliency": Fisher(),
         "relation": BySimilarity(minimum=0.0),
     },
-    "single parameters, Hessian": lambda: {
-        "update": MaskedDistillation(learning_rate=1e-2, granularity="parameter"),
+    "masked distillation, Hessian": lambda: {
+        "update": MaskedDistillation(learning_rate=1e-2),
         "saliency": Hessian(),
     },
     "domain shift": lambda: {"selection": DomainShift(threshold=ReferenceThreshold()), "update": Average(decay=0.9)},

@@ -13,7 +13,7 @@ from clda_core.layers import Layer, group_layers
 from clda_core.relation import ModelView
 from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
 from clda_core.saliency.histogram import CHUNK
-from clda_core.saliency.observer import Observer, non_salient_elements, score_layers
+from clda_core.saliency.observer import Observer, score_layers
 from clda_core.selection import FixedThreshold, ReferenceThreshold
 from tests.helpers import bits, loaded, saved
 
@@ -77,21 +77,6 @@ def test_an_estimator_that_returns_no_scores(score: Callable[[Tensor], Any], rec
         score_layers(Odd(), LAYERS, PARAMETERS, DERIVATIVES)
 
 
-def test_elements_are_non_salient_up_to_the_threshold_and_unknown_ones_are_not() -> None:
-    masks = non_salient_elements(Taylor(), PARAMETERS, DERIVATIVES, torch.tensor(2.0))
-    assert {name: mask.tolist() for name, mask in masks.items()} == {
-        "a.w": [True, True],
-        "a.b": [False],
-        "b.w": [True, False],
-    }
-    masks = non_salient_elements(Magnitude(), PARAMETERS, dict.fromkeys(PARAMETERS), torch.tensor(1.0))
-    assert {name: mask.tolist() for name, mask in masks.items()} == {
-        "a.w": [True, False],
-        "a.b": [True],
-        "b.w": [False, False],
-    }
-
-
 # ------------------------------------------------------------------------------------------------------- the observer
 
 
@@ -116,7 +101,7 @@ def scaled(factor: float) -> Callable[[nn.Module], Tensor]:
 
 def step(one: Observer, *losses: Any) -> bool:
     for domain, loss in losses:
-        one.observe(loss, domain, None, None, elements=False)
+        one.observe(loss, domain, None, None)
     finite = one.commit()
     one.forget_step()
     return finite
@@ -124,7 +109,7 @@ def step(one: Observer, *losses: Any) -> bool:
 
 def test_what_is_pending_counts_when_it_is_committed() -> None:
     one = observer(network())
-    one.observe(scaled(1.0), "target", None, None, elements=False)
+    one.observe(scaled(1.0), "target", None, None)
     assert one.rates() == ({}, {})
     assert one.commit()
     assert one.rates() == ({"0": 0.5, "1": 0.25}, {})
@@ -137,7 +122,7 @@ def test_what_is_pending_counts_when_it_is_committed() -> None:
 
 def test_what_is_forgotten_does_not_count() -> None:
     one = observer(network())
-    one.observe(scaled(1.0), "target", None, None, elements=False)
+    one.observe(scaled(1.0), "target", None, None)
     one.forget_step()
     assert one.commit()
     assert one.rates() == ({}, {})
@@ -149,21 +134,6 @@ def test_source_data_of_the_same_step_comes_first() -> None:
     target, source = one.rates()
     assert target == {"0": 0.5, "1": 0.0}  # above the mean of 2, 8, 2, 4, 0, 0
     assert source == {"0": 0.5, "1": 0.25}
-
-
-def test_elements_are_those_of_the_last_target_observation_by_the_source_seen_so_far() -> None:
-    one = observer(network(), threshold=ReferenceThreshold())
-    one.observe(scaled(0.5), "source", None, None, elements=True)
-    assert one.non_salient == {}
-    one.observe(scaled(1.0), "target", None, None, elements=True)  # above 2 / 3, the source's mean; its own is 4 / 3
-    assert {name: mask.tolist() for name, mask in one.non_salient.items()} == {
-        "0.weight": [[False], [False]],
-        "1.weight": [[False, True], [True, False]],
-    }
-    one.observe(scaled(1.0), "source", None, None, elements=True)
-    assert one.non_salient
-    one.forget_step()
-    assert one.non_salient == {}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -219,7 +189,7 @@ def test_observing_is_in_eval_mode_with_the_teachers_flags_given_back() -> None:
         return scaled(1.0)(teacher)
 
     with torch.no_grad():
-        observer(model).observe(loss, "target", None, None, elements=False)
+        observer(model).observe(loss, "target", None, None)
     assert seen == [(False, True, True)]
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == [True, False]
@@ -233,7 +203,7 @@ def test_the_hosts_gradients_are_taken_for_the_loss_but_not_those_from_before() 
     assert not one.host_trains_teacher()
     model[0].weight.grad = torch.ones(2, 1)
     assert one.host_trains_teacher()
-    one.observe(None, "target", None, None, elements=False)
+    one.observe(None, "target", None, None)
     one.commit()
     assert one.rates() == ({"0": 0.5}, {})
     assert one.known() == {"0.weight"}
@@ -278,7 +248,7 @@ def test_an_estimator_without_derivatives_needs_no_data() -> None:
 def test_nothing_to_observe(domain: str) -> None:
     inputs = None if domain == "target" else torch.ones(1, 1)
     with pytest.raises(CldaError, match=f"there is nothing to observe on {domain} data"):
-        observer(network()).observe(None, domain, inputs, None, elements=False)
+        observer(network()).observe(None, domain, inputs, None)
 
 
 def test_the_probe_sees_the_logits_and_the_mask() -> None:
@@ -291,5 +261,5 @@ def test_the_probe_sees_the_logits_and_the_mask() -> None:
     mask = torch.tensor([True])
     view = ModelView(model, group_layers(model))
     one = Observer(view, Taylor(), FixedThreshold(1.5), probe, lambda inputs: model(inputs[0]))
-    one.observe(None, "target", (torch.ones(1, 1),), mask, elements=False)
+    one.observe(None, "target", (torch.ones(1, 1),), mask)
     assert given == [([[1.0, 8.0]], mask)]

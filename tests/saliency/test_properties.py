@@ -13,7 +13,7 @@ from torch import Tensor
 from clda_core.layers import Layer
 from clda_core.saliency import Fisher, Histogram, Magnitude, Taylor
 from clda_core.saliency.histogram import mean, quantile
-from clda_core.saliency.observer import non_salient_elements, score_layers
+from clda_core.saliency.observer import score_layers
 from clda_core.selection import (
     BelowRate,
     DomainShift,
@@ -165,7 +165,7 @@ def test_a_score_beyond_the_range_of_float32_is_infinite() -> None:
     assert not histogram_of([[torch.tensor([1e39], dtype=torch.float64)]]).finite
 
 
-# ------------------------------------------------------------------------------------- from parameters to elements
+# --------------------------------------------------------------------------------------- from parameters to scores
 
 
 @st.composite
@@ -211,12 +211,6 @@ def test_scores_of_parameters_and_gradients_of_unequal_layouts(estimator: Any, c
         scores = [seen[name].reshape(-1) for name in layer.parameters if name in seen]
         flat = np.concatenate([np.zeros(0), *scores]).astype(np.float32)
         assert histogram.counts[index].tolist() == np.bincount(flat.view(np.uint32) >> 20, minlength=4096).tolist()
-    for threshold in (0.0, 0.5, 1.0):
-        masks = non_salient_elements(estimator, parameters, found, torch.tensor(threshold, dtype=torch.float64))
-        assert list(masks) == list(found)
-        for name, mask in masks.items():
-            wanted = seen[name] <= threshold if name in seen else np.zeros(tuple(parameters[name].shape), dtype=bool)
-            assert mask.tolist() == wanted.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- selections

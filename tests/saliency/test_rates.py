@@ -74,19 +74,6 @@ def test_the_reference_is_open_until_a_round_has_seen_source_data() -> None:
     assert reference(observations) == 3.0
 
 
-def test_source_data_of_the_same_step_counts_before_it_is_added() -> None:
-    observations, pending = observed(), [histogram_of([2.0], [], []), histogram_of([4.0], [6.0], [])]
-    target = histogram_of(*FIRST)
-    assert float(observations.threshold(ReferenceThreshold(), target, pending)) == 4.0
-    assert pending[0].sizes.tolist() == [1, 0, 0], "what is pending stays as it is"
-    with pytest.raises(CldaError, match="ReferenceThreshold has no source data"):
-        observations.threshold(ReferenceThreshold(), target)
-    observations.add("source", histogram_of([8.0], [], []), MeanThreshold())
-    assert float(observations.threshold(ReferenceThreshold(), target, pending)) == 5.0
-    observations.start_next_round()
-    assert float(observations.threshold(ReferenceThreshold(), target, pending)) == 8.0
-
-
 def test_an_observation_is_not_kept_but_counted() -> None:
     source = histogram_of([2.0], [], [])
     observations = Observations(3)

@@ -204,32 +204,6 @@ def test_channels_that_do_not_vary_keep_the_teachers_weights() -> None:
     assert kept.tolist() == [channel == 2 for channel in range(6)]
 
 
-def test_single_parameters_move_only_where_they_are_not_salient() -> None:
-    teacher, student = alive(0), alive(1)
-    before = values(teacher)
-    masks = {name: torch.rand(value.shape) < 0.5 for name, value in teacher.named_parameters() if name != "bn2.bias"}
-    context = round_context(teacher, student, inputs=images(count=40), non_salient=masks)
-    result = AlignedAverage(decay=0.0, granularity="parameter").apply(context)
-    assert result.skipped == {
-        "conv2: bn2.bias": "no gradient of it was observed, so its non-salient elements are unknown"
-    }
-    moved = {name: value != before[name] for name, value in values(teacher).items()}
-    assert moved["conv2.weight"].any()
-    assert not moved["bn2.bias"].any()
-    assert not any((moved[name] & ~mask).any() for name, mask in masks.items())
-
-
-def test_single_parameters_move_and_statistics_move_whole() -> None:
-    teacher, student = alive(0), alive(1)
-    before = values(teacher)
-    nothing = {name: torch.zeros_like(value).bool() for name, value in teacher.named_parameters()}
-    context = round_context(teacher, student, inputs=images(count=40), non_salient=nothing)
-    result = AlignedAverage(decay=0.5, granularity="parameter", buffers="average").apply(context)
-    assert not any("running" in name for name in result.skipped)
-    statistics = [f"{norm}.{name}" for norm in ("bn1", "bn2") for name in ("running_mean", "running_var")]
-    assert changed(teacher, before) == statistics
-
-
 def pair(teacher: nn.Module, student: nn.Module) -> RoundContext:
     related = ByName()(ModelView(teacher, group_layers(teacher)), ModelView(student, group_layers(student))).pairs
     return round_context(teacher, student, inputs=images(count=40), related=related)
@@ -337,8 +311,7 @@ def test_without_inputs_once_channels_are_matched() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"decay": 1.1}, {"decay": float("nan")}, {"buffers": "copy"}, {"granularity": "block"}]
-    + [{"minimum": 1.0}, {"samples": 31}],
+    [{"decay": 1.1}, {"decay": float("nan")}, {"buffers": "copy"}] + [{"minimum": 1.0}, {"samples": 31}],
 )
 def test_refuses_arguments_out_of_range(options: Any) -> None:
     with pytest.raises(CldaError, match=f"^{next(iter(options))} is"):
@@ -347,7 +320,7 @@ def test_refuses_arguments_out_of_range(options: Any) -> None:
 
 def test_prints_as_it_was_made() -> None:
     assert repr(AlignedAverage(decay=0.5)) == (
-        "AlignedAverage(decay=0.5, buffers='keep', granularity='layer', minimum=0.0, samples=2048, realign_every=20)"
+        "AlignedAverage(decay=0.5, buffers='keep', minimum=0.0, samples=2048, realign_every=20)"
     )
 
 

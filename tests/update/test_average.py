@@ -12,7 +12,7 @@ from clda_core.errors import CldaError
 from clda_core.update import Average
 from tests.models import ResNet, ViT, Wrapped, mlp
 from tests.reference_update import average
-from tests.update.rounds import changed, randomise, round_context, same_bits, traces, values
+from tests.update.rounds import changed, randomise, round_context, traces, values
 
 
 def close(tensor: torch.Tensor, oracle: Any) -> bool:
@@ -80,43 +80,6 @@ def test_a_layer_of_which_nothing_fits_is_not_updated() -> None:
     assert set(result.skipped) == {"0: weight", "0: bias"}
 
 
-def test_parameter_granularity_moves_only_non_salient_elements() -> None:
-    teacher, student = randomise(ResNet((1, 1)), 1), randomise(ResNet((1, 1)), 2)
-    generator = torch.Generator().manual_seed(3)
-    non_salient = {
-        name: torch.rand(parameter.shape, generator=generator) < 0.5 for name, parameter in teacher.named_parameters()
-    }
-    non_salient["fc.bias"].zero_()
-    of_teacher, of_student = values(teacher), values(student)
-    context = round_context(teacher, student, ["layer1.0", "fc"], non_salient=non_salient)
-    Average(decay=0.4, granularity="parameter", buffers="average").apply(context)
-    now = values(teacher)
-    for layer in context.layers:
-        for name in layer.parameters:
-            kept = ~non_salient[name]
-            assert same_bits(now[name][kept], of_teacher[name][kept])
-            assert not (now[name] == of_teacher[name])[non_salient[name]].any()
-            assert close(now[name], average(of_teacher[name], of_student[name], 0.4, 1.0, non_salient[name]))
-        for name in layer.buffers:
-            assert close(now[name], average(of_teacher[name], of_student[name], 0.4))
-    assert "fc.bias" not in changed(teacher, of_teacher)
-
-
-def test_parameter_granularity_without_an_observation_moves_nothing() -> None:
-    teacher, student = randomise(mlp(), 1), randomise(mlp(), 2)
-    before = values(teacher)
-    with pytest.raises(CldaError, match="cannot tell which elements are non-salient.*Fix: let the schedule observe"):
-        Average(granularity="parameter").apply(round_context(teacher, student))
-    assert not changed(teacher, before)
-
-
-def test_layer_granularity_moves_salient_elements_too() -> None:
-    teacher, student = randomise(mlp(), 1), randomise(mlp(), 2)
-    nothing = {name: torch.zeros_like(parameter).bool() for name, parameter in teacher.named_parameters()}
-    Average(decay=0.0).apply(round_context(teacher, student, non_salient=nothing))
-    assert not changed(teacher, values(student))
-
-
 def test_tied_weights_are_written_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -155,7 +118,6 @@ def test_it_has_no_state() -> None:
         ({"decay": float("nan")}, "decay is not a finite number"),
         ({"decay": "0.9"}, "decay is not a finite number"),
         ({"buffers": "copy"}, "buffers is unknown: expected 'keep' or 'average', received 'copy'"),
-        ({"granularity": "filter"}, "granularity is unknown"),
     ],
 )
 def test_bad_options(options: Any, message: str) -> None:

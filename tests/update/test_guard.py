@@ -29,7 +29,6 @@ def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 class Writes:
     """An update that fills the selected layers' tensors with what a function gives."""
 
-    granularity: Any = "layer"
     needs_relation = False
 
     def __init__(self, make: Any) -> None:
@@ -250,7 +249,6 @@ def test_an_accepted_state_is_kept_and_saved() -> None:
 
 
 def test_it_passes_on_what_the_update_is() -> None:
-    assert Guard(Average(granularity="parameter")).granularity == "parameter"
     assert Guard(Average()).needs_relation
     assert not Guard(MaskedDistillation()).needs_relation
 

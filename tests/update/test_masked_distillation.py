@@ -38,17 +38,15 @@ def gradients(teacher: nn.Module, student: nn.Module, inputs: Tensor) -> Dict[st
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("granularity", ["layer", "parameter"])
-def test_only_the_selected_layers_change_and_nothing_else_is_touched(frozen: bool, granularity: Any) -> None:
+def test_only_the_selected_layers_change_and_nothing_else_is_touched(frozen: bool) -> None:
     teacher, student = randomise(ResNet((2, 1)), 1), randomise(ResNet((1, 1), width=2), 2)
     for index, parameter in enumerate(teacher.parameters()):
         parameter.requires_grad_(not frozen and index != 3)
         parameter.grad = torch.full_like(parameter, 2.0) if index % 2 else None
     student.fc.weight.grad = torch.ones_like(student.fc.weight)
     of_teacher, of_student, traced = values(teacher), values(student), traces(teacher, student)
-    everything = {name: torch.ones_like(p).bool() for name, p in teacher.named_parameters()}
-    context = round_context(teacher, student, ["layer1.1", "fc"], inputs=images(), non_salient=everything)
-    result = MaskedDistillation(steps=2, granularity=granularity).apply(context)
+    context = round_context(teacher, student, ["layer1.1", "fc"], inputs=images())
+    result = MaskedDistillation(steps=2).apply(context)
     assert result.updated == ("layer1.1", "fc")
     assert not result.skipped
     assert changed(teacher, of_teacher) == [name for layer in context.layers for name in layer.parameters]
@@ -77,24 +75,21 @@ def test_it_brings_the_teacher_closer_to_the_student_on_the_batch(selected: List
 
 
 def test_equals_adam_on_the_masked_gradient_over_rounds_that_select_differently() -> None:
-    """Rounds differ in layers, elements and strength; an element moves only in rounds that select it."""
+    """Rounds differ in layers and strength; a layer moves only in rounds that select it."""
     teacher, student = pair(torch.float64)
-    update, oracle, rate = MaskedDistillation(learning_rate=0.01, granularity="parameter"), Adam(), 0.01
-    generator = torch.Generator().manual_seed(4)
+    update, oracle, rate = MaskedDistillation(learning_rate=0.01), Adam(), 0.01
     for number, (selected, strength) in enumerate([(["0", "2"], 1.0), (["2", "5"], 0.5), (["0", "2"], 0.25)]):
         batch = vectors(number, torch.float64)
         context = round_context(teacher, student, selected, inputs=batch, strength=strength)
         names = [name for layer in context.layers for name in layer.parameters]
-        masks = {name: torch.rand(p.shape, generator=generator) < 0.5 for name, p in teacher.named_parameters()}
         before = values(teacher)
         expected = {name: float64(tensor) for name, tensor in before.items()}
         found = {name: gradient for name, gradient in gradients(teacher, student, batch).items() if name in names}
-        oracle.step(expected, found, rate * strength, {name: mask.numpy() for name, mask in masks.items()})
-        update.apply(round_context(teacher, student, selected, inputs=batch, strength=strength, non_salient=masks))
+        oracle.step(expected, found, rate * strength)
+        update.apply(context)
         for name, now in values(teacher).items():
-            moved = masks[name] if name in names else torch.zeros_like(masks[name])
             assert np.allclose(float64(now), expected[name], rtol=1e-9, atol=1e-12), (number, name)
-            assert same_bits(now[~moved], before[name][~moved]), (number, name)
+            assert name in names or same_bits(now, before[name]), (number, name)
 
 
 @pytest.mark.parametrize(
@@ -106,27 +101,12 @@ def test_equals_adam_on_the_masked_gradient_over_rounds_that_select_differently(
 )
 def test_neither_momentum_nor_weight_decay_moves_what_is_not_selected(factory: Any) -> None:
     teacher, student = pair()
-    update = MaskedDistillation(optimizer=factory, granularity="parameter")
-    everything = {name: torch.ones_like(p).bool() for name, p in teacher.named_parameters()}
-    update.apply(round_context(teacher, student, inputs=vectors(), non_salient=everything))
+    update = MaskedDistillation(optimizer=factory)
+    update.apply(round_context(teacher, student, inputs=vectors()))
     before = values(teacher)
     assert len(update.state_dict()["optimizer"]["state"]) == len(before)
-    nothing = {name: ~mask for name, mask in everything.items()}
-    update.apply(round_context(teacher, student, ["0", "2"], inputs=vectors(), non_salient=nothing))
-    assert not changed(teacher, before)
-    half = dict(nothing)
-    half["0.weight"] = torch.arange(5).expand(6, 5) < 2
-    update.apply(round_context(teacher, student, ["0", "2"], inputs=vectors(), non_salient=half))
-    assert changed(teacher, before) == ["0.weight"]
-    assert torch.equal(teacher[0].weight != before["0.weight"], half["0.weight"])
-
-
-def test_parameter_granularity_without_an_observation_moves_nothing() -> None:
-    teacher, student = pair()
-    before = values(teacher)
-    with pytest.raises(CldaError, match="cannot tell which elements are non-salient"):
-        MaskedDistillation(granularity="parameter").apply(round_context(teacher, student, inputs=vectors()))
-    assert not changed(teacher, before)
+    update.apply(round_context(teacher, student, ["2"], inputs=vectors()))
+    assert changed(teacher, before) == ["2.weight", "2.bias", "3.weight", "3.bias"]
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
@@ -258,15 +238,13 @@ class Sum(nn.Module):
         return self.a + self.b
 
 
-def test_gradients_that_share_memory_are_masked_one_by_one() -> None:
+def test_gradients_that_share_memory_move_their_parameters_one_by_one() -> None:
     teacher, student = Sum(), Sum()
     student.a.data.fill_(1.0)
-    masks = {"a": torch.ones(2, 3).bool(), "b": torch.zeros(2, 3).bool()}
-    masks["b"][0, 0] = True
-    update = MaskedDistillation(distillation=lambda s, t, mask: (s - t).sum(), optimizer=sgd, granularity="parameter")
-    update.apply(round_context(teacher, student, inputs=vectors(), non_salient=masks))
-    assert torch.equal(teacher.a != 0, masks["a"])
-    assert torch.equal(teacher.b != 0, masks["b"])
+    update = MaskedDistillation(distillation=lambda s, t, mask: (s - t).sum(), optimizer=sgd)
+    update.apply(round_context(teacher, student, inputs=vectors()))
+    assert same_bits(teacher.a.detach(), teacher.b.detach())
+    assert bool((teacher.a < 0).all())
 
 
 def test_the_loss_gets_teacher_student_and_mask() -> None:
@@ -386,7 +364,6 @@ def test_tied_weights_are_stepped_once() -> None:
         ({"steps": 1.5}, "steps is not an integer"),
         ({"learning_rate": 0.0}, "learning_rate is out of range.*> 0"),
         ({"learning_rate": float("inf")}, "learning_rate is not a finite number"),
-        ({"granularity": "channel"}, "granularity is unknown"),
     ],
 )
 def test_bad_options(options: Any, message: str) -> None:

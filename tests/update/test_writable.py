@@ -17,7 +17,6 @@ from tests.helpers import bits, loaded, saved, sgd
 
 UPDATES: Dict[str, Any] = {
     "masked": lambda: MaskedDistillation(learning_rate=1e-2),
-    "masked, single parameters": lambda: MaskedDistillation(learning_rate=1e-2, granularity="parameter"),
     "guarded": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1e9),
     "average": lambda: Average(decay=0.5, buffers="average"),
     "aligned": lambda: AlignedAverage(decay=0.5, buffers="average"),
@@ -410,17 +409,14 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize("co_trained", [False, True])
-@pytest.mark.parametrize("granularity", ["layer", "parameter"])
 @pytest.mark.parametrize("saliency", [Taylor(), Fisher(), Hessian()], ids=repr)
-def test_sparse_gradients_are_observed_and_updated_as_dense_ones(
-    saliency: Any, granularity: Any, co_trained: bool
-) -> None:
+def test_sparse_gradients_are_observed_and_updated_as_dense_ones(saliency: Any, co_trained: bool) -> None:
     outcomes = []
     for sparse in (False, True):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             teacher, student = Words(8, sparse), Words(4, False)
-        update = MaskedDistillation(granularity=granularity, learning_rate=1e-2)
+        update = MaskedDistillation(learning_rate=1e-2)
         learner = make(teacher, student, saliency=saliency, update=update)
         words = torch.randint(0, 20, (6, 5), generator=torch.Generator().manual_seed(3))
         loss = learner.distill(student(words), words)
