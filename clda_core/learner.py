@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, cast
 
 import torch
@@ -614,7 +613,7 @@ class CollaborativeLearner:
         }
 
     def _student_view_of_step(self) -> ModelView:
-        return replace(self._student_view, inputs=self._runner.step.student_inputs)
+        return self._student_view._replace(inputs=self._runner.step.student_inputs)
 
     def _relate(self, inputs: Any) -> RelatedLayers:
         if self._related is None:

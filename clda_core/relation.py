@@ -34,8 +34,7 @@ _CHANCE = 0.25
 """The linear CKA that unrelated features may have at most for a comparison to count."""
 
 
-@dataclass(frozen=True)
-class ModelView:
+class ModelView(NamedTuple):
     """A model and the layers it was divided into.
 
     Attributes:

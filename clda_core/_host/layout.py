@@ -5,8 +5,7 @@ A fused optimizer pairs the elements of parameter, gradient and moments by their
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Iterator, List, Mapping, Optional, Tuple
+from typing import Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -60,8 +59,7 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=values.dtype, device=values.device).copy_(values)
 
 
-@dataclass(frozen=True)
-class _Memory:
+class _Memory(NamedTuple):
     """The memory of one tensor: a device and a range of addresses in bytes, of which it may use a part."""
 
     name: str

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from itertools import chain, combinations
 from operator import attrgetter, is_
-from typing import Any, Container, Dict, Iterable, List, Mapping, MutableMapping, Optional, Sequence, Tuple, TypeVar
+from typing import (
+    Any,
+    Container,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    MutableMapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +79,7 @@ def canonical_buffers(model: nn.Module) -> Dict[str, Tensor]:
     return named_tensors(model).buffers
 
 
-@dataclass(frozen=True)
-class NamedTensors:
+class NamedTensors(NamedTuple):
     """A model's tensors by canonical name.
 
     Attributes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -213,8 +212,7 @@ class _Maps:
         self.into, self.out = _Counterparts(into), _Counterparts(out)
 
 
-@dataclass(frozen=True)
-class _Pair:
+class _Pair(NamedTuple):
     layer: str
     name: str
     other: str

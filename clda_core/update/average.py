@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 from typing_extensions import Literal
@@ -114,8 +113,7 @@ class Average(Strategy):
         """Accept what :meth:`state_dict` returned."""
 
 
-@dataclass(frozen=True)
-class _Pairs:
+class _Pairs(NamedTuple):
     """Which tensors are averaged, by name, so that it need not be found out anew in every round.
 
     Attributes:
@@ -166,7 +164,7 @@ def _pair(
     targets, sources = found.of(ours, theirs)
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*targets, *sources))
     alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(targets, sources))
-    return replace(found, memory=_addresses(targets, sources)) if plain and alike else found
+    return found._replace(memory=_addresses(targets, sources)) if plain and alike else found
 
 
 def _addresses(*tensors: Sequence[Tensor]) -> List[int]:

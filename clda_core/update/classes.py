@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ _SAME = 0.9
 MAY_BE_CLASSES = "a dimension of it may be the classes, and its module was not found to make the logits in both models"
 
 
-@dataclass(frozen=True)
-class Classes:
+class Classes(NamedTuple):
     """Where the classes are in two networks: student class ``i`` is teacher class ``class_map[i]``.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Collection, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
@@ -47,7 +46,7 @@ def restricted(layers: Sequence[Layer], to: Collection[str], model: nn.Module) -
         elif names:
             buffers = tuple(name for name in layer.buffers if _owner(name) in kept or _owner(name) not in owners)
             numel = sum(parameters[name].numel() for name in names)
-            found.append(replace(layer, parameters=names, buffers=buffers, numel=numel))
+            found.append(layer._replace(parameters=names, buffers=buffers, numel=numel))
     return tuple(found)
 
 
@@ -67,7 +66,7 @@ def writable_layers(view: ModelView) -> Tuple[Layer, ...]:
         return _owner(buffer) in owners or isinstance(modules.get(_owner(buffer)), _NORMS)
 
     layers = restricted(view.layers, names, view.model)
-    return tuple(replace(layer, buffers=tuple(filter(follows, layer.buffers))) for layer in layers)
+    return tuple(layer._replace(buffers=tuple(filter(follows, layer.buffers))) for layer in layers)
 
 
 def written_now(view: ModelView, known: Optional[Set[str]]) -> Tuple[Layer, ...]:
