@@ -8,20 +8,58 @@ import stat
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Union
 
 import torch
 from torch import nn
 
 from ._host.compat import load_plain
-from ._host.plain import plain, plain_state
-from ._restoring import fitted, restore
+from ._host.plain import plain
+from ._host.restoring import fitted, restore
 from .errors import CldaError, problem
 from .learner import CollaborativeLearner
 
-__all__ = ["atomically", "load", "save"]
+__all__ = ["atomically", "load", "pack", "read", "save", "unpack"]
 
-_OURS = ("learner", "teacher", "student")
+
+def pack(learner: CollaborativeLearner, **beside: Any) -> Dict[str, Any]:
+    """Return the states of learner and teacher, and of whatever else, for a checkpoint that something else writes.
+
+    The teacher changes, so neither is of use without the other: an engine's checkpoint, or one of a host's own, holds
+    what this returns, and :func:`unpack` restores it.
+
+    Args:
+        learner: The learner.
+        beside: As for :func:`save`; the student's state may be among it.
+
+    Returns:
+        Tensors and plain Python types by name, ``"learner"`` and ``"teacher"`` among them. Tensors of models and
+        optimizers are not copied.
+
+    Raises:
+        CldaError: As :func:`save` does.
+    """
+    if "teacher" in beside:
+        raise _taken("teacher")
+    state = {name: _state_of(name, value) for name, value in beside.items()}
+    return {**state, "learner": learner.state_dict(), "teacher": _state_of("teacher", learner.teacher)}
+
+
+def unpack(learner: CollaborativeLearner, packed: Any, **beside: Any) -> Dict[str, Any]:
+    """Restore what :func:`pack` returned: all of it, or nothing.
+
+    Args:
+        learner: The learner; its teacher is restored too.
+        packed: What was packed.
+        beside: The objects with ``load_state_dict()`` that were packed, under the same names.
+
+    Returns:
+        Whatever else was packed and no object was passed for, by name.
+
+    Raises:
+        CldaError: As :func:`load` does.
+    """
+    return _unpacked("the checkpoint", learner, packed, beside)
 
 
 def save(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -> None:
@@ -50,18 +88,9 @@ def save(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
         >>> load(path, learner, optimizer=optimizer)
         {'epoch': 3}
     """
-    taken = sorted(set(beside) & set(_OURS))
-    if taken:
-        raise problem(
-            f"{taken[0]} is saved anyway",
-            expected=f"other names than {', '.join(_OURS)}",
-            received=f"{taken[0]}=",
-            fix="leave it out, or give it another name",
-        )
-    state = {name: _state_of(name, value) for name, value in beside.items()}
-    state["learner"] = learner.state_dict()
-    state["teacher"] = _state_of("teacher", learner.teacher)
-    state["student"] = _state_of("student", learner.student)
+    if "student" in beside:
+        raise _taken("student")
+    state = pack(learner, student=learner.student, **beside)
     with atomically(path) as unfinished:
         torch.save(state, unfinished)
 
@@ -92,32 +121,38 @@ def load(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -
         ``state_dict()`` and ``load_state_dict()``; what an object's ``load_state_dict()`` does beyond that cannot be
         taken back.
     """
-    with open(path, "rb"):  # a file that is missing or closed to us is none that is damaged
-        pass
-    state = read(path)
-    wanted = [*_OURS, *beside]
-    if not isinstance(state, dict) or not set(wanted) <= set(state):
+    return _unpacked(str(path), learner, read(path), {**beside, "student": learner.student})
+
+
+def _unpacked(what: str, learner: CollaborativeLearner, packed: Any, beside: Mapping[str, Any]) -> Dict[str, Any]:
+    parts = {"learner": learner, **beside, "teacher": learner.teacher}
+    if not isinstance(packed, Mapping) or not set(parts) <= set(packed):
         raise problem(
-            f"{path} does not hold this training",
-            expected=f"a file that clda_core.checkpoint.save() wrote, with {', '.join(wanted)}",
-            received=", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__,
+            f"{what} does not hold this training",
+            expected=f"what clda_core.checkpoint saved, with {', '.join(parts)}",
+            received=", ".join(map(str, packed)) if isinstance(packed, Mapping) else type(packed).__name__,
             fix="load what was saved, under the same names",
         )
-    parts = {**beside, "teacher": learner.teacher, "student": learner.student}
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            state[name] = fitted(name, part, state[name])
-    parts = {"learner": learner, **parts}
-    restore([(name, part, state.pop(name)) for name, part in parts.items()])
-    return state
+    states = {
+        name: fitted(name, part, packed[name]) if isinstance(part, nn.Module) else packed[name]
+        for name, part in parts.items()
+    }
+    restore([(name, part, states[name]) for name, part in parts.items()])
+    return {name: value for name, value in packed.items() if name not in parts}
 
 
 def read(path: Union[str, Path]) -> Any:
-    """Return what a file of tensors and plain types holds, on the CPU.
+    """Return what a file of tensors and plain Python types holds, on the CPU.
+
+    Args:
+        path: A file that :func:`save`, or ``torch.save`` of what :func:`pack` returned, wrote.
 
     Raises:
         CldaError: If the file is damaged or of another kind.
+        OSError: If there is no such file, or it cannot be opened.
     """
+    with open(path, "rb"):  # a file that is missing or closed to us is none that is damaged
+        pass
     try:
         damaged = _damaged_part(str(path))
         held = load_plain(str(path)) if damaged is None else None
@@ -171,9 +206,17 @@ def atomically(path: Union[str, Path]) -> Iterator[str]:
 
 
 def _state_of(name: str, value: Any) -> Any:
-    if isinstance(value, type) or not hasattr(value, "state_dict"):
-        return plain(value, name)
-    return plain_state(value.state_dict(), name)
+    stateful = hasattr(value, "state_dict") and not isinstance(value, type)
+    return plain(value.state_dict() if stateful else value, name)
+
+
+def _taken(name: str) -> CldaError:
+    return problem(
+        f"{name} is saved anyway",
+        expected="other names than learner, teacher and student",
+        received=f"{name}=",
+        fix="leave it out, or give it another name",
+    )
 
 
 def _unreadable(path: Union[str, Path], why: str) -> CldaError:

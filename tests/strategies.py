@@ -151,6 +151,9 @@ NOT_STRATEGIES = {
     "init_student": "a function on models: update/test_initialise.py",
     "layer_saliency_rates": "a function of a histogram: test_selection.py",
     "load": "reads a file: test_checkpoint.py",
+    "pack": "the states of learner and teacher: test_checkpoint.py",
+    "read": "reads a file: test_checkpoint.py",
+    "unpack": "restores learner and teacher: test_checkpoint.py",
     "linear_cka": "a function of features: test_relation.py",
     "save": "writes a file: test_checkpoint.py",
 }

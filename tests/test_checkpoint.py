@@ -176,6 +176,43 @@ def test_the_models_go_on_from_the_file_after_more_training(tmp_path: Path) -> N
     learner.distill(learner.student(batch()), batch())
 
 
+# ---------------------------------------------------------------------------------- in the checkpoint of something else
+
+
+def test_learner_and_teacher_are_restored_from_a_checkpoint_of_an_engine() -> None:
+    learner, optimizer = training()
+    train(learner, optimizer, 2)
+    packed = loaded(saved(checkpoint.pack(learner, optimizer=optimizer, epoch=3)))
+    assert sorted(packed) == ["epoch", "learner", "optimizer", "teacher"]
+    other, its_optimizer = training(seed=5)
+    its_student = values(other.student)
+    assert checkpoint.unpack(other, packed, optimizer=its_optimizer) == {"epoch": 3}
+    assert bits(learner.state_dict()) == bits(other.state_dict())
+    assert values(learner.teacher) == values(other.teacher)
+    assert bits(optimizer.state_dict()) == bits(its_optimizer.state_dict())
+    assert values(other.student) == its_student
+    with pytest.raises(CldaError, match="teacher is saved anyway"):
+        checkpoint.pack(learner, teacher={})
+
+
+def test_learner_and_teacher_are_restored_both_or_neither() -> None:
+    learner, optimizer = training()
+    train(learner, optimizer, 2)
+    packed = loaded(saved(checkpoint.pack(learner, first=WithState(1), second=WithState(1))))
+    train(learner, optimizer, 1, start=2)
+    first, second = WithState(5), WithState(6, fails=True)
+    for broken, match in (
+        (packed, "second cannot be restored.*half-way"),
+        ({**packed, "teacher": nn.Linear(2, 2).state_dict()}, "the saved teacher is of another architecture"),
+        ({**packed, "learner": {"version": 99}}, "newer clda-core"),
+        ({"learner": packed["learner"]}, "the checkpoint does not hold this training.*received learner. Fix"),
+        (None, "the checkpoint does not hold this training.*received NoneType"),
+    ):
+        with nothing_changed(learner, optimizer), pytest.raises(CldaError, match=match):
+            checkpoint.unpack(learner, broken, first=first, second=second)
+        assert (first.state, second.state) == (5, 6)
+
+
 # ------------------------------------------------------------------------------------------------- what can be saved
 
 
@@ -413,6 +450,8 @@ def test_a_damaged_file_is_a_clear_error_and_changes_nothing(kind: str, tmp_path
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "no.pt", training()[0])
+    with pytest.raises(FileNotFoundError):
+        checkpoint.read(tmp_path / "no.pt")
     with pytest.raises(CldaError, match="cannot be replaced by a file.*received a folder"):
         checkpoint.save(tmp_path, training()[0])
 

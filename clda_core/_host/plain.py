@@ -28,7 +28,7 @@ def plain(value: Any, name: str) -> Any:
 
     What equals such a value becomes it: NumPy's numbers become Python's, members of an ``IntEnum`` integers, paths
     strings, named tuples tuples, subclasses of ``dict`` and ``list`` dicts and lists. NumPy's arrays become tensors.
-    Containers are copied, tensors are not.
+    Containers are copied, tensors are not; with the state of a module go the versions that PyTorch keeps beside it.
 
     Args:
         value: Anything.
@@ -39,21 +39,6 @@ def plain(value: Any, name: str) -> Any:
             message names the entry.
     """
     return _plain(value, name, frozenset())
-
-
-def plain_state(state: Any, name: str) -> Any:
-    """Return a module's ``state_dict()`` as it is, with the versions that PyTorch keeps beside the tensors.
-
-    Raises:
-        CldaError: As :func:`plain`.
-    """
-    converted = plain(state, name)
-    versions = getattr(state, "_metadata", None)
-    if versions is None:
-        return converted
-    ordered = OrderedDict(converted)
-    ordered._metadata = plain(versions, f"{name}._metadata")  # type: ignore[attr-defined]
-    return ordered
 
 
 def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:
@@ -104,6 +89,10 @@ def _plain_mapping(value: Mapping[Any, Any], name: str, outer: FrozenSet[int]) -
                 fix="give them names of their own",
             )
         found[plain_key] = item if type(item) in _LEAVES else _plain(item, f"{name}[{plain_key!r}]", outer)
+    versions = getattr(value, "_metadata", None)
+    if versions is not None:
+        found = OrderedDict(found)
+        found._metadata = _plain(versions, f"{name}._metadata", outer)  # type: ignore[attr-defined]
     return found
 
 

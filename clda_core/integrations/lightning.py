@@ -6,7 +6,7 @@ import warnings
 from typing import Any, Dict, List
 
 from .._host.stepping import overflowed
-from .._restoring import restore_pair, saved_pair
+from ..checkpoint import pack, unpack
 from ..learner import CollaborativeLearner
 from ._engine import Unstepped, not_watched, students_optimizer
 
@@ -104,7 +104,7 @@ class CollaborationCallback(Callback):
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the states of learner and teacher, for the checkpoint."""
-        return saved_pair(self.learner)
+        return pack(self.learner)
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore both, or neither.
@@ -112,7 +112,7 @@ class CollaborationCallback(Callback):
         Raises:
             CldaError: If one of the two does not fit.
         """
-        restore_pair(self.learner, state_dict)
+        unpack(self.learner, state_dict)
         self._restored = True
 
     def _watch(self, optimizer: Any, before: Any) -> None:

@@ -15,7 +15,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from .._host.stepping import watching
-from .._restoring import restore_pair, saved_pair
+from ..checkpoint import pack, unpack
 from ..errors import problem
 from ..learner import CollaborativeLearner
 from ..schedule import Schedule
@@ -127,7 +127,7 @@ class CollaborationHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Put learner and teacher into the checkpoint."""
         if self.learner is not None:
-            checkpoint["clda"] = saved_pair(self.learner)
+            checkpoint["clda"] = pack(self.learner)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Restore both, or neither.
@@ -138,7 +138,7 @@ class CollaborationHook(Hook):
         if self.learner is None:
             return
         if "clda" in checkpoint:
-            restore_pair(self.learner, checkpoint["clda"])
+            unpack(self.learner, checkpoint["clda"])
         elif getattr(runner, "_resume", False) and self.learner.enabled:
             warnings.warn(
                 "the training resumes, and its checkpoint holds no state of CollaborationHook: the learner starts from "

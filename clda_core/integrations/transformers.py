@@ -9,8 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from .._host.stepping import StepWatch
-from .._restoring import restore_pair, saved_pair
-from ..checkpoint import atomically, read
+from ..checkpoint import atomically, pack, read, unpack
 from ..errors import problem
 from ..learner import CollaborativeLearner
 from ._engine import Unstepped, check_trains
@@ -70,7 +69,7 @@ class CollaborationCallback(TrainerCallback):
                 received="no such file",
                 fix="pass the checkpoint's folder as resume_from= to the callback",
             )
-        restore_pair(self.learner, read(path))
+        unpack(self.learner, read(path))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Observe; gradients are complete and clipped here."""
@@ -97,7 +96,7 @@ class CollaborationCallback(TrainerCallback):
         """Write learner and teacher beside the student."""
         if state.is_world_process_zero:
             with atomically(os.path.join(_folder(args, state), _FILE)) as unfinished:
-                torch.save(saved_pair(self.learner), unfinished)
+                torch.save(pack(self.learner), unfinished)
 
     def _drop(self) -> None:
         """Forget a step that raised."""

@@ -7,7 +7,8 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from clda_core.checkpoint import atomically
+from clda_core import CldaError
+from clda_core.checkpoint import atomically, read
 
 
 class CheckpointError(Exception):
@@ -40,9 +41,9 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            stored = torch.load(str(self.path), map_location="cpu")
+            stored = read(self.path)
             run, state = stored["run"], stored["state"]
-        except Exception as error:
+        except (CldaError, OSError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}); start anew without --resume") from error
         differing = sorted(key for key in {*run, *self.run} if run.get(key) != self.run.get(key))
         if differing:

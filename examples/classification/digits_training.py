@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clda_core.checkpoint import pack, unpack
+
 from . import ranks
 from .checkpoint import Checkpoint
 from .digits_data import LabelledImages, TargetEvaluation, UnlabelledImages
@@ -67,6 +69,8 @@ class Stage:
 class HostAlone:
     """Stands where the learner does while the teacher itself is trained: the host's loop, nothing added."""
 
+    teacher = nn.Module()  # an empty one: there is nothing to save
+
     def distill(self, logits: Tensor, images: Tensor) -> float:
         return 0.0
 
@@ -118,15 +122,9 @@ def train(
     state = checkpoint.load() if checkpoint is not None else None
     start = 0
     if state is not None:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        host_ema.load_state_dict(state["host_ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if teacher is not None:
-            teacher.load_state_dict(state["teacher"])
-        learner.load_state_dict(state["learner"])  # CLDA 2 of 5
-        log.load_state_dict(state["log"])
-        torch.set_rng_state(state["rng"])
+        rest = unpack(learner, state, model=model, host_ema=host_ema, optimizer=optimizer, log=log)  # CLDA 2 of 5
+        start = rest["step"]
+        torch.set_rng_state(rest["rng"])
 
     model.train()
     parallel = ranks.averaging_gradients(model)
@@ -147,18 +145,9 @@ def train(
             ranks.share_buffers(model)
             log.add(step + 1, float(loss.detach()), learner.metrics(), time.perf_counter() - began)
             if checkpoint is not None and ranks.first():
-                checkpoint.save(
-                    {
-                        "step": step + 1,
-                        "model": model.state_dict(),
-                        "host_ema": host_ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "teacher": None if teacher is None else teacher.state_dict(),
-                        "learner": learner.state_dict(),  # CLDA 5 of 5
-                        "log": log.state_dict(),
-                        "rng": torch.get_rng_state(),
-                    }
-                )
+                state = {"model": model, "host_ema": host_ema, "optimizer": optimizer, "log": log}
+                state.update(step=step + 1, rng=torch.get_rng_state())
+                checkpoint.save(pack(learner, **state))  # CLDA 5 of 5
             began = time.perf_counter()
     return log.stage(learner)
 

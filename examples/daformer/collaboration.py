@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner
-from clda_core.checkpoint import atomically
+from clda_core.checkpoint import atomically, pack, read, unpack
 from clda_core.errors import problem
 
 from .options import Options
@@ -21,6 +21,8 @@ from .segmentor import Logits, keeping_batch_statistics
 
 STATE_VERSION = 1
 SUFFIX = ".clda.pth"
+_VIEW = "segmentor."
+"""What the learner's view of the teacher puts before its names, which our files do not have."""
 
 
 class Collaboration:
@@ -84,14 +86,9 @@ class Collaboration:
 
     def save(self, path: str, student: nn.Module, local_iter: int) -> None:
         """Write the teacher and our state, whole or not at all."""
-        state = {
-            "version": STATE_VERSION,
-            "student": fingerprint(student),
-            "teacher": {name: value.cpu() for name, value in self.teacher.state_dict().items()},
-            "learner": self.learner(student).state_dict(),
-            "random": self.random.state_dict(),
-            "local_iter": local_iter,
-        }
+        beside = {"version": STATE_VERSION, "student": fingerprint(student), "local_iter": local_iter}
+        state = pack(self.learner(student), random=self.random, **beside)
+        state["teacher"] = {name[len(_VIEW) :]: value for name, value in state["teacher"].items()}
         with atomically(path) as unfinished:
             torch.save(state, unfinished)
 
@@ -106,8 +103,8 @@ class Collaboration:
             The state, or ``None`` with a warning if there is none.
 
         Raises:
-            CldaError: If the named file is missing or belongs to other weights, or the state is of another
-                configuration.
+            CldaError: If the named file is missing or belongs to other weights, a file is damaged, or the state is of
+                another configuration; teacher, learner and random stream are then as before.
         """
         wanted = fingerprint(student)
         named = self.options.resume_from
@@ -120,10 +117,10 @@ class Collaboration:
             )
         candidates = [named] if named is not None else newest_first(folder)
         for path in candidates:
-            state: Dict[str, Any] = torch.load(path, map_location="cpu")
+            state: Dict[str, Any] = read(path)
             if state.get("version") == STATE_VERSION and state["student"] == wanted:
-                self._load(state, student)
-                return state
+                teacher = {f"{_VIEW}{name}": value for name, value in state["teacher"].items()}
+                return unpack(self.learner(student), {**state, "teacher": teacher}, random=self.random)
         if named is not None:
             raise problem(
                 "the state to resume from belongs to another checkpoint",
@@ -138,17 +135,6 @@ class Collaboration:
             stacklevel=2,
         )
         return None
-
-    def _load(self, state: Dict[str, Any], student: nn.Module) -> None:
-        learner = self.learner(student)
-        before = {name: value.clone() for name, value in self.teacher.state_dict().items()}
-        try:
-            self.teacher.load_state_dict(state["teacher"])
-            learner.load_state_dict(state["learner"])
-        except Exception:
-            self.teacher.load_state_dict(before)
-            raise
-        self.random.load_state_dict(state["random"])
 
 
 class SteppingOptimizer:

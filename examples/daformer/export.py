@@ -14,6 +14,7 @@ from typing import List, Optional
 import torch
 
 from clda_core import CldaError
+from clda_core.checkpoint import read
 from clda_core.errors import problem
 
 from .collaboration import SUFFIX
@@ -29,8 +30,8 @@ def export(state_file: str, checkpoint: str) -> int:
         CldaError: If the file is none of ours.
     """
     try:
-        teacher = torch.load(state_file, map_location="cpu")["teacher"]
-    except Exception as error:
+        teacher = read(state_file)["teacher"]
+    except (CldaError, OSError, KeyError, TypeError) as error:
         raise problem(
             "the state file cannot be read",
             expected=f"a file *{SUFFIX} that CLDACheckpointHook has written",

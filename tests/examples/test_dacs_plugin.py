@@ -24,6 +24,7 @@ from examples.daformer.random_state import RandomStream, preserved_random_state
 from examples.daformer.segmentor import Logits, images_seen, keeping_batch_statistics
 from examples.daformer.teacher import network_weights, teacher_config
 from tests.examples import dacs_fakes as fakes
+from tests.helpers import bits
 
 CONFIG = "teacher.py"
 
@@ -384,6 +385,23 @@ def test_resume_from_a_named_state(daformer: Host, tmp_path: Path) -> None:
         resumed(daformer, resume_from=f"iter_8{SUFFIX}").run([])
     with pytest.raises(CldaError, match="is not there"):
         resumed(daformer, resume_from="nowhere.pth").run([])
+
+
+def test_a_state_that_is_damaged_or_does_not_fit_is_a_clear_error_and_changes_nothing(daformer: Host) -> None:
+    daformer.run(daformer.ours(learner=EARLY), 4, hook=daformer.hook())
+    path = Path(f"iter_4{SUFFIX}")
+    whole = path.read_bytes()
+    state = torch.load(str(path))
+    wrong = {name: {**state, name: part} for name, part in (("random", {"numpy": [1]}), ("learner", {"version": 99}))}
+    for broken in (whole[: len(whole) // 2], whole[:-1], *wrong.values()):
+        path.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, str(path))
+        runner = resumed(daformer)
+        clda = runner.model.module.clda
+        learner = clda.learner(runner.model.module.get_model())
+        before = bits([learner.state_dict(), clda.teacher.state_dict(), clda.random.state_dict()])
+        with pytest.raises(CldaError, match="cannot be read|random cannot be restored|newer clda-core"):
+            runner.run([])
+        assert bits([learner.state_dict(), clda.teacher.state_dict(), clda.random.state_dict()]) == before
 
 
 def test_training_without_our_hook_warns_once(daformer: Host) -> None:

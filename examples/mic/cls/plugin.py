@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner
-from clda_core.checkpoint import atomically
+from clda_core.checkpoint import atomically, pack, read, unpack
 from clda_core.errors import problem
 
 from .host import Modules
@@ -144,7 +144,7 @@ class Plugin:
                 fix="return CollaborativeLearner(teacher, student, ...) from the function",
             )
         if self._resume is not None:
-            self._restore(learner, load_checkpoint(self._resume))
+            self._restore(learner, read(self._resume))
         self.learner = learner
         # After the copy too: a hook would be copied along.
         self._hook = student.register_forward_hook(self._on_forward)
@@ -205,12 +205,7 @@ class Plugin:
         if self._losses:
             self._kd_losses.append(float(torch.stack(self._losses).mean()))
             self._losses = []
-        state = {
-            "format": STATE_FORMAT,
-            "teacher": learner.teacher.state_dict(),
-            "learner": learner.state_dict(),
-            "kd_losses": list(self._kd_losses),
-        }
+        state = pack(learner, format=STATE_FORMAT, kd_losses=self._kd_losses)
         with atomically(beside(checkpoint)) as unfinished:
             save(state, unfinished)
         report = {
@@ -231,8 +226,7 @@ class Plugin:
                 received=f"{self._resume}",
                 fix="pass --clda-resume LOG/checkpoints/latest.clda.pt",
             )
-        learner.load_state_dict(state["learner"])
-        self._kd_losses = [float(loss) for loss in state["kd_losses"]]
+        self._kd_losses = [float(loss) for loss in unpack(learner, state)["kd_losses"]]
 
 
 def beside(checkpoint: Path) -> Path:

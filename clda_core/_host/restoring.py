@@ -7,32 +7,8 @@ from typing import Any, Dict, List, Mapping, Tuple, cast
 
 from torch import Tensor, nn
 
-from ._host.names import paired_names
-from ._host.plain import plain_state
-from .errors import CldaError, problem
-from .learner import CollaborativeLearner
-
-
-def saved_pair(learner: CollaborativeLearner) -> Dict[str, Any]:
-    """Return the states of a learner and its teacher, for the checkpoint of an engine."""
-    return {"learner": learner.state_dict(), "teacher": plain_state(learner.teacher.state_dict(), "teacher")}
-
-
-def restore_pair(learner: CollaborativeLearner, saved: Any) -> None:
-    """Restore what :func:`saved_pair` returned, both or neither.
-
-    Raises:
-        CldaError: If one of the two is missing or does not fit.
-    """
-    if not isinstance(saved, Mapping) or not {"learner", "teacher"} <= set(saved):
-        raise problem(
-            "the checkpoint does not hold learner and teacher",
-            expected="both, as the integration saved them",
-            received=", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__,
-            fix="resume from a checkpoint that was written with the integration in place",
-        )
-    teacher = fitted("teacher", learner.teacher, saved["teacher"])
-    restore([("learner", learner, saved["learner"]), ("teacher", learner.teacher, teacher)])
+from ..errors import CldaError, problem
+from .names import paired_names
 
 
 def restore(parts: List[Tuple[str, Any, Any]]) -> None:
