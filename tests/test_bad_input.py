@@ -496,6 +496,7 @@ WRONG_ANSWERS: Dict[str, Any] = {
     "update: None": (lambda: {"update": Answer(apply=None)}, "Answer raised CldaError: apply.. returned"),
     "update: unknown": (lambda: {"update": Answer(apply=UpdateResult(("nothing",)))}, "apply.. returned"),
     "update: raises": (lambda: {"update": Answer(apply=RAISED)}, "Answer raised ZeroDivisionError: theirs"),
+    "criterion: a number": (lambda: {"update": Guard(Answer(), criterion=lambda *_: 0.5)}, "criterion returned"),
     "criterion: None": (lambda: {"update": Guard(Answer(), criterion=lambda *_: None)}, "criterion returned"),
     "criterion: no scalar": (lambda: {"update": Guard(Answer(), criterion=lambda t, *_: t)}, "criterion returned"),
     "criterion: raises": (lambda: {"update": Guard(Answer(), criterion=failing)}, "raised ZeroDivisionError"),
@@ -553,6 +554,7 @@ RAISING: Dict[str, Callable[[], Dict[str, Any]]] = {
 def test_callables_that_raise_leave_everything_as_it_was(case: str) -> None:
     """Their own exception passes; only those from within an update and an optimizer step are explained."""
     teacher, student = networks()
+    teacher.blocks[0].train()
     output = student(batch())
     with no_traces(teacher, student, values_too=True), pytest.raises(ZeroDivisionError, match="theirs"):
         distil_and_step(make_learner(teacher, student, **RAISING[case]()), output)

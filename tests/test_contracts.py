@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clda_core import CollaborativeLearner, Outputs, Schedule, checkpoint
+from clda_core import CollaborativeLearner, Outputs, Schedule, checkpoint, group_layers
 from clda_core.relation import ModelView, RelatedLayers
 from clda_core.saliency import Histogram
 from clda_core.selection import AllLayers, LowestFraction, MeanThreshold, ReferenceThreshold
 from clda_core.strategy import describe
 from clda_core.update import Guard, MaskedDistillation
 from tests.helpers import (
+    Net,
     batch,
     bits,
     labels,
@@ -27,6 +28,8 @@ from tests.helpers import (
     networks,
     no_traces,
     random_states,
+    saved,
+    scheduled_noise,
     seeded,
     sgd,
     train,
@@ -114,27 +117,40 @@ def test_every_public_name_has_a_case_or_is_no_strategy() -> None:
     assert not set(CASES) & set(NOT_STRATEGIES)
 
 
+class Noisy(Net):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(scheduled_noise(x))
+
+
 @every_case
 def test_works_in_a_learner_without_a_trace(name: str, role: str, make: Any) -> None:
-    with no_traces():
-        learner, optimizer = learner_with(role, make())
-    before = {key: bits(value) for key, value in learner.teacher.named_buffers()}
-    torch.manual_seed(0)
-    output = learner.student(batch())
-    with no_traces(learner.teacher, learner.student, values_too=True):
+    """On a teacher in mixed modes, partly frozen, with a gradient, that draws: only a round's values change."""
+    teacher, student = seeded(lambda: Noisy(3), 0).eval(), seeded(Noisy, 1)
+    teacher.blocks[0].train()
+    teacher.stem.weight.requires_grad_(False)
+    teacher.head.weight.grad = torch.ones_like(teacher.head.weight)
+    output = student(batch())
+    with no_traces(teacher, student, values_too=True):
+        learner = make_learner(teacher, student, **{"selection": AllLayers(), **options_for(role, make())})
         loss = learner.distill(output, batch())
     loss.backward()
-    with no_traces(learner.teacher, learner.student, values_too=True):
-        if needs_source(learner.selection):
-            learner.observe(lambda model: F.cross_entropy(model(batch(1)), labels()), domain="source")
+    with no_traces(teacher, student, values_too=True):
+        learner.observe(lambda model: F.cross_entropy(model(batch(1)), labels(1)), domain="source")
         learner.observe()
-    student = values(learner.student)
-    with no_traces(learner.teacher, learner.student):
+    of_student, buffers = values(student), bits(dict(teacher.named_buffers()))
+    with no_traces(teacher, student):
         learner.after_step()
-    assert values(learner.student) == student, "only the host changes the student"
+    assert values(student) == of_student, "only the host changes the student"
     assert learner.report().steps == 1
+    assert len(learner.report().rounds) == learner.schedule.due(1)
     if "average" not in repr(learner.update):
-        assert {key: bits(value) for key, value in learner.teacher.named_buffers()} == before
+        assert bits(dict(teacher.named_buffers())) == buffers
+    with no_traces(teacher, student, values_too=True):
+        learner.load_state_dict(loaded(saved(learner.state_dict())))
+        str(learner.report())
+        learner.metrics()
 
 
 @every_case
@@ -160,6 +176,7 @@ def test_interrupted_and_resumed_is_uninterrupted(name: str, role: str, make: An
     for start in (1, 2):
         resumed, its_optimizer = training()
         torch.set_rng_state(checkpoint.load(tmp_path / f"{start}.pt", resumed, optimizer=its_optimizer)["rng"])
+        assert bits(resumed.state_dict()) == bits(loaded((tmp_path / f"{start}.pt").read_bytes())["learner"])
         for step in range(start, 4):
             advance(resumed, its_optimizer, step)
         assert outcome(resumed, its_optimizer) == uninterrupted, f"interrupted after {start} steps"
@@ -251,12 +268,12 @@ def test_selections_are_pure_and_in_order(name: str, role: str, make: Any) -> No
 
 @pytest.mark.parametrize(("name", "role", "make"), cases("relation"))
 def test_relations_only_read_and_name_every_layer(name: str, role: str, make: Any) -> None:
-    from clda_core import group_layers
-
-    teacher, student = networks()
+    teacher, student = seeded(lambda: Noisy(3), 0), seeded(Noisy, 1).eval()
     views = [ModelView(model, group_layers(model)) for model in (teacher, student)]
+    torch.manual_seed(0)
     with no_traces(teacher, student, values_too=True):
         related = make()(*views, batch())
+        assert make()(*views, batch()) == related
     assert isinstance(related, RelatedLayers)
     assert {*related.pairs, *related.unrelated} == {layer.name for layer in views[0].layers}
     assert not set(related.pairs) & set(related.unrelated)
@@ -302,7 +319,9 @@ def test_losses_are_scalars_without_a_trace(name: str, role: str, make: Any, dty
     assert loss.dtype == dtype
     assert loss.requires_grad
     assert bits([output, wanted]) == kept
+    state = random_states()
     loss.backward()
+    assert random_states() == state
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert any(parameter.grad is not None for parameter in student.parameters())
 
@@ -323,10 +342,12 @@ def test_schedules_are_functions_of_the_step(name: str, role: str, make: Any) ->
 @pytest.mark.parametrize(("name", "role", "make"), cases("probe"))
 def test_probes_differentiate(name: str, role: str, make: Any) -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    state = random_states()
-    make()(logits, None).backward()
+    mask = torch.tensor([True, False, True, True])
+    state, kept = random_states(), bits([logits, mask])
+    make()(logits, mask).backward()
     assert bool(logits.grad.abs().sum() > 0)
     assert random_states() == state
+    assert bits([logits, mask]) == kept
 
 
 def test_the_learner_runs_with_everything_at_once() -> None:

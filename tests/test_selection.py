@@ -171,43 +171,11 @@ def test_unknown_layers_are_never_selected(rule) -> None:
     assert rule(target, {"known": 0.5, "nan": 0.5, "absent": 0.1}, {"absent": 3, **SIZES}) == ("known",)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_no_known_layer_selects_nothing(rule) -> None:
-    assert rule({}, SOURCE, SIZES) == ()
-
-
-@pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_rules_change_nothing(rule) -> None:
-    copies = dict(TARGET), dict(SOURCE), dict(SIZES)
-    rule(TARGET, SOURCE, SIZES)
-    assert copies == (TARGET, SOURCE, SIZES)
-
-
 @pytest.mark.parametrize("rule", [type(rule) for rule in RULES])
 @pytest.mark.parametrize("threshold", [0.5, MeanThreshold, None])
 def test_every_rule_checks_its_threshold(rule, threshold) -> None:
     with pytest.raises(CldaError, match=r"^threshold is not a threshold: .*or a callable, received "):
         rule(threshold=threshold)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (HighestFraction(), "HighestFraction(fraction=0.3, threshold=MeanThreshold(multiple=1.0))"),
-        (BelowRate(), "BelowRate(rate=0.1, threshold=MeanThreshold(multiple=1.0))"),
-        (DomainShift(), "DomainShift(fraction=None, margin=None, threshold=MeanThreshold(multiple=1.0))"),
-        (AllLayers(), "AllLayers(threshold=MeanThreshold(multiple=1.0))"),
-        (LowestFraction(), "LowestFraction(fraction=0.3, threshold=MeanThreshold(multiple=1.0))"),
-        (ReferenceThreshold(), "ReferenceThreshold(of=MeanThreshold(multiple=1.0))"),
-        (FixedThreshold(0.5), "FixedThreshold(value=0.5)"),
-        (
-            RandomFraction(seed=2, threshold=QuantileThreshold()),
-            "RandomFraction(fraction=0.3, seed=2, threshold=QuantileThreshold(quantile=0.5))",
-        ),
-    ],
-)
-def test_repr_is_the_constructor_call(value, text) -> None:
-    assert repr(value) == text
 
 
 @pytest.mark.parametrize(

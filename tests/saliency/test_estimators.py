@@ -69,15 +69,6 @@ def test_the_default_number_of_random_vectors_is_one() -> None:
     assert (Magnitude().order, Taylor().order, Fisher().order) == (0, 1, 1)
 
 
-def test_repr_is_the_constructor_call() -> None:
-    assert [repr(estimator) for estimator in ESTIMATORS] == [
-        "Magnitude()",
-        "Taylor()",
-        "Fisher()",
-        "Hessian(samples=2)",
-    ]
-
-
 def rates(estimator, layers, threshold) -> torch.Tensor:
     histogram = Histogram.empty(len(layers))
     for index, (theta, derivative) in enumerate(layers):

@@ -1,6 +1,6 @@
 """Rounds made by hand, and what must be the same after them."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,16 +63,3 @@ def changed(model: nn.Module, before: Dict[str, Tensor]) -> List[str]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
-
-
-def traces(*models: nn.Module) -> Tuple[Any, ...]:
-    """Return everything beside the values that a round must leave as it was."""
-    found: List[Any] = [torch.get_rng_state().tolist(), torch.is_grad_enabled()]
-    for model in models:
-        found.append([(name, module.training, sorted(vars(module))) for name, module in model.named_modules()])
-        found.append([len(module._forward_hooks) + len(module._backward_hooks) for module in model.modules()])
-        for name, parameter in model.named_parameters():
-            gradient = None if parameter.grad is None else (parameter.grad.data_ptr(), parameter.grad.tolist())
-            found.append((name, id(parameter), parameter.data_ptr(), parameter.requires_grad, gradient))
-        found.append([(name, id(buffer), buffer.data_ptr()) for name, buffer in model.named_buffers()])
-    return tuple(found)

@@ -12,7 +12,7 @@ from clda_core.errors import CldaError
 from clda_core.update import Average
 from tests.models import ResNet, ViT, Wrapped, mlp
 from tests.reference_update import average
-from tests.update.rounds import changed, randomise, round_context, traces, values
+from tests.update.rounds import changed, randomise, round_context, values
 
 
 def close(tensor: torch.Tensor, oracle: Any) -> bool:
@@ -29,9 +29,7 @@ def test_equals_the_formula_on_the_related_layer_and_touches_nothing_else(
     teacher.layer1[2].bn1.num_batches_tracked += 7
     teacher.layer1[2].register_buffer("scratch", torch.ones(2), persistent=False)
     student.layer1[1].register_buffer("scratch", torch.zeros(2), persistent=False)
-    for parameter in teacher.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    of_teacher, of_student, traced = values(teacher), values(student), traces(teacher, student)
+    of_teacher, of_student = values(teacher), values(student)
     context = round_context(teacher, student, ["layer1.2", "fc"], strength=strength)
     result = Average(decay=decay, buffers=buffers).apply(context)
     assert result.updated == ("layer1.2", "fc")
@@ -45,7 +43,6 @@ def test_equals_the_formula_on_the_related_layer_and_touches_nothing_else(
         twin = name.replace("layer1.2.", "layer1.1.")
         assert close(now[name], average(of_teacher[name], of_student[twin], decay, strength)), name
     assert not changed(student, of_student)
-    assert traces(teacher, student) == traced
 
 
 def test_decay_0_copies_and_decay_1_or_strength_0_changes_nothing() -> None:
