@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from torch import nn
 
-from ._host.compat import parametrized
+from ._host.compat import parametrized, uninitialized
 from ._host.names import canonical_buffers, canonical_modules, canonical_name, canonical_parameters
+from ._host.shards import check_sharding
 from .errors import problem
 
 __all__ = ["Layer", "LayerGrouping", "canonical_buffers", "canonical_name", "canonical_parameters", "group_layers"]
@@ -291,3 +293,44 @@ def _user_grouping(by: LayerGrouping) -> Callable[[str], Optional[str]]:
 
 def _stage(layer: str, modules: Mapping[str, nn.Module]) -> Optional[str]:
     return _parent(layer) if isinstance(modules.get(_parent(layer)), _CONTAINERS) else None
+
+
+def check_models(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise unless both are models whose parameters have a shape, sharded in a way that can be read if at all."""
+    for whose, model in (("teacher", teacher), ("student", student)):
+        if not isinstance(model, nn.Module):
+            raise problem(
+                f"the {whose} is no model",
+                expected="a torch.nn.Module",
+                received=type(model).__name__,
+                fix="call CollaborativeLearner(teacher, student)",
+            )
+        _check_initialised(whose, model)
+        check_sharding(whose, model)
+
+
+def _check_initialised(whose: str, model: nn.Module) -> None:
+    names = [name for name, parameter in model.named_parameters() if uninitialized(parameter)]
+    if names:
+        raise problem(
+            f"the {whose} has lazy modules, whose parameters have no shape yet",
+            expected="a model whose parameters are initialised",
+            received=f"uninitialised: {names[:5]}",
+            fix="run the model on one batch, under torch.no_grad(), before the learner and the optimizer are built",
+        )
+
+
+def size(model: nn.Module) -> int:
+    """Return the number of parameters, those of integer types included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def warn_if_swapped(teacher: nn.Module, student: nn.Module) -> None:
+    """Warn if the student is larger than the teacher."""
+    of_teacher, of_student = size(teacher), size(student)
+    if of_student > of_teacher:
+        warnings.warn(
+            f"the student is larger than the teacher: {of_student:,} parameters against {of_teacher:,}. Rounds write "
+            "to the teacher: if the two are swapped, pass the big model first",
+            stacklevel=3,
+        )

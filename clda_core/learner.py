@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, cast
+from typing import Any, Callable, Dict, Mapping, Optional, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from ._checks import (
-    check_apart,
-    check_as_built,
-    check_callable,
-    check_loss,
-    check_mask,
-    check_models,
-    check_related,
-    check_result,
-    check_selected,
-    check_state,
-    check_steppable,
-    check_strategies,
-    check_strength,
-    check_teacher_of,
-    check_trainable,
-    shapes_of,
-    warn_if_swapped,
-)
-from ._fits import takes_classes
 from ._host.compat import uncompiled
 from ._host.plain import plain
 from ._host.ranks import adding, world_size
 from ._host.rng import keeping_rng
-from ._host.stepping import accumulates, make_step, unscale
-from ._host.undo import settled, undoing
+from ._host.stepping import accumulates, check_steppable, make_step, unscale
+from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
-from .distillation.base import leaves_nothing, valid_mask
+from .distillation.base import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
-from .layers import Layer, LayerGrouping, group_layers
-from .outputs import Extract, Outputs, as_outputs, emptied, owned, stand_in, without_graph, zero_loss
-from .relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
-from .report import Earlier, Report, RoundRecord
-from .running import Runner
+from .layers import LayerGrouping, check_models, group_layers, warn_if_swapped
+from .outputs import Extract, as_outputs, check_extract, check_trainable, emptied, stand_in, zero_loss
+from .relation import ByRelativeDepth, ModelView, Relation
+from .report import Report
+from .round import Rounds
+from .running import Runner, has_samples, takes_classes
 from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
-from .saliency.host_gradients import explained
-from .saliency.observer import LossOrFunction, Observer
+from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import Never, RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
-from .state import STATE_VERSION, migrated
-from .step import DueRounds, TargetStep
-from .strategy import describe
-from .update import Guard, MaskedDistillation, RoundContext, Update, UpdateResult
-from .update.base import rehearse
-from .update.writable import check_memory, check_precision, check_writable, writable_layers, written_now
-from .update.writing import Snapshot, copied
+from .state import STATE_VERSION, check_state, migrated
+from .step import Step
+from .strategy import check_apart, check_strategies, describe
+from .update import Guard, MaskedDistillation, Update
+from .update.base import check_teacher, load_state, state_of
+from .update.writable import check_memory, check_writable, writable_layers
+from .update.writing import copied
 
 __all__ = ["CollaborativeLearner"]
 
@@ -137,6 +116,8 @@ class CollaborativeLearner:
         check_models(teacher, student)
         warn_if_swapped(teacher, student)
         check_number("keep_rounds", keep_rounds, at_least=1, integer=True)
+        check_extract(extract)
+        valid_mask(None, ignore_index)
         self.teacher = teacher
         self.student = student
         self.saliency: SaliencyEstimator = Taylor() if saliency is None else saliency
@@ -148,37 +129,42 @@ class CollaborativeLearner:
         self.enabled = enabled
         self.probe: Probe = PseudoLabelCrossEntropy() if probe is None else probe
         self.extract = extract
-        valid_mask(None, ignore_index)
         self.ignore_index = ignore_index
         self.keep_rounds = keep_rounds
         check_strategies({role: getattr(self, role) for role in _ROLES})
-        check_callable("extract", extract)
         for role in _ROLES:
             check_apart(role, getattr(self, role), (teacher, student))
-        self._teacher_view = ModelView(teacher, group_layers(teacher, layers))
-        self._student_view = ModelView(student, group_layers(student, layers))
-        self._shapes = (_shapes(self._teacher_view), _shapes(self._student_view))
-        self._related: Optional[RelatedLayers] = None
-        self._runner = Runner(teacher, student, extract, self.distillation)
-        self._takes_classes = takes_classes(self.distillation, self.probe, self.schedule)
-        self._rounds = DueRounds(self.schedule)
-        if not self.relation.needs_inputs:
-            self._relate(None)
+        self._makes_rounds = not isinstance(self.schedule, Never)
+        whole = ModelView(teacher, group_layers(teacher, layers))
         # Relations are between whole models; observed and written is what the host has not frozen.
-        self._writable = ModelView(teacher, writable_layers(self._teacher_view))
+        self._writable = ModelView(teacher, writable_layers(whole))
+        self._student_view = ModelView(student, group_layers(student, layers))
+        classes = takes_classes(self.distillation, self.probe if self._makes_rounds else None)
+        self._runner = Runner(teacher, student, extract, self.distillation, of_classes=classes)
+        self._observer = Observer(self._writable, self.saliency, self.selection.threshold, self.probe, self._logits)
+        self._rounds = Rounds(
+            whole,
+            self._writable,
+            self._student_view,
+            self._observer,
+            self._runner,
+            selection=self.selection,
+            relation=self.relation,
+            update=self.update,
+            schedule=self.schedule,
+            keep=keep_rounds,
+        )
+        self._step = Step()
+        if not self.relation.needs_inputs:
+            self._rounds.relate(self._step)
         self._check_teacher()
-        threshold, logits = self.selection.threshold, self._runner.logits
-        self._observer = Observer(self._writable, self.saliency, threshold, self.probe, logits)
         self._projectors = Projectors(self.distillation, (teacher, student))
         self._steps = 0
-        self._history: List[RoundRecord] = []
-        self._earlier = Earlier()
         self._kd_loss: Optional[Tensor] = None
-        # What the first steps with target data find out.
-        self._rehearsed = isinstance(self.schedule, Never)
-        self._takes_inputs = False
-        self._observed: Set[str] = set()  # at the step in the making
+        # What the first steps find out.
         self._checked = False
+        self._rehearsed = not self._makes_rounds
+        self._takes_inputs = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to exchange models or strategies: observations, relation and checkpoints are of those built with."""
@@ -250,45 +236,33 @@ class CollaborativeLearner:
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
-        check_mask(mask)
         mask = valid_mask(mask, self.ignore_index)
-        several, step = world_size() > 1, self._steps + 1
-        in_round = of_step and (self.observing or self._rounds.due(step))
         student = as_outputs(student_output, self.extract, "student", may_be_empty=True)
-        has_data = self._has_samples(student, mask, in_round)
-        target = self._runner.step if of_step else TargetStep()
-        target.here = has_data or bool(target.here)
+        in_round = of_step and (self.observing or self._rounds.due(self._steps + 1))
+        has_data = has_samples(student, mask, wait=in_round)
+        step = self._step if of_step else Step()
+        step.here = has_data or bool(step.here)
+        if not has_data and world_size() == 1:
+            check_trainable(student)
+            loss = zero_loss(student)
+            self._kd_loss = loss.detach()
+            return loss
+        # The other ranks' backward() waits for this one's, so one without data makes all their calls and adds nothing.
         if not has_data:
-            if not several:
-                check_trainable(student)
-                zero = zero_loss(student)
-                self._kd_loss = zero.detach()
-                return zero
-            student, inputs, student_inputs = stand_in(emptied(student)), stand_in(inputs), stand_in(student_inputs)
-            mask = None
-        teacher_raw = self._runner.run_teacher(inputs, student) if teacher_output is None else teacher_output
-        teacher = as_outputs(teacher_raw, self.extract, "teacher", may_be_empty=not has_data)
-        if teacher_output is None:
-            teacher = owned(teacher)
-        if not has_data:
-            teacher = stand_in(emptied(teacher))
-        else:
-            self._runner.check_once(student_output, student, teacher_raw, teacher, self._takes_classes)
+            student, mask = stand_in(emptied(student)), None
+            inputs, student_inputs = stand_in(inputs), stand_in(student_inputs)
+        teacher = self._runner.teacher_outputs(inputs, teacher_output, student_output, student, has_data)
         check_values(student.logits, teacher.logits, mask)
         loss = distillation_loss(self.distillation, student, teacher, mask)
         check_trainable(student)
         if not has_data:
-            loss = loss * 0  # with its graph, since the other ranks' backward() waits for this one's
+            loss = loss * 0
         if of_step:
             self._kd_loss = loss.detach()
-        self._takes_inputs |= of_step and inputs is not None
+            self._takes_inputs |= inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
-        if inputs is not None and (in_round or not self._rehearsed) and (has_data or target.inputs is None):
-            # Without the graph of a network that made them: rounds need none, and no copy could have it.
-            batch = (inputs, student_inputs, mask)
-            target.inputs, target.student_inputs, target.mask = map(without_graph, batch)
-            pair = {"student": student, "teacher": teacher}
-            target.shapes = {whose: tuple(of.logits.shape[1:]) for whose, of in pair.items()} if has_data else {}
+        if inputs is not None and (in_round or not self._rehearsed) and (has_data or step.inputs is None):
+            step.keep(inputs, student_inputs, mask, {"student": student, "teacher": teacher} if has_data else {})
         return loss
 
     @settled
@@ -321,15 +295,15 @@ class CollaborativeLearner:
         check_steppable(optimizer, scaler, step_fn, stepped)
         if not self.enabled or (step_fn is None and accumulates(optimizer)):
             return make_step(optimizer, scaler, step_fn)[0]
-        if "target" not in self._observed:
+        if "target" not in self._step.observed:
             if scaler is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaler, optimizer)
             self.observe()
-        self._projectors.unscale(getattr(optimizer, "scaler", None) if scaler is None else scaler)
+        self._unscale(getattr(optimizer, "scaler", None) if scaler is None else scaler)
         try:
             result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:
-            self._forget_step()
+            self._drop_step()
             raise CldaError(
                 f"the optimizer step raised {type(error).__name__}: {error}. The learner has not counted this step. "
                 "Fix: see the exception that caused this one"
@@ -376,24 +350,27 @@ class CollaborativeLearner:
         if self.enabled and not self._checked:
             self._check_teacher()
             self._checked = True
-        target = self._runner.step
+        step, number = self._step, self._steps + 1
         if self.enabled and domain == "target":
-            target.loss_given |= loss is not None
-            if not self._rehearsed and target.here is not None and not self._whole_round and self._has_target():
-                self._rehearse(loss is None)
+            step.loss_given |= loss is not None
+            whole_round = self.observing and self._rounds.due(number)
+            if not self._rehearsed and step.here is not None and not whole_round and self._has_target():
+                probing = loss is None and (self.saliency.order == 2 or not self._observer.host_trains_teacher())
+                self._rounds.rehearse(step, probing=probing)
+                self._rehearsed = True
         if self.observing:
-            self._check_as_built()
+            self._rounds.check_as_built()
             if domain == "target" and not self._has_target():
-                target.missed = True
-                self._rounds.warn_of_no_data(self._steps + 1)
+                step.missed = True
+                self._rounds.warn_of_no_data(number)
             else:
-                rng, adds = keeping_rng(f"observe {domain}", self.teacher), target.adds or domain == "source"
+                rng, adds = keeping_rng(f"observe {domain}", self.teacher), step.adds or domain == "source"
                 with rng, adding(adds), uncompiled(self.teacher):
-                    self._observer.observe(loss, domain, target.inputs, target.mask)
-                target.missed &= domain == "source"
+                    step.pending.append(self._observer.observe(loss, domain, step.inputs, step.mask))
+                step.missed &= domain == "source"
         if self.enabled:
-            self._projectors.unscale(scaler)
-        self._observed.add(domain)
+            self._unscale(scaler)
+        step.observed.add(domain)
 
     @settled
     def after_step(self, *, stepped: bool = True) -> None:
@@ -412,7 +389,7 @@ class CollaborativeLearner:
         """
         if not self.enabled:
             return
-        if not self._observed:
+        if not self._step.observed:
             raise problem(
                 "after_step() came without observe()",
                 expected="observe(), the optimizer step, after_step(), in this order",
@@ -420,24 +397,21 @@ class CollaborativeLearner:
                 fix="call learner.observe() after backward(), or use learner.step(optimizer)",
             )
         if not stepped:
-            self._forget_step()
+            self._drop_step()
             return
         self._steps += 1
         try:
             self._projectors.step()
             observed, due = self._rounds.observed(self._steps), self._rounds.due(self._steps)
-            finite = self._observer.commit()
+            finite = self._observer.commit(self._step.pending)
             if due and not self._has_target(for_round=True):
                 self._rounds.owe(self._steps)
             elif due:
                 self._rounds.owed = None
-                # Compiled, the models would be compiled anew for every set of selected layers.
-                models = (self.teacher, self.student)
-                with adding(self._runner.step.adds), keeping_rng("round", *models), uncompiled(*models):
-                    if finite:
-                        self._round(observed)
+                if finite:
+                    self._rounds.make(self._steps, self._step, observed=observed)
         finally:
-            self._forget_step()
+            self._drop_step()
 
     # ------------------------------------------------------------------------------------------ state and report
 
@@ -450,18 +424,14 @@ class CollaborativeLearner:
         Raises:
             CldaError: If a strategy of yours puts anything else into its state or its figures; the message names it.
         """
-        report = self.report().to_dict()
         state = {
             "version": STATE_VERSION,
             "config": self._config(),
             "steps": self._steps,
-            "owed": self._rounds.owed,
+            **self._rounds.state_dict(),
             "observer": self._observer.state_dict(),
-            "history": report["rounds"],
-            "earlier": report["earlier"],
-            "relation": None if self._related is None else _relation_as_dict(self._related),
             # Copies, since optimizers give out the tensors that their next steps write to.
-            "update": copied(self.update.state_dict()),
+            "update": copied(state_of(self.update)),
             "projectors": copied(self._projectors.state_dict()),
         }
         return cast(Dict[str, Any], plain(state, "the learner's state"))
@@ -480,130 +450,76 @@ class CollaborativeLearner:
         # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
         check_state(state, {**own, "relation": None} if self.relation.needs_inputs else own)
         try:
-            self._load(state)
+            steps = int(state["steps"])
+            self._observer.load_state_dict(state["observer"])
+            self._projectors.load_state_dict(state["projectors"])
+            load_state(self.update, state["update"])
+            check_teacher(self.update, self.teacher)
+            self._rounds.load_state_dict(state)
         except Exception as error:
             self._projectors.load_state_dict(own["projectors"])
-            self.update.load_state_dict(own["update"])
+            load_state(self.update, own["update"])
             self._observer.load_state_dict(own["observer"])
             raise CldaError(
                 f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
                 "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"
             ) from error
+        self._steps = steps
+        self._drop_step()
 
     def report(self) -> Report:
         """Return the history: ``print(report)``, ``report.to_dict()``, ``report.plot()``."""
+        related, history = self._rounds.related, self._rounds.history
         return Report(
             layers=tuple(layer.name for layer in self._writable.layers),
-            rounds=tuple(self._history),
-            unrelated={} if self._related is None else dict(self._related.unrelated),
+            rounds=history.rounds,
+            unrelated={} if related is None else dict(related.unrelated),
             steps=self._steps,
             discarded=self._observer.discarded,
-            earlier=self._earlier,
+            earlier=history.earlier,
         )
 
     def metrics(self) -> Dict[str, float]:
         """Return the latest figures as a flat dict for any logger; the KD loss costs one synchronisation."""
-        figures: Dict[str, float] = {
-            "clda/steps": float(self._steps),
-            "clda/rounds": float(self._earlier.rounds + len(self._history)),
-            "clda/discarded": float(self._observer.discarded),
-        }
+        figures = self.report().metrics()
         if self._kd_loss is not None:
             figures["clda/kd_loss"] = float(self._kd_loss)
-        if self._history:
-            last = self._history[-1]
-            rates = list(last.rates.values())
-            figures["clda/lsr_mean"] = sum(rates) / len(rates)
-            figures["clda/lsr_min"] = min(rates)
-            figures["clda/selected_layers"] = float(len(last.selected))
-            figures["clda/updated_layers"] = float(len(last.updated))
-            figures["clda/strength"] = last.strength
-            for name in ("accepted", "score_before", "score_after"):
-                value = getattr(last, name)
-                if value is not None:
-                    figures[f"clda/{name}"] = float(value)
         return figures
 
     # ------------------------------------------------------------------------------------------------- internals
 
-    @property
-    def _whole_round(self) -> bool:
-        """Whether the step in the making is observed and ends with a round, so that it needs no rehearsal."""
-        return self.observing and self._rounds.due(self._steps + 1)
-
-    def _rehearse(self, probing: bool) -> None:
-        """Do all of a round that can fail, but write nothing."""
-        target, layers, models = self._runner.step, self._writable.layers, (self.teacher, self.student)
-        self._check_as_built()
-        with keeping_rng("rehearse", *models), adding(target.adds), uncompiled(*models), explained():
-            if probing and (self.saliency.order == 2 or not self._observer.host_trains_teacher()):
-                self._observer.rehearse(target.inputs, target.mask)
-            context = self._context(layers, {} if self._related is None else self._related.pairs, 1.0)
-            if self.relation.needs_inputs:
-                context.predict(self.teacher)
-                context.student_outputs()
-                related = self.relation(self._teacher_view, self._student_view_of_step(), target.inputs)
-                check_related(related, self._teacher_view, self._student_view, needed=False)
-            rehearse(self.update, context)
-        torch.clear_autocast_cache()
-        self._rehearsed = True
-
     def _has_target(self, *, for_round: bool = False) -> bool:
         """Return whether the step in the making has target data on any rank; every rank gets the same answer."""
-        target = self._runner.step
-        if target.here is None:  # a loss that is observed has data of its own, though none for an update to run on
-            return target.loss_given and not (for_round and self._takes_inputs)
+        step = self._step
+        if step.here is None:  # a loss that is observed has data of its own, though none for an update to run on
+            return step.loss_given and not (for_round and self._takes_inputs)
         device = next(self.teacher.parameters()).device
-        return target.anywhere(device) and not (for_round and target.missed)
+        return step.anywhere(device) and not (for_round and step.missed)
 
-    def _check_as_built(self) -> None:
-        """Raise if the teacher, or the student where its layers matter, is not what the learner was built with."""
-        check_as_built("teacher", self._shapes[0], _shapes(self._teacher_view))
-        if self.update.needs_relation:
-            check_as_built("student", self._shapes[1], _shapes(self._student_view))
+    def _unscale(self, scaler: Any) -> None:
+        """Divide the gradients of this step that a GradScaler does not know by its scale, once."""
+        if not self._step.unscaled:
+            self._step.unscaled = self._projectors.unscale(scaler)
+
+    def _drop_step(self) -> None:
+        self._step = Step()
+        self._observer.drop_leftover()
+        self._projectors.drop_gradients()
 
     def _broken_off(self) -> None:
-        """Forget the step in the making, which an interrupt ended."""
-        self._forget_step()
+        """Drop the step in the making, which an interrupt ended."""
+        self._drop_step()
 
-    def _forget_step(self) -> None:
-        """Drop what belongs to one optimizer step."""
-        self._observed = set()
-        self._runner.step = TargetStep()
-        self._observer.forget_step()
-        self._projectors.forget_gradients()
+    def _logits(self, inputs: Any) -> Tensor:
+        """Return the teacher's logits in its own classes, for the probe."""
+        return self._runner.outputs(self._step, self.teacher, inputs).logits
 
-    @staticmethod
-    def _has_samples(student: Outputs, mask: Optional[Tensor], in_round: bool) -> bool:
-        """Return whether this rank's batch counts; a mask on a device is looked at only in a round, since it waits."""
-        if student.logits.numel() == 0:
-            return False
-        if mask is None or mask.device != student.logits.device:
-            return True
-        return not (in_round or mask.device.type == "cpu") or not leaves_nothing(mask)
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        """Restore a state, whatever raises first leaving the learner's own attributes alone."""
-        steps = int(state["steps"])
-        owed = None if state["owed"] is None else int(state["owed"])
-        history = [RoundRecord.from_dict(record) for record in state["history"]]
-        earlier = Earlier(**state["earlier"])
-        related = self._related
-        if self.relation.needs_inputs:
-            related = None if state["relation"] is None else self._relation_from(state["relation"])
-        self._observer.load_state_dict(state["observer"])
-        self._projectors.load_state_dict(state["projectors"])
-        self.update.load_state_dict(state["update"])
-        check_teacher_of(self.update, self.teacher)
-        self._steps, self._history, self._earlier, self._related = steps, history, earlier, related
-        self._rounds.owed = owed
-        self._sum_up()
-        self._forget_step()
-
-    def _relation_from(self, saved: Mapping[str, Mapping[str, str]]) -> RelatedLayers:
-        students = {layer.name: layer for layer in self._student_view.layers}
-        pairs = {name: students[other] for name, other in saved["pairs"].items()}
-        return RelatedLayers(pairs, dict(saved["unrelated"]))
+    def _check_teacher(self) -> None:
+        """Raise if rounds could not write the teacher as it is now; for a learner that makes rounds."""
+        rounds = self.enabled and self._makes_rounds
+        check_memory(self.teacher, self.student, self._writable.layers if rounds else ())
+        if rounds:
+            check_writable(self._writable, self.saliency)
 
     def _config(self) -> Dict[str, Any]:
         return {
@@ -611,117 +527,3 @@ class CollaborativeLearner:
             "teacher_layers": [[layer.name, layer.numel] for layer in self._writable.layers],
             "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
         }
-
-    def _student_view_of_step(self) -> ModelView:
-        return self._student_view._replace(inputs=self._runner.step.student_inputs)
-
-    def _relate(self, inputs: Any) -> RelatedLayers:
-        if self._related is None:
-            related = self.relation(self._teacher_view, self._student_view_of_step(), inputs)
-            check_related(related, self._teacher_view, self._student_view, self.update.needs_relation)
-            self._related = related
-        return self._related
-
-    def _check_teacher(self) -> None:
-        """Raise if rounds could not write the teacher as it is now; for a learner that makes rounds."""
-        rounds = self.enabled and not isinstance(self.schedule, Never)
-        check_memory(self.teacher, self.student, self._writable.layers if rounds else ())
-        if rounds:
-            check_writable(self._writable, self.saliency)
-
-    def _context(self, layers: Tuple[Layer, ...], related: Mapping[str, Layer], strength: float) -> RoundContext:
-        return RoundContext(
-            teacher=self.teacher,
-            student=self.student,
-            layers=layers,
-            related=related,
-            inputs=self._runner.step.inputs,
-            student_inputs=self._runner.step.student_inputs,
-            mask=self._runner.step.mask,
-            forward=self._runner.in_common_classes,
-            strength=strength,
-            class_map=getattr(self.distillation, "class_map", None),
-        )
-
-    def _round(self, observed: bool) -> None:
-        """Select, relate, update, and record; nothing where the step should have been ``observed`` and was not."""
-        self._check_as_built()
-        layers = {layer.name: layer for layer in written_now(self._writable, self._observer.known())}
-        rates, source_rates = self._observer.rates()
-        if not rates and self._history and not observed:
-            rates, source_rates = dict(self._history[-1].rates), dict(self._history[-1].source_rates)
-        known = {name: rate for name, rate in rates.items() if name in layers}
-        if not known:
-            return
-        check_precision(self.teacher, tuple(layers.values()))
-        strength = self.schedule.strength(self._steps)
-        check_strength(strength)
-        selected = self.selection(known, source_rates, {name: layer.numel for name, layer in layers.items()})
-        check_selected(selected, known)
-        related = self._relate(self._runner.step.inputs)
-        context = self._context(tuple(layers[name] for name in layers if name in selected), related.pairs, strength)
-        with self._whole_or_not(context):
-            result = self._apply(context)
-            torch.clear_autocast_cache()  # of the weights before the update, should the host go on in its autocast
-            self._observer.start_next_round()
-            self._history.append(
-                RoundRecord(
-                    step=self._steps,
-                    rates=rates,
-                    source_rates=source_rates,
-                    selected=tuple(layer.name for layer in context.layers),
-                    updated=result.updated,
-                    skipped=dict(result.skipped),
-                    strength=context.strength,
-                    accepted=result.accepted,
-                    score_before=result.score_before,
-                    score_after=result.score_after,
-                )
-            )
-            self._sum_up()
-
-    def _sum_up(self) -> None:
-        """Keep the last rounds one by one, and of those before the sums."""
-        while len(self._history) > self.keep_rounds:
-            self._earlier = self._earlier.and_then(self._history.pop(0))
-
-    @contextmanager
-    def _whole_or_not(self, context: RoundContext) -> Iterator[None]:
-        """Undo all of a round that does not come to its end: the teacher, the update's state, averages and history."""
-        history, earlier, state = list(self._history), self._earlier, context.state_before(self.update)
-        averages, snapshot = self._observer.bookmark(), Snapshot(self.teacher, context.layers)
-
-        def give_back() -> None:
-            snapshot.restore()
-            self.update.load_state_dict(state)
-            averages()
-            self._history, self._earlier = history, earlier
-
-        with undoing(give_back, on_error_only=True):
-            yield
-
-    def _apply(self, context: RoundContext) -> UpdateResult:
-        if not context.layers:
-            return UpdateResult(())
-        if not context.strength:  # not even moments may move, and zero times infinity is no zero
-            return UpdateResult((), {layer.name: "the schedule's strength is 0" for layer in context.layers})
-        try:
-            result = self.update.apply(context)
-            check_result(result, context.layers)
-            return result
-        except Exception as error:
-            raise CldaError(
-                f"the update {type(self.update).__name__} raised {type(error).__name__}: {error}. The teacher is as it "
-                "was before the round. Fix: see the exception that caused this one"
-            ) from error
-
-
-def _shapes(view: ModelView) -> Dict[str, Tuple[int, ...]]:
-    return shapes_of(view.model, view.layers)
-
-
-def _relation_as_dict(related: RelatedLayers) -> Dict[str, Dict[str, str]]:
-    return {
-        "pairs": {name: layer.name for name, layer in related.pairs.items()},
-        "unrelated": dict(related.unrelated),
-    }

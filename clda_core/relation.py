@@ -421,3 +421,27 @@ def _figures(first: Tensor, second: Tensor) -> Tensor:
     if_enough = torch.where(enough, cka, nothing)
     if_comparable = [torch.where(comparable, one, nothing) for one in (chance, count)]
     return torch.stack([comparable.to(cka), enough.to(cka), if_enough, *if_comparable])
+
+
+def check_related(related: Any, teacher: ModelView, student: ModelView, needed: bool) -> None:
+    """Raise unless a relation returned layers of both models; at least one pair of them if ``needed``."""
+    ours = {layer.name for layer in teacher.layers}
+    theirs: Dict[str, Layer] = {layer.name: layer for layer in student.layers}
+    if (
+        not isinstance(related, RelatedLayers)
+        or not set(related.pairs) <= ours
+        or not all(isinstance(layer, Layer) and theirs.get(layer.name) == layer for layer in related.pairs.values())
+    ):
+        raise problem(
+            "the relation returned something else than related layers",
+            expected="clda_core.relation.RelatedLayers of the teacher's layer names and the student's layers",
+            received=repr(related),
+            fix="return RelatedLayers({teacher layer name: student layer}, unrelated) from relation=",
+        )
+    if needed and not related.pairs:
+        raise problem(
+            "no teacher layer can be related to a student layer",
+            expected="at least one related pair of layers",
+            received=f"unrelated: {dict(related.unrelated)}",
+            fix="pass another relation=, for example Explicit({...}), or an update that needs none",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, Optional, Tuple, cast
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple, cast
 
 from .errors import CldaError
 
@@ -90,6 +90,29 @@ class Earlier:
         )
 
 
+class History(NamedTuple):
+    """The rounds of a learner, the last ones one by one.
+
+    Attributes:
+        rounds: The last ones, oldest first.
+        earlier: Those before, in sums.
+    """
+
+    rounds: Tuple[RoundRecord, ...] = ()
+    earlier: Earlier = Earlier()
+
+    def and_then(self, record: RoundRecord, *, keep: int) -> History:
+        """Return the history with one more round, of which the last ``keep`` are kept one by one."""
+        return History((*self.rounds, record), self.earlier).last(keep)
+
+    def last(self, keep: int) -> History:
+        """Return the same history with no more than ``keep`` rounds one by one."""
+        earlier = self.earlier
+        for record in self.rounds[:-keep]:
+            earlier = earlier.and_then(record)
+        return History(self.rounds[-keep:], earlier)
+
+
 @dataclass(frozen=True)
 class Report:
     """The history of a learner; ``print(report)`` shows a table.
@@ -132,6 +155,27 @@ class Report:
         rounds = tuple(RoundRecord.from_dict(record) for record in report["rounds"])
         earlier = Earlier(**report.get("earlier", {}))
         return cls(**{**report, "layers": tuple(report["layers"]), "rounds": rounds, "earlier": earlier})
+
+    def metrics(self) -> Dict[str, float]:
+        """Return the latest figures as a flat dict for any logger."""
+        figures: Dict[str, float] = {
+            "clda/steps": float(self.steps),
+            "clda/rounds": float(self.made),
+            "clda/discarded": float(self.discarded),
+        }
+        if self.rounds:
+            last = self.rounds[-1]
+            rates = list(last.rates.values())
+            figures["clda/lsr_mean"] = sum(rates) / len(rates)
+            figures["clda/lsr_min"] = min(rates)
+            figures["clda/selected_layers"] = float(len(last.selected))
+            figures["clda/updated_layers"] = float(len(last.updated))
+            figures["clda/strength"] = last.strength
+            for name in ("accepted", "score_before", "score_after"):
+                value = getattr(last, name)
+                if value is not None:
+                    figures[f"clda/{name}"] = float(value)
+        return figures
 
     def __str__(self) -> str:
         """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched.

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._fits import check_fits, check_graph
 from ._host.borrowing import evaluating
 from ._host.rng import keeping_rng
 from .distillation import Distillation
-from .distillation.base import in_students_classes
+from .distillation.base import in_students_classes, leaves_nothing
 from .errors import problem
-from .outputs import Extract, Outputs, as_outputs, call_model
-from .step import TargetStep
+from .outputs import (
+    Extract,
+    Outputs,
+    as_outputs,
+    call_model,
+    check_fits,
+    check_graph,
+    emptied,
+    owned,
+    stand_in,
+)
+from .saliency import PseudoLabelCrossEntropy
+from .step import Step
 
 
 class Runner:
@@ -25,44 +35,110 @@ class Runner:
         student: The student.
         extract: Reads what they return.
         distillation: The KD loss, whose ``class_map`` says which classes both have.
+        of_classes: Whether a strategy takes the logits for those of classes that exclude each other.
 
     Attributes:
-        step: The target data of the optimizer step in the making.
+        class_map: The KD loss's.
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, extract: Optional[Extract], distillation: Distillation
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        extract: Optional[Extract],
+        distillation: Distillation,
+        *,
+        of_classes: bool,
     ) -> None:
-        self.step = TargetStep()
         self._teacher = teacher
         self._student = student
         self._extract = extract
         self._distillation = distillation
+        self._of_classes = of_classes
         self._checked = False
         self._own_graph = True
 
-    def check_once(self, student_raw: Any, student: Outputs, teacher_raw: Any, teacher: Outputs, classes: bool) -> None:
-        """Raise, at the first call, if outputs can be seen to be something else than the library is for.
+    @property
+    def class_map(self) -> Optional[Sequence[int]]:
+        """The KD loss's."""
+        return getattr(self._distillation, "class_map", None)
+
+    def teacher_outputs(self, inputs: Any, raw: Any, student_raw: Any, student: Outputs, has_data: bool) -> Outputs:
+        """Return the teacher's outputs beside the student's; the first are checked to be what the library is for.
 
         Args:
+            inputs: What the teacher is called with.
+            raw: What it returned, where the host has called it.
             student_raw: What the student returned.
             student: What was read from it.
-            teacher_raw: What the teacher returned.
-            teacher: What was read from it.
-            classes: Whether a strategy takes the logits for those of classes that exclude each other.
-        """
-        if not self._checked:
-            check_fits(self._student, student_raw, student, "student", of_classes=classes)
-            check_fits(self._teacher, teacher_raw, teacher, "teacher", of_classes=classes)
-            self._own_graph = check_graph(self._student, student)
-            self._checked = True
-
-    def run_teacher(self, inputs: Any, student: Outputs) -> Any:
-        """Return what the teacher returns in eval mode and without a graph.
+            has_data: Whether they are of any sample; otherwise stand-ins for one come back.
 
         Raises:
-            CldaError: If there are no inputs, or they seem to be its output.
+            CldaError: If there are neither inputs nor an output, or the outputs of either model do not fit.
         """
+        ours = raw is None
+        if ours:
+            raw = self._run_teacher(inputs, student)
+        teacher = as_outputs(raw, self._extract, "teacher", may_be_empty=not has_data)
+        if ours:
+            teacher = owned(teacher)
+        if not has_data:
+            return cast(Outputs, stand_in(emptied(teacher)))
+        if not self._checked:
+            check_fits(self._student, student_raw, student, "student", of_classes=self._of_classes)
+            check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
+            self._own_graph = check_graph(self._student, student)
+            self._checked = True
+        return teacher
+
+    def in_common_classes(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
+        """Run the teacher or the student in a round; the teacher's logits come in the student's classes."""
+        outputs = self.outputs(step, model, inputs)
+        if model is self._student:
+            return outputs
+        return outputs._replace(logits=in_students_classes(outputs.logits, self.class_map))
+
+    def outputs(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
+        """Run the teacher or the student in a round after a step.
+
+        Raises:
+            CldaError: If the student cannot be run on the inputs, or the logits are of another shape than those that
+                were distilled in the step.
+        """
+        whose = "student" if model is self._student else "teacher"
+        try:
+            raw = call_model(model, inputs)
+        except Exception as error:
+            if whose == "teacher":
+                raise
+            raise problem(
+                f"rounds cannot run the student on {'the teacher' if step.student_inputs is None else 'it'}'s "
+                f"inputs ({type(error).__name__}: {error})",
+                expected="what the student is called with, as student_inputs= of distill() if that is something else",
+                received=type(inputs).__name__,
+                fix="call learner.distill(student_output, inputs, student_inputs=...)",
+            ) from error
+        outputs = as_outputs(raw, self._extract, whose)
+        expected, shape = step.shapes.get(whose), tuple(outputs.logits.shape[1:])
+        if expected is not None and shape != expected:
+            raise problem(
+                f"the {whose}'s logits in a round are of another shape than those distilled",
+                expected=f"(N, {', '.join(map(str, expected))})",
+                received=f"shape {tuple(outputs.logits.shape)} in eval mode",
+                fix="pass distill() what the models return, let extract= read what they return in eval mode too, and "
+                "pass student_inputs= where the student is called with something else than the teacher",
+            )
+        if whose == "student" and not self._own_graph:
+            raise problem(
+                "the logits that were distilled are not the student's alone",
+                expected="logits that the student computes from its inputs, by its own parameters",
+                received="a graph with other parameters, of a head or an adapter outside of the student perhaps",
+                fix="pass student= the whole network that puts out these logits",
+            )
+        return outputs
+
+    def _run_teacher(self, inputs: Any, student: Outputs) -> Any:
+        """Return what the teacher returns in eval mode and without a graph."""
         if inputs is None:
             raise problem(
                 "distill() cannot get the teacher's output",
@@ -83,53 +159,24 @@ class Runner:
                 fix="if it is the teacher's output call learner.distill(student_output, inputs, teacher_output=...)",
             ) from error
 
-    def outputs(self, model: nn.Module, inputs: Any) -> Outputs:
-        """Run the teacher or the student in a round.
 
-        Raises:
-            CldaError: If the student cannot be run on the inputs, or the logits are of another shape than those that
-                were distilled.
-        """
-        whose = "student" if model is self._student else "teacher"
-        try:
-            raw = call_model(model, inputs)
-        except Exception as error:
-            if whose == "teacher":
-                raise
-            raise problem(
-                f"rounds cannot run the student on {'the teacher' if self.step.student_inputs is None else 'it'}'s "
-                f"inputs ({type(error).__name__}: {error})",
-                expected="what the student is called with, as student_inputs= of distill() if that is something else",
-                received=type(inputs).__name__,
-                fix="call learner.distill(student_output, inputs, student_inputs=...)",
-            ) from error
-        outputs = as_outputs(raw, self._extract, whose)
-        expected, shape = self.step.shapes.get(whose), tuple(outputs.logits.shape[1:])
-        if expected is not None and shape != expected:
-            raise problem(
-                f"the {whose}'s logits in a round are of another shape than those distilled",
-                expected=f"(N, {', '.join(map(str, expected))})",
-                received=f"shape {tuple(outputs.logits.shape)} in eval mode",
-                fix="pass distill() what the models return, let extract= read what they return in eval mode too, and "
-                "pass student_inputs= where the student is called with something else than the teacher",
-            )
-        if whose == "student" and not self._own_graph:
-            raise problem(
-                "the logits that were distilled are not the student's alone",
-                expected="logits that the student computes from its inputs, by its own parameters",
-                received="a graph with other parameters, of a head or an adapter outside of the student perhaps",
-                fix="pass student= the whole network that puts out these logits",
-            )
-        return outputs
+def has_samples(student: Outputs, mask: Optional[Tensor], *, wait: bool) -> bool:
+    """Return whether a batch counts; a mask on a device is looked at only if one may ``wait`` for the device."""
+    if student.logits.numel() == 0:
+        return False
+    if mask is None or mask.device != student.logits.device:
+        return True
+    return not (wait or mask.device.type == "cpu") or not leaves_nothing(mask)
 
-    def in_common_classes(self, model: nn.Module, inputs: Any) -> Outputs:
-        """Run the teacher or the student in a round; the teacher's logits come in the student's classes."""
-        outputs = self.outputs(model, inputs)
-        if model is self._student:
-            return outputs
-        class_map = getattr(self._distillation, "class_map", None)
-        return outputs._replace(logits=in_students_classes(outputs.logits, class_map))
 
-    def logits(self, inputs: Any) -> Tensor:
-        """Return the teacher's logits in its own classes."""
-        return self.outputs(self._teacher, inputs).logits
+def takes_classes(distillation: Any, probe: Any) -> bool:
+    """Return whether a strategy of ours reads logits as those of classes that exclude each other."""
+    terms = getattr(distillation, "terms", None)
+    losses = [loss for _, loss in terms] if isinstance(terms, list) else [distillation]
+    ours = [of for of in losses if _module_of(of).startswith("clda_core.")]
+    logits = any(getattr(loss, "reads", "logits") == "logits" for loss in ours)
+    return logits or isinstance(probe, PseudoLabelCrossEntropy)
+
+
+def _module_of(strategy: Any) -> str:
+    return str(getattr(strategy, "__module__", None) or type(strategy).__module__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from torch import Tensor
 from typing_extensions import Protocol
@@ -472,3 +472,14 @@ def _no_source(whose: str) -> Exception:
         received="none",
         fix="observe source batches as such before the first round, or use a rule that reads target data only",
     )
+
+
+def check_selected(selected: Any, rates: Mapping[str, float]) -> None:
+    """Raise unless a selection returned names of layers with a known rate."""
+    if not isinstance(selected, (tuple, list)) or not all(isinstance(name, str) and name in rates for name in selected):
+        raise problem(
+            "the selection returned something else than known layers",
+            expected=f"a tuple of names among {list(rates)[:5]}...",
+            received=repr(selected),
+            fix="return names of layers with a known LSR from selection=",
+        )

@@ -175,3 +175,31 @@ def _with_strategies(state: State, change: Callable[[Description], Any]) -> Stat
         return [changed(of) for of in described] if isinstance(described, list) else described
 
     return {**state, "config": {role: changed(of) for role, of in state["config"].items()}}
+
+
+def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise unless ``state`` fits a learner whose own state is ``own``."""
+    if set(state) != set(own):
+        raise problem(
+            "the state cannot be read",
+            expected=f"a state_dict() with the keys {sorted(own)}",
+            received=f"the keys {sorted(map(str, state))}",
+            fix="load an unchanged state_dict() of a learner",
+        )
+    config = state["config"] if isinstance(state["config"], Mapping) else {}
+    differing = [key for key in own["config"] if config.get(key) != own["config"][key]]
+    if differing:
+        key = differing[0]
+        raise problem(
+            f"the state is of another {'architecture' if key.endswith('_layers') else 'configuration'}",
+            expected=f"{key}: {own['config'][key]!r}",
+            received=f"{key}: {config.get(key)!r}",
+            fix="build the learner with the models and strategies the state was saved with",
+        )
+    if state["relation"] is not None and own["relation"] is not None and state["relation"] != own["relation"]:
+        raise problem(
+            "the state is of another relation",
+            expected=str(own["relation"]),
+            received=str(state["relation"]),
+            fix="build the learner with the models the state was saved with",
+        )

@@ -9,9 +9,13 @@ import math
 import numbers
 import os
 import reprlib
-from typing import Any, FrozenSet, List, Mapping
+from typing import Any, FrozenSet, Hashable, List, Mapping, Sequence, Tuple
 
 import torch
+from torch import Tensor, nn
+
+from ._host.names import canonical_parameters
+from .errors import problem
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -113,3 +117,67 @@ def _name(value: Any) -> str:
 def _is_ours(value: Any) -> bool:
     """Return whether a class or function is of this package."""
     return str(value.__module__).partition(".")[0] == PACKAGE
+
+
+_STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
+    "saliency": (("score",), ("order",), "Taylor()"),
+    "selection": (("__call__", "threshold"), (), "LowestFraction()"),
+    "relation": (("__call__",), ("needs_inputs",), "ByRelativeDepth()"),
+    "update": (("apply",), (), "Guard(MaskedDistillation())"),
+    "distillation": (("__call__",), (), "DISTDistillation()"),
+    "schedule": (("due", "observes", "strength"), (), "Schedule(warmup=1000)"),
+    "probe": (("__call__",), (), "PseudoLabelCrossEntropy()"),
+}
+"""By role: the methods a strategy must have, its attributes, and an example."""
+
+
+def check_strategies(strategies: Mapping[str, Any]) -> None:
+    """Raise unless there is an instance of a strategy for every role."""
+    for role, strategy in strategies.items():
+        methods, attributes, example = _STRATEGIES[role]
+        missing = [name for name in methods if not callable(getattr(strategy, name, None))]
+        missing += [name for name in attributes if not hasattr(strategy, name)]
+        if missing or isinstance(strategy, type):
+            received = (
+                repr(strategy) if isinstance(strategy, type) or not missing else f"{strategy!r} without {missing}"
+            )
+            raise problem(
+                f"{role}= is no {role} strategy",
+                expected=f"an object with {', '.join([*methods, *attributes])}",
+                received=received,
+                fix=f"pass an instance, for example {role}={example}",
+            )
+    if strategies["saliency"].order not in (0, 1, 2):
+        raise problem(
+            "the order of the saliency estimator is unknown",
+            expected="0 (no derivative), 1 (the gradient) or 2 (the Hessian's diagonal)",
+            received=repr(strategies["saliency"].order),
+            fix="set the class attribute order",
+        )
+
+
+def check_apart(role: str, strategy: Any, models: Sequence[nn.Module]) -> None:
+    """Raise if a strategy that is or contains a module has parameters of the host's models among its own."""
+    if isinstance(strategy, Strategy) and not isinstance(strategy, nn.Module):
+        for part in vars(strategy).values():  # a guard's update and criterion, an update's loss
+            check_apart(role, part, models)
+        return
+    if not isinstance(strategy, nn.Module):
+        return
+    own = {_identity(parameter) for parameter in strategy.parameters()}
+    for whose, model in zip(("teacher", "student"), models):
+        shared = [name for name, parameter in canonical_parameters(model).items() if _identity(parameter) in own]
+        if own and shared:
+            raise problem(
+                f"{role}= holds the {whose}'s parameters, so the learner would train and save them as the strategy's",
+                expected=f"a module whose parameters() are its own, without the {whose}",
+                received=f"{type(strategy).__name__} with {shared[:5]}",
+                fix=f"keep the {whose} out of its sub-modules (self.models = [model] hides it from parameters()), or "
+                "read features through extract= and Outputs",
+            )
+
+
+def _identity(parameter: Tensor) -> Hashable:
+    """Return what two parameters on the same memory have in common, whether or not they are one object."""
+    address = 0 if parameter.device.type == "meta" else parameter.data_ptr()
+    return (str(parameter.device), address) if address else id(parameter)

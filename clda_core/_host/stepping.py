@@ -6,6 +6,8 @@ import functools
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
+from ..errors import problem
+
 
 def make_step(
     optimizer: Any,
@@ -109,3 +111,55 @@ def overflowed(optimizer: Any) -> bool:
     """Return whether a fused optimizer now steps without effect, because of what a GradScaler handed to it."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def check_steppable(
+    optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]], stepped: Optional[Callable[[], bool]]
+) -> None:
+    """Raise unless :func:`make_step` can step by these."""
+    if stepped is not None and (scaler is not None or not callable(stepped)):
+        raise problem(
+            "step() cannot ask stepped= whether the step was made",
+            expected="a function without arguments, and no scaler=, whose skipped steps are noticed anyway",
+            received="a scaler beside it" if scaler is not None else type(stepped).__name__,
+            fix="pass one of scaler=scaler and stepped=lambda: not skipped",
+        )
+    if step_fn is not None:
+        if scaler is not None:
+            raise problem(
+                "step() got both scaler= and step_fn=",
+                expected="one of them",
+                received="both",
+                fix="let step_fn= do the scaler's step too, and say by stepped= whether it was made",
+            )
+        if not callable(step_fn):
+            raise problem(
+                "step_fn cannot be called",
+                expected="a function without arguments",
+                received=type(step_fn).__name__,
+                fix="pass step_fn=lambda: optimizer.step(closure)",
+            )
+        return
+    if not callable(getattr(optimizer, "step", None)):
+        raise problem(
+            "there is nothing to step",
+            expected="an optimizer with step(), or step_fn=",
+            received=type(optimizer).__name__,
+            fix="call learner.step(optimizer)",
+        )
+    if scaler is not None and not callable(getattr(scaler, "step", None)):
+        raise problem(
+            "scaler cannot step an optimizer",
+            expected="a GradScaler, or None",
+            received=type(scaler).__name__,
+            fix="pass scaler=torch.cuda.amp.GradScaler(), or leave it out",
+        )
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's holds the one that it was made of
+    if callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None)):
+        raise problem(
+            f"{type(inner).__name__} makes two steps in one, which step() cannot make for it",
+            expected="step_fn= with the SAM optimizer's own step",
+            received="the optimizer alone",
+            fix="call learner.step(step_fn=lambda: optimizer.second_step(zero_grad=True)), "
+            "or observe() before and after_step() after it",
+        )

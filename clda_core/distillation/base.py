@@ -409,7 +409,16 @@ def valid_mask(mask: Optional[Tensor], ignore_index: Optional[int]) -> Optional[
     """
     if ignore_index is not None:
         check_number("ignore_index", ignore_index, integer=True)
-    if not isinstance(mask, Tensor) or mask.dtype == torch.bool or mask.is_floating_point() or mask.is_complex():
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise problem(
+            "mask is no tensor",
+            expected="bool or float weights (N, ...), or an integer label map",
+            received=type(mask).__name__,
+            fix="pass torch.as_tensor(mask)",
+        )
+    if mask.dtype == torch.bool or mask.is_floating_point() or mask.is_complex():
         return mask
     if ignore_index is None:
         raise problem(

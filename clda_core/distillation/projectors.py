@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_apart
 from .._host.layout import laid_out_like, strided
 from .._host.ranks import mean_where_seen
+from ..strategy import check_apart
 from ..update.writing import copied
 
 _LEARNING_RATE = 1e-3
@@ -32,19 +32,22 @@ class Projectors:
         self.module: Optional[nn.Module] = distillation if isinstance(distillation, nn.Module) else None
         self._optimizer: Optional[torch.optim.Optimizer] = None
         self._restored: Optional[Mapping[str, Any]] = None
-        self._unscaled = False
 
-    def unscale(self, scaler: Any) -> None:
-        """Divide this step's gradients by the scale of a GradScaler, once; it does not know these parameters."""
+    def unscale(self, scaler: Any) -> bool:
+        """Divide the gradients by the scale of a GradScaler, which does not know these parameters.
+
+        Returns:
+            Whether there was anything to divide, and by what.
+        """
         parameters = self._parameters()
         scale = getattr(scaler, "get_scale", None)
-        if scale is None or self._unscaled or not parameters:
-            return
+        if scale is None or not parameters:
+            return False
         inverse = 1.0 / float(scale())
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(inverse)
-        self._unscaled = True
+        return True
 
     def step(self) -> None:
         """Step with the gradients that the host's ``backward()`` left, unscaled before, averaged over ranks."""
@@ -66,11 +69,10 @@ class Projectors:
             parameter.grad = gradient
         self._optimizer.step()
 
-    def forget_gradients(self) -> None:
+    def drop_gradients(self) -> None:
         """Drop the gradients of the step that is over."""
         for parameter in self._parameters():
             parameter.grad = None
-        self._unscaled = False
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the parameters and the optimizer's state, not copied."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_differentiable, check_reached
 from .._host.borrowing import evaluating, requiring_grad
 from .._host.ranks import inside_ddp, mean_across_ranks, mean_where_seen
 from .._host.shards import gradients, is_sharded, local, sum_over_shards
@@ -22,10 +21,25 @@ from .histogram import CHUNK, Histogram
 from .host_gradients import explained, hosts_gradients, leftover_gradients, still_leftover
 from .rates import Observations
 
-__all__ = ["LossOrFunction", "Observer", "score_layers"]
+__all__ = ["LossOrFunction", "Observation", "Observer", "score_layers"]
 
 LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
 """What may be observed: a loss with a graph to the teacher, or a function of the teacher that returns one."""
+
+
+class Observation(NamedTuple):
+    """What was seen of one batch.
+
+    Attributes:
+        domain: ``"target"`` or ``"source"``.
+        histogram: The scores by layer.
+        known: The parameters whose saliency is known, by name.
+    """
+
+    domain: str
+    histogram: Histogram
+    known: Set[str]
+
 
 _DISCARDED_IN_A_ROW = 10
 
@@ -100,7 +114,7 @@ def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivati
 
 
 class Observer:
-    """Observes one teacher: what is seen at a step is pending until the step is made, and averaged until the round.
+    """Observes one teacher: what was seen at steps that were made is averaged until the round.
 
     Args:
         view: The teacher and its layers.
@@ -131,7 +145,6 @@ class Observer:
         self._generator = torch.Generator().manual_seed(0)
         self._discarded_in_a_row = 0
         self._leftover = leftover_gradients(view.model)
-        self._pending: List[Tuple[str, Histogram, Set[str]]] = []
         # Of the round in the making; those of the round before until then, whose rates may be used again.
         self._known: Optional[Set[str]] = None
         self._round_is_over = True
@@ -152,8 +165,8 @@ class Observer:
         """Return whether the host left gradients of its own on the teacher."""
         return bool(hosts_gradients(self._view.model, self._leftover))
 
-    def observe(self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor]) -> None:
-        """Score the teacher's parameters on one batch.
+    def observe(self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor]) -> Observation:
+        """Score the teacher's parameters on one batch; what is returned counts if :meth:`commit` gets it.
 
         Args:
             loss: A loss or a function of the teacher; ``None`` for the host's gradients or else the probe.
@@ -165,7 +178,7 @@ class Observer:
         found = self._derivatives(loss, domain, inputs, mask, parameters)
         histogram = score_layers(self._saliency, self._view.layers, parameters, found)
         known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
-        self._pending.append((domain, histogram, known))
+        return Observation(domain, histogram, known)
 
     def rehearse(self, inputs: Any, mask: Optional[Tensor]) -> None:
         """Score the teacher's parameters by the probe on a batch, and forget the scores."""
@@ -177,16 +190,16 @@ class Observer:
         finally:
             self._generator.set_state(drawn)
 
-    def commit(self) -> bool:
-        """Add what is pending to the averages, and return whether all of it was finite on every rank.
+    def commit(self, pending: Sequence[Observation]) -> bool:
+        """Add the observations of a step that was made, and return whether all were finite on every rank.
 
         Raises:
             CldaError: If the last ten observations were discarded.
         """
         # Source data first: the threshold on target data may refer to it.
-        pending = sorted(self._pending, key=lambda entry: entry[0])
+        in_order = sorted(pending, key=lambda observation: observation.domain)
         with undoing(self.bookmark(), on_error_only=True):
-            finite = [self._add(*entry) for entry in pending]
+            finite = [self._add(*observation) for observation in in_order]
         return all(finite)
 
     def rates(self) -> Tuple[Dict[str, float], Dict[str, float]]:
@@ -209,9 +222,8 @@ class Observer:
 
         return back
 
-    def forget_step(self) -> None:
-        """Drop what belongs to one optimizer step."""
-        self._pending = []
+    def drop_leftover(self) -> None:
+        """Let go of gradients from before the learner was built that the host has dropped or written to since."""
         self._leftover = still_leftover(self._view.model, self._leftover)
 
     def state_dict(self) -> Dict[str, Any]:
@@ -349,3 +361,38 @@ class Observer:
                 fix="check the teacher's weights and the loss that is observed; under AMP unscale before observe()",
             )
         return False
+
+
+def check_loss(loss: Any) -> None:
+    """Raise unless this may be observed."""
+    if loss is not None and not isinstance(loss, Tensor) and not callable(loss):
+        raise problem(
+            "observe() cannot use this loss",
+            expected="a scalar tensor, or a function of the teacher that returns one",
+            received=type(loss).__name__,
+            fix="call learner.observe(lambda teacher: loss of teacher(x))",
+        )
+
+
+def check_differentiable(value: Any, what: str, fix: str) -> None:
+    """Raise unless ``value`` is a scalar with a graph."""
+    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+        raise problem(
+            f"{what} is not a loss that can be differentiated",
+            expected="a scalar tensor with a graph to the teacher's parameters",
+            received=f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            if isinstance(value, Tensor)
+            else type(value).__name__,
+            fix=fix,
+        )
+
+
+def check_reached(found: Mapping[str, Optional[Tensor]]) -> None:
+    """Raise if no derivative was found."""
+    if all(derivative is None for derivative in found.values()):
+        raise problem(
+            "the observed loss does not depend on the teacher",
+            expected="a loss with a graph to at least one of the teacher's parameters",
+            received="no gradient for any of them",
+            fix="observe a loss computed from the teacher's own forward pass, without detach() or no_grad()",
+        )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Protocol
+from typing_extensions import Protocol, runtime_checkable
 
 from .._host.borrowing import evaluating
 from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned
-from .writing import copied
+from .writing import Snapshot, copied
 
 __all__ = ["RoundContext", "Update", "UpdateResult"]
 
@@ -28,7 +28,6 @@ class RoundContext:
         layers: The selected teacher layers.
         related: Student layer by teacher layer name; a teacher layer without a relation is absent.
         inputs: The target batch of this step as the user passed it to ``distill``; ``None`` if none was passed.
-        student_inputs: The same for the student, where that takes other inputs; ``None`` where it takes the same.
         mask: That batch's mask, or ``None``.
         forward: ``forward(model, inputs)`` runs a model and reads its :class:`~clda_core.outputs.Outputs`; the
             teacher's logits are of the student's classes, where the KD loss has a ``class_map``. Let
@@ -36,6 +35,7 @@ class RoundContext:
         strength: The schedule's factor on the size of the update, in [0, 1].
         class_map: The KD loss's: student class ``i`` is teacher class ``class_map[i]``; ``None`` where the classes are
             the same.
+        student_inputs: The batch for the student, where that takes other inputs; ``None`` where it takes the same.
     """
 
     teacher: nn.Module
@@ -49,7 +49,7 @@ class RoundContext:
     class_map: Optional[Sequence[int]] = None
     student_inputs: Any = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
-    _states: List[Dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
+    _before: Dict[int, Before] = field(default_factory=dict, repr=False, compare=False)
 
     def student_outputs(self) -> Outputs:
         """Return the student's outputs on ``inputs`` in eval mode, detached; computed once a round.
@@ -60,12 +60,6 @@ class RoundContext:
         if "student" not in self._cache:
             self._cache["student"] = self.predict(self.student)
         return self._cache["student"]
-
-    def state_before(self, update: Update) -> Dict[str, Any]:
-        """Return a copy of an update's state at the start of the round; made once, so call it before the update."""
-        if not self._states:
-            self._states.append(copied(update.state_dict()))
-        return self._states[0]
 
     def predict(self, model: nn.Module) -> Outputs:
         """Return a model's outputs on ``inputs`` in eval mode, without a graph and in memory of their own.
@@ -100,6 +94,39 @@ class RoundContext:
             )
         return self.inputs
 
+    def before(self, update: Update) -> Before:
+        """Return the selected layers and an update's state as they are now, to go back to.
+
+        Made once for each update, so ask for it before the update writes. The learner asks for that of its own update,
+        which is the guard's where there is one.
+        """
+        if id(update) not in self._before:
+            self._before[id(update)] = Before(self, update)
+        return self._before[id(update)]
+
+
+class Before:
+    """What a round may change, as it was: the selected layers, and the state of an update.
+
+    Args:
+        context: The round.
+        update: The update.
+    """
+
+    def __init__(self, context: RoundContext, update: Update) -> None:
+        self._snapshot = Snapshot(context.teacher, context.layers)
+        self._update = update
+        self._state = copied(state_of(update))
+
+    def take_back(self) -> None:
+        """Let both be as they were."""
+        self._snapshot.restore()
+        load_state(self._update, self._state)
+
+    def go_halfway_back(self) -> None:
+        """Let the layers be the mean of what they were and what they are."""
+        self._snapshot.go_halfway_back()
+
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -123,18 +150,28 @@ class UpdateResult:
 class Update(Protocol):
     """Changes the selected teacher layers in place; the learner undoes what it wrote there if it raises.
 
-    An update may have a method ``rehearse(context)`` as well: it does what :meth:`apply` would do that can fail, and
-    writes nothing. The learner calls it once, in the first step. Without it both models are run on the inputs there.
+    No more than :meth:`apply` is needed. What else an update may have is declared by :class:`NeedsRelation`,
+    :class:`Stateful`, :class:`Rehearses` and :class:`KnowsTeacher`.
     """
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        """Write to ``context.layers`` of the teacher and say what was done."""
+        ...
+
+
+@runtime_checkable
+class NeedsRelation(Protocol):
+    """An update that says whether it needs related layers; one that does not say so needs none."""
 
     @property
     def needs_relation(self) -> bool:
         """Whether layers without a related student layer cannot be updated."""
         ...
 
-    def apply(self, context: RoundContext) -> UpdateResult:
-        """Write to ``context.layers`` of the teacher and say what was done."""
-        ...
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An update that remembers something from round to round."""
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what must survive a checkpoint: tensors and plain Python types only."""
@@ -145,11 +182,61 @@ class Update(Protocol):
         ...
 
 
+@runtime_checkable
+class Rehearses(Protocol):
+    """An update that can do what may fail in a round without writing; of others both models are run on the inputs."""
+
+    def rehearse(self, context: RoundContext) -> None:
+        """Do all that :meth:`Update.apply` would do and that can fail, and write nothing; called in the first step."""
+        ...
+
+
+@runtime_checkable
+class KnowsTeacher(Protocol):
+    """An update that can tell whether the state it has restored belongs to a teacher."""
+
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """Raise unless it does."""
+        ...
+
+
+def needs_relation(update: Update) -> bool:
+    """Return whether an update needs related layers."""
+    return isinstance(update, NeedsRelation) and update.needs_relation
+
+
+def state_of(update: Update) -> Dict[str, Any]:
+    """Return an update's state, not copied; empty for one that remembers nothing."""
+    return update.state_dict() if isinstance(update, Stateful) else {}
+
+
+def load_state(update: Update, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`state_of` returned."""
+    if isinstance(update, Stateful):
+        update.load_state_dict(state)
+
+
 def rehearse(update: Update, context: RoundContext) -> None:
     """Let an update do what can fail in a round, without writing."""
-    own = getattr(update, "rehearse", None)
-    if callable(own):
-        own(context)
+    if isinstance(update, Rehearses):
+        update.rehearse(context)
     elif context.inputs is not None:
         context.predict(context.teacher)
         context.student_outputs()
+
+
+def check_teacher(update: Update, teacher: nn.Module) -> None:
+    """Let an update that can tell say whether what it has restored belongs to this teacher."""
+    if isinstance(update, KnowsTeacher):
+        update.check_teacher(teacher)
+
+
+def check_result(result: Any, selected: Sequence[Layer]) -> None:
+    """Raise unless an update returned what it did, to the selected layers alone."""
+    if not isinstance(result, UpdateResult) or not set(result.updated) <= {layer.name for layer in selected}:
+        raise problem(
+            "apply() returned something else",
+            expected="an UpdateResult with names of the selected layers",
+            received=repr(result),
+            fix="return UpdateResult(names of the layers that were written)",
+        )

@@ -16,8 +16,16 @@ from ..distillation import kl_distillation
 from ..distillation.base import align, align_logits, weighted_mean
 from ..errors import check_number, problem
 from ..strategy import Strategy
-from .base import RoundContext, Update, UpdateResult, rehearse
-from .writing import Snapshot
+from .base import (
+    RoundContext,
+    Update,
+    UpdateResult,
+    check_teacher,
+    load_state,
+    needs_relation,
+    rehearse,
+    state_of,
+)
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
 
@@ -167,41 +175,33 @@ class Guard(Strategy):
     @property
     def needs_relation(self) -> bool:
         """The guarded update's."""
-        return self.update.needs_relation
+        return needs_relation(self.update)
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Apply the guarded update and accept it or roll it back."""
-        snapshot = Snapshot(context.teacher, context.layers)
-        state = context.state_before(self.update)
-
-        def take_back() -> None:
-            snapshot.restore()
-            self.update.load_state_dict(state)
-
-        with undoing(take_back, on_error_only=True):
+        earlier = context.before(self)
+        with undoing(earlier.take_back, on_error_only=True):
             original = context.predict(context.teacher).logits
             before = self._score(context, original, original)
             result = self.update.apply(context)
             if not result.updated:  # nothing to judge
-                take_back()
+                earlier.take_back()
                 return result
             for attempt in range(self.backtracks + 1):
                 if attempt:
-                    snapshot.go_halfway_back()
+                    earlier.go_halfway_back()
                 after = self._score(context, context.predict(context.teacher).logits, original)
                 accepted = bool(after >= before - self.tolerance)
                 if accepted:
                     break
             if not accepted:
-                take_back()
+                earlier.take_back()
         updated = result.updated if accepted else ()
         return UpdateResult(updated, result.skipped, accepted, _known(before), _known(after))
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Let the guarded update say whether what it has restored belongs to this teacher."""
-        check = getattr(self.update, "check_teacher", None)
-        if check is not None:
-            check(teacher)
+        check_teacher(self.update, teacher)
 
     def rehearse(self, context: RoundContext) -> None:
         """Judge the teacher as it is, and rehearse the guarded update."""
@@ -211,11 +211,11 @@ class Guard(Strategy):
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the guarded update's state."""
-        return self.update.state_dict()
+        return state_of(self.update)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the guarded update's state."""
-        self.update.load_state_dict(state)
+        load_state(self.update, state)
 
     def _score(self, context: RoundContext, teacher: Tensor, original: Tensor) -> float:
         student, mask = context.student_outputs().logits, context.mask

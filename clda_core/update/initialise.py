@@ -11,12 +11,13 @@ from .._host.activations import LEAST_ROWS, watching
 from .._host.shards import local, part_for, whole
 from ..distillation.base import check_class_map, in_students_classes
 from ..errors import problem
-from ..layers import Layer, LayerGrouping, group_layers
+from ..layers import Layer, LayerGrouping, check_models, group_layers, size
 from ..outputs import Extract, Outputs, as_outputs, call_model
 from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
 from .base import UpdateResult
 from .classes import Classes, find_classes
 from .statistics import frozen_norms, running_statistics
+from .writable import check_memory
 from .writing import pair_tensors, tensors_of, undone_on_error
 
 __all__ = ["init_student"]
@@ -63,9 +64,6 @@ def init_student(
         >>> init_student(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), big).updated
         ('0', '2')
     """
-    from .._checks import check_models, size  # which themselves read this package's types
-    from .writable import check_memory
-
     check_models(teacher, student)
     if size(student) > size(teacher):
         raise problem(

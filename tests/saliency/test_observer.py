@@ -100,31 +100,20 @@ def scaled(factor: float) -> Callable[[nn.Module], Tensor]:
 
 
 def step(one: Observer, *losses: Any) -> bool:
-    for domain, loss in losses:
-        one.observe(loss, domain, None, None)
-    finite = one.commit()
-    one.forget_step()
-    return finite
+    return one.commit([one.observe(loss, domain, None, None) for domain, loss in losses])
 
 
 def test_what_is_pending_counts_when_it_is_committed() -> None:
     one = observer(network())
-    one.observe(scaled(1.0), "target", None, None)
+    pending = one.observe(scaled(1.0), "target", None, None)
     assert one.rates() == ({}, {})
-    assert one.commit()
+    assert one.commit([])
+    assert one.rates() == ({}, {})
+    assert one.commit([pending])
     assert one.rates() == ({"0": 0.5, "1": 0.25}, {})
-    one.forget_step()
     assert step(one, ("target", scaled(2.0)))
     assert one.rates() == ({"0": 0.75, "1": 0.375}, {})
     one.start_next_round()
-    assert one.rates() == ({}, {})
-
-
-def test_what_is_forgotten_does_not_count() -> None:
-    one = observer(network())
-    one.observe(scaled(1.0), "target", None, None)
-    one.forget_step()
-    assert one.commit()
     assert one.rates() == ({}, {})
 
 
@@ -203,8 +192,7 @@ def test_the_hosts_gradients_are_taken_for_the_loss_but_not_those_from_before() 
     assert not one.host_trains_teacher()
     model[0].weight.grad = torch.ones(2, 1)
     assert one.host_trains_teacher()
-    one.observe(None, "target", None, None)
-    one.commit()
+    step(one, ("target", None))
     assert one.rates() == ({"0": 0.5}, {})
     assert one.known() == {"0.weight"}
 

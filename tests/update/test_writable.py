@@ -112,8 +112,8 @@ def test_layers_are_related_as_those_of_the_whole_teacher_are() -> None:
     teacher, student = network(1, depth=4), network(2, depth=2)
     teacher[1].requires_grad_(False)
     teacher[2].requires_grad_(False)
-    assert [layer.name for layer in make(teacher, student)._related.pairs.values()] == [
-        layer.name for layer in make(network(1, depth=4), network(2, depth=2))._related.pairs.values()
+    assert [layer.name for layer in make(teacher, student)._rounds.related.pairs.values()] == [
+        layer.name for layer in make(network(1, depth=4), network(2, depth=2))._rounds.related.pairs.values()
     ]
 
 

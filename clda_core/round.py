@@ -1,0 +1,306 @@
+"""A round: rates → selection → relation → update → record, whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+
+import torch
+
+from ._host.compat import uncompiled
+from ._host.ranks import adding
+from ._host.rng import keeping_rng
+from ._host.undo import undoing
+from .errors import CldaError, check_number, problem
+from .layers import Layer, canonical_parameters
+from .relation import ModelView, RelatedLayers, Relation, check_related
+from .report import Earlier, History, RoundRecord
+from .running import Runner
+from .saliency.host_gradients import explained
+from .saliency.observer import Observer
+from .schedule import RoundSchedule
+from .selection import Selection, check_selected
+from .step import Step
+from .update import RoundContext, Update, UpdateResult
+from .update.base import check_result, needs_relation, rehearse
+from .update.writable import check_precision, written_now
+
+
+class Rounds:
+    """Makes the rounds of one learner, and keeps what is known from one to the next.
+
+    Args:
+        teacher: The teacher and all its layers, which are related.
+        writable: The teacher and what of its layers may be observed and written.
+        student: The student and its layers.
+        observer: Observes the teacher.
+        runner: Runs both models.
+        selection: Chooses layers.
+        relation: Relates them.
+        update: Changes them.
+        schedule: Says when.
+        keep: How many rounds are kept one by one.
+
+    Attributes:
+        history: The rounds made.
+        related: The relation; ``None`` until the first round where it needs inputs.
+        owed: The step whose round waits for target data, or ``None``.
+    """
+
+    def __init__(
+        self,
+        teacher: ModelView,
+        writable: ModelView,
+        student: ModelView,
+        observer: Observer,
+        runner: Runner,
+        *,
+        selection: Selection,
+        relation: Relation,
+        update: Update,
+        schedule: RoundSchedule,
+        keep: int,
+    ) -> None:
+        self.history = History()
+        self.related: Optional[RelatedLayers] = None
+        self.owed: Optional[int] = None
+        self._teacher = teacher
+        self._writable = writable
+        self._student = student
+        self._observer = observer
+        self._runner = runner
+        self._selection = selection
+        self._relation = relation
+        self._update = update
+        self._schedule = schedule
+        self._keep = keep
+        self._warned = False
+        self._teacher_shapes, self._student_shapes = _shapes(teacher), _shapes(student)
+
+    # ------------------------------------------------------------------------------------------------------- when
+
+    def due(self, number: int) -> bool:
+        """Return whether optimizer step ``number`` ends with a round, if it has target data."""
+        return self.owed is not None or self._schedule.due(number)
+
+    def observed(self, number: int) -> bool:
+        """Return whether gradients are observed at a step, be it for a round that is owed."""
+        return self._schedule.observes(number) or (self.owed is not None and self._schedule.observes(self.owed))
+
+    def owe(self, number: int) -> None:
+        """Put the round of a step off to the next one with target data."""
+        if self.owed is None or not self._schedule.observes(self.owed):
+            self.owed = number
+        self.warn_of_no_data(number)
+
+    def warn_of_no_data(self, number: int) -> None:
+        """Say once that a step that counts for rounds has no target data."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"optimizer step {number} has no target data: distill() was not called, or its batch was empty or "
+                "masked out whole. Nothing is observed at such a step, and a round that is due is made at the next "
+                "step with target data. This is said once",
+                stacklevel=4,
+            )
+
+    # ---------------------------------------------------------------------------------------------------- a round
+
+    def make(self, number: int, step: Step, *, observed: bool) -> None:
+        """Make the round after an optimizer step; none before anything was observed.
+
+        Args:
+            number: The step's, from 1.
+            step: What it had of target data.
+            observed: Whether it should have been observed: without rates of its own there is no round then, while
+                others go by the rates of the round before.
+
+        Raises:
+            CldaError: If a strategy returned something else than it should, or raised (the cause); everything is then
+                as before.
+        """
+        with self._borrowing("round", step):
+            self.check_as_built()
+            layers = {layer.name: layer for layer in written_now(self._writable, self._observer.known())}
+            rates, source_rates = self._observer.rates()
+            if not rates and self.history.rounds and not observed:
+                rates, source_rates = dict(self.history.rounds[-1].rates), dict(self.history.rounds[-1].source_rates)
+            known = {name: rate for name, rate in rates.items() if name in layers}
+            if not known:
+                return
+            check_precision(self._writable.model, tuple(layers.values()))
+            strength = self._schedule.strength(number)
+            check_number("the schedule's strength", strength, at_least=0, at_most=1)
+            selected = self._selection(known, source_rates, {name: layer.numel for name, layer in layers.items()})
+            check_selected(selected, known)
+            self.relate(step)
+            context = self._context(step, tuple(layers[name] for name in layers if name in selected), strength)
+            with self._whole_or_not(context):
+                result = self._apply(context)
+                torch.clear_autocast_cache()  # of the weights before, should the host go on in its autocast
+                self._observer.start_next_round()
+                record = RoundRecord(
+                    step=number,
+                    rates=rates,
+                    source_rates=source_rates,
+                    selected=tuple(layer.name for layer in context.layers),
+                    updated=result.updated,
+                    skipped=dict(result.skipped),
+                    strength=strength,
+                    accepted=result.accepted,
+                    score_before=result.score_before,
+                    score_after=result.score_after,
+                )
+                self.history = self.history.and_then(record, keep=self._keep)
+
+    def rehearse(self, step: Step, *, probing: bool) -> None:
+        """Do all of a round that can fail, but write nothing.
+
+        Args:
+            step: The first with target data.
+            probing: Whether rounds observe the teacher by the probe.
+        """
+        self.check_as_built()
+        with self._borrowing("rehearse", step), explained():
+            if probing:
+                self._observer.rehearse(step.inputs, step.mask)
+            context = self._context(step, self._writable.layers, 1.0)
+            if self._relation.needs_inputs:
+                context.predict(context.teacher)
+                context.student_outputs()
+                self._relation_on(step, needed=False)
+            rehearse(self._update, context)
+        torch.clear_autocast_cache()
+
+    def relate(self, step: Step) -> None:
+        """Relate the models' layers, unless that was done before.
+
+        Raises:
+            CldaError: If no layer can be related although the update needs that.
+        """
+        if self.related is None:
+            self.related = self._relation_on(step, needed=needs_relation(self._update))
+
+    def check_as_built(self) -> None:
+        """Raise if the teacher, or the student where its layers matter, is not what the learner was built with."""
+        _check_as_built("teacher", self._teacher_shapes, _shapes(self._teacher))
+        if needs_relation(self._update):
+            _check_as_built("student", self._student_shapes, _shapes(self._student))
+
+    def _relation_on(self, step: Step, *, needed: bool) -> RelatedLayers:
+        student = self._student._replace(inputs=step.student_inputs)
+        related = self._relation(self._teacher, student, step.inputs)
+        check_related(related, self._teacher, self._student, needed)
+        return related
+
+    def _context(self, step: Step, layers: Tuple[Layer, ...], strength: float) -> RoundContext:
+        return RoundContext(
+            teacher=self._teacher.model,
+            student=self._student.model,
+            layers=layers,
+            related={} if self.related is None else self.related.pairs,
+            inputs=step.inputs,
+            student_inputs=step.student_inputs,
+            mask=step.mask,
+            forward=functools.partial(self._runner.in_common_classes, step),
+            strength=strength,
+            class_map=self._runner.class_map,
+        )
+
+    def _apply(self, context: RoundContext) -> UpdateResult:
+        if not context.layers:
+            return UpdateResult(())
+        if not context.strength:  # not even moments may move, and zero times infinity is no zero
+            return UpdateResult((), {layer.name: "the schedule's strength is 0" for layer in context.layers})
+        try:
+            result = self._update.apply(context)
+            check_result(result, context.layers)
+            return result
+        except Exception as error:
+            raise CldaError(
+                f"the update {type(self._update).__name__} raised {type(error).__name__}: {error}. The teacher is as "
+                "it was before the round. Fix: see the exception that caused this one"
+            ) from error
+
+    @contextmanager
+    def _borrowing(self, doing: str, step: Step) -> Iterator[None]:
+        """Lend the models to a round. Compiled, they would be compiled anew for every set of selected layers."""
+        models = (self._teacher.model, self._student.model)
+        with keeping_rng(doing, *models), adding(step.adds), uncompiled(*models):
+            yield
+
+    @contextmanager
+    def _whole_or_not(self, context: RoundContext) -> Iterator[None]:
+        """Undo all of a round that does not come to its end: the teacher, the update's state, averages and history."""
+        history, rates = self.history, self._observer.bookmark()
+        writes = bool(context.layers and context.strength)
+        before = context.before(self._update) if writes else None
+
+        def give_back() -> None:
+            if before is not None:
+                before.take_back()
+            rates()
+            self.history = history
+
+        with undoing(give_back, on_error_only=True):
+            yield
+
+    # ---------------------------------------------------------------------------------------------------- its state
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the rounds made, the one owed and the relation as plain Python data."""
+        related = self.related
+        return {
+            "owed": self.owed,
+            "history": [record.to_dict() for record in self.history.rounds],
+            "earlier": asdict(self.history.earlier),
+            "relation": None
+            if related is None
+            else {
+                "pairs": {name: layer.name for name, layer in related.pairs.items()},
+                "unrelated": dict(related.unrelated),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; on an error everything is as before.
+
+        A relation that is made without inputs stays: it follows from the models.
+        """
+        owed = None if state["owed"] is None else int(state["owed"])
+        rounds = tuple(RoundRecord.from_dict(record) for record in state["history"])
+        history = History(rounds, Earlier(**state["earlier"])).last(self._keep)
+        related, saved = self.related, state["relation"]
+        if self._relation.needs_inputs:
+            students = {layer.name: layer for layer in self._student.layers}
+            related = (
+                None
+                if saved is None
+                else RelatedLayers(
+                    {name: students[other] for name, other in saved["pairs"].items()}, dict(saved["unrelated"])
+                )
+            )
+        self.owed, self.history, self.related = owed, history, related
+
+
+def _shapes(view: ModelView) -> Dict[str, Tuple[int, ...]]:
+    """Return the shape of every parameter of the layers by canonical name; what the model lacks is absent."""
+    parameters = canonical_parameters(view.model)
+    names = [name for layer in view.layers for name in layer.parameters]
+    return {name: tuple(parameters[name].shape) for name in names if name in parameters}
+
+
+def _check_as_built(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mapping[str, Tuple[int, ...]]) -> None:
+    """Raise if a model's parameters have other names or shapes than when the learner was built."""
+    for name, shape in built.items():
+        if now.get(name) != shape:
+            raise problem(
+                f"the {whose}'s parameters were renamed, resized or replaced after the learner was built",
+                expected=f"{name!r} of shape {shape}",
+                received=f"shape {now[name]}" if name in now else "no such parameter",
+                fix="prune, parametrize (weight_norm, spectral_norm), add or merge adapters before you build the "
+                "learner, or build a new one afterwards",
+            )
