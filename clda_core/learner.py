@@ -24,7 +24,7 @@ from .relation import ByRelativeDepth, ModelView, Relation
 from .report import Report
 from .round import Rounds
 from .running import Runner, has_samples, takes_classes
-from .saliency import Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor
+from .saliency import MeanThreshold, Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor, Threshold
 from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import Never, RoundSchedule, Schedule
 from .selection import LowestFraction, Selection
@@ -38,7 +38,7 @@ from .update.writing import copied
 
 __all__ = ["CollaborativeLearner"]
 
-_ROLES = ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe")
+_ROLES = ("saliency", "threshold", "selection", "relation", "update", "distillation", "schedule", "probe")
 _FIXED = frozenset({"teacher", "student", "extract", *_ROLES})
 
 
@@ -55,8 +55,9 @@ class CollaborativeLearner:
             :meth:`state_dict` does not hold it.
         student: The small model that the host trains; never changed by the learner.
         saliency: Scores parameters; :class:`~clda_core.saliency.Taylor` by default.
-        selection: Threshold of the LSR and choice of the non-salient layers;
-            :class:`~clda_core.selection.LowestFraction` by default.
+        threshold: The score above which a parameter is salient, which the LSR counts;
+            :class:`~clda_core.saliency.MeanThreshold` by default.
+        selection: Chooses the non-salient layers by their LSR; :class:`~clda_core.selection.LowestFraction` by default.
         relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
         update: What the student does to the selected layers; by default guarded
             :class:`~clda_core.update.MaskedDistillation`.
@@ -101,6 +102,7 @@ class CollaborativeLearner:
         student: nn.Module,
         *,
         saliency: Optional[SaliencyEstimator] = None,
+        threshold: Optional[Threshold] = None,
         selection: Optional[Selection] = None,
         relation: Optional[Relation] = None,
         update: Optional[Update] = None,
@@ -121,6 +123,7 @@ class CollaborativeLearner:
         self.teacher = teacher
         self.student = student
         self.saliency: SaliencyEstimator = Taylor() if saliency is None else saliency
+        self.threshold: Threshold = MeanThreshold() if threshold is None else threshold
         self.selection: Selection = LowestFraction() if selection is None else selection
         self.relation: Relation = ByRelativeDepth() if relation is None else relation
         self.update: Update = Guard(MaskedDistillation()) if update is None else update
@@ -141,7 +144,7 @@ class CollaborativeLearner:
         self._student_view = ModelView(student, group_layers(student, layers))
         classes = takes_classes(self.distillation, self.probe if self._makes_rounds else None)
         self._runner = Runner(teacher, student, extract, self.distillation, of_classes=classes)
-        self._observer = Observer(self._writable, self.saliency, self.selection.threshold, self.probe, self._logits)
+        self._observer = Observer(self._writable, self.saliency, self.threshold, self.probe, self._logits)
         self._rounds = Rounds(
             whole,
             self._writable,
@@ -336,7 +339,7 @@ class CollaborativeLearner:
                 ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; a function is called in eval mode and
                 only when needed, and works for a frozen teacher.
             domain: Whether the batch is target or source data; source observations serve
-                :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.selection.ReferenceThreshold`.
+                :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.saliency.ReferenceThreshold`.
             scaler: The GradScaler that scaled the host's loss, if :meth:`step` does not get it: it does not know the
                 parameters of a KD loss, whose gradients are unscaled here. Those of a co-trained teacher are yours to
                 unscale before.

@@ -134,7 +134,7 @@ class Rounds:
             check_precision(self._writable.model, tuple(layers.values()))
             strength = self._schedule.strength(number)
             check_number("the schedule's strength", strength, at_least=0, at_most=1)
-            selected = self._selection(known, source_rates, {name: layer.numel for name, layer in layers.items()})
+            selected = self._selection(known, source_rates)
             check_selected(selected, known)
             self.relate(step)
             context = self._context(step, tuple(layers[name] for name in layers if name in selected), strength)

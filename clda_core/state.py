@@ -149,12 +149,23 @@ def _data_was_not_followed(state: State) -> State:
     return {**state, "owed": None, "observer": {**state["observer"], "known": None, "round_is_over": False}}
 
 
+def _selections_had_thresholds(state: State) -> State:
+    """Before the threshold was the learner's; of a selection that did not keep it as an argument it is not known."""
+    config = dict(state["config"])
+    selection = config["selection"]
+    if isinstance(selection, dict):
+        config["selection"] = {name: of for name, of in selection.items() if name != "threshold"}
+    config["threshold"] = selection.get("threshold") if isinstance(selection, dict) else None
+    return {**state, "config": config}
+
+
 _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     1: (_every_step_was_observed, _every_round_was_kept),
     2: (
         _strategies_had_module_paths,
         _losses_weighed_themselves,
         _updates_moved_single_parameters,
+        _selections_had_thresholds,
         _data_was_not_followed,
     ),
 }
@@ -187,7 +198,8 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             fix="load an unchanged state_dict() of a learner",
         )
     config = state["config"] if isinstance(state["config"], Mapping) else {}
-    differing = [key for key in own["config"] if config.get(key) != own["config"][key]]
+    unknown = {"threshold"} if config.get("threshold", ...) is None else set()  # in a state of a former version
+    differing = [key for key in own["config"] if key not in unknown and config.get(key) != own["config"][key]]
     if differing:
         key = differing[0]
         raise problem(

@@ -29,7 +29,7 @@ class Strategy:
         return f"{type(self).__name__}({arguments})"
 
 
-_TRAITS = (("score", "order"), ("apply", "needs_relation"), ("due", "observes"), ("needs_inputs",), ("threshold",))
+_TRAITS = (("score", "order"), ("apply", "needs_relation"), ("due", "observes"), ("needs_inputs",))
 """What tells a strategy that does not derive from ours from anything else that it may hold."""
 
 
@@ -121,7 +121,8 @@ def _is_ours(value: Any) -> bool:
 
 _STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
     "saliency": (("score",), ("order",), "Taylor()"),
-    "selection": (("__call__", "threshold"), (), "LowestFraction()"),
+    "threshold": (("__call__",), (), "MeanThreshold()"),
+    "selection": (("__call__",), (), "LowestFraction()"),
     "relation": (("__call__",), ("needs_inputs",), "ByRelativeDepth()"),
     "update": (("apply",), (), "Guard(MaskedDistillation())"),
     "distillation": (("__call__",), (), "DISTDistillation()"),

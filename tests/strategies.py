@@ -21,19 +21,18 @@ from clda_core.distillation import (
     kl_distillation,
 )
 from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit
-from clda_core.saliency import Fisher, Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
-from clda_core.selection import (
-    AllLayers,
-    BelowRate,
-    DomainShift,
+from clda_core.saliency import (
+    Fisher,
     FixedThreshold,
-    HighestFraction,
-    LowestFraction,
+    Hessian,
+    Magnitude,
     MeanThreshold,
+    PseudoLabelCrossEntropy,
     QuantileThreshold,
-    RandomFraction,
     ReferenceThreshold,
+    Taylor,
 )
+from clda_core.selection import AllLayers, BelowRate, DomainShift, HighestFraction, LowestFraction, RandomFraction
 from clda_core.update import (
     AlignedAverage,
     Average,
@@ -71,7 +70,7 @@ CASES: Dict[str, List[Case]] = {
     "LowestFraction": [("selection", lambda: LowestFraction(fraction=0.5))],
     "BelowRate": [("selection", lambda: BelowRate(rate=0.5))],
     "DomainShift": [
-        ("selection", lambda: DomainShift(fraction=0.5, threshold=ReferenceThreshold())),
+        ("selection", lambda: DomainShift(fraction=0.5)),
         ("selection", lambda: DomainShift(margin=0.0)),
     ],
     "HighestFraction": [("selection", HighestFraction)],
@@ -149,7 +148,7 @@ NOT_STRATEGIES = {
     "distillation_loss": "calls a loss",
     "group_layers": "a function on models: test_layers.py",
     "init_student": "a function on models: update/test_initialise.py",
-    "layer_saliency_rates": "a function of a histogram: test_selection.py",
+    "layer_saliency_rates": "a function of a histogram: saliency/test_threshold.py",
     "load": "reads a file: test_checkpoint.py",
     "pack": "the states of learner and teacher: test_checkpoint.py",
     "read": "reads a file: test_checkpoint.py",

@@ -9,17 +9,16 @@ from torch import Tensor, nn
 from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_layers, init_student, teach
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.relation import ByName, BySimilarity, Explicit, RelatedLayers
-from clda_core.saliency import Hessian, Magnitude, Taylor
-from clda_core.selection import (
-    AllLayers,
-    BelowRate,
-    DomainShift,
+from clda_core.saliency import (
     FixedThreshold,
-    LowestFraction,
+    Hessian,
+    Magnitude,
     MeanThreshold,
     QuantileThreshold,
     ReferenceThreshold,
+    Taylor,
 )
+from clda_core.selection import AllLayers, BelowRate, DomainShift, LowestFraction
 from clda_core.update import Average, Guard, MaskedDistillation, UpdateResult, agreement
 from tests.helpers import (
     INPUTS,
@@ -372,9 +371,7 @@ def test_source_data_without_a_loss() -> None:
     attempt(learner, optimizer, lambda: learner.observe(domain="source"), "nothing to observe on source data")
 
 
-@pytest.mark.parametrize(
-    "options", [{"selection": DomainShift()}, {"selection": LowestFraction(threshold=ReferenceThreshold())}]
-)
+@pytest.mark.parametrize("options", [{"selection": DomainShift()}, {"threshold": ReferenceThreshold()}])
 def test_no_source_data_where_it_is_needed(options: Dict[str, Any]) -> None:
     teacher, student = networks()
     learner = make_learner(teacher, student, **options)
@@ -393,7 +390,7 @@ def test_the_update_needs_inputs_that_were_not_given() -> None:
 
 # ------------------------------------------------------------------------------------------- strategies of wrong kinds
 
-NO_STRATEGIES = ["saliency", "selection", "relation", "update", "distillation", "schedule", "probe"]
+NO_STRATEGIES = ["saliency", "threshold", "selection", "relation", "update", "distillation", "schedule", "probe"]
 
 
 @pytest.mark.parametrize("role", NO_STRATEGIES)
@@ -433,9 +430,6 @@ class Answer:
     def score(self, parameter: Tensor, derivative: Any) -> Any:
         answer = self._answer("score", parameter.abs())
         return answer(parameter) if callable(answer) else answer
-
-    def threshold(self, target: Any, reference: Any) -> Any:
-        return self._answer("threshold", torch.tensor(0.1))
 
     def __call__(self, *_: Any) -> Any:
         return self._answer("call", None)
@@ -478,9 +472,9 @@ WRONG_ANSWERS: Dict[str, Any] = {
     "saliency: None": (lambda: {"saliency": Answer(score=lambda p: None)}, "returned no scores for 'stem.weight'"),
     "saliency: a number": (lambda: {"saliency": Answer(score=lambda p: p.sum())}, "returned no scores"),
     "saliency: negative": (lambda: {"saliency": Answer(score=lambda p: -p.abs() - 1)}, "negative scores"),
-    "threshold: None": (lambda: {"selection": AllLayers(threshold=lambda *_: None)}, "threshold .* something else"),
-    "threshold: a number": (lambda: {"selection": AllLayers(threshold=lambda *_: 0.5)}, "threshold .* something else"),
-    "threshold: a vector": (lambda: {"selection": AllLayers(threshold=lambda *_: torch.ones(2))}, "something else"),
+    "threshold: None": (lambda: {"threshold": lambda *_: None}, "threshold .* something else"),
+    "threshold: a number": (lambda: {"threshold": lambda *_: 0.5}, "threshold .* something else"),
+    "threshold: a vector": (lambda: {"threshold": lambda *_: torch.ones(2)}, "something else"),
     "selection: None": (lambda: {"selection": Answer(call=None)}, "selection returned something else"),
     "selection: text": (lambda: {"selection": Answer(call="head")}, "selection returned something else"),
     "selection: unknown": (lambda: {"selection": Answer(call=("nothing",))}, "selection returned something else"),
@@ -541,7 +535,7 @@ RAISING: Dict[str, Callable[[], Dict[str, Any]]] = {
     "distillation": lambda: {"distillation": failing},
     "probe": lambda: {"probe": failing},
     "saliency": lambda: {"saliency": Answer(score=failing)},
-    "threshold": lambda: {"selection": AllLayers(threshold=failing)},
+    "threshold": lambda: {"threshold": failing},
     "selection": lambda: {"selection": Answer(call=RAISED)},
     "relation": lambda: {"relation": Answer(call=RAISED)},
     "strength": lambda: {"schedule": Answer(strength=RAISED)},

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Outputs, Schedule, checkpoint, group_layers
 from clda_core.relation import ModelView, RelatedLayers
-from clda_core.saliency import Histogram
-from clda_core.selection import AllLayers, LowestFraction, MeanThreshold, ReferenceThreshold
+from clda_core.saliency import Histogram, MeanThreshold, ReferenceThreshold
+from clda_core.selection import AllLayers, DomainShift, LowestFraction
 from clda_core.strategy import describe
 from clda_core.update import Guard, MaskedDistillation
 from tests.helpers import (
@@ -64,7 +64,7 @@ def both(output: Tuple[Tensor, Tensor]) -> Outputs:
 def options_for(role: str, strategy: Any) -> Dict[str, Any]:
     """Return the learner's options under which a strategy of a role has something to do."""
     if role == "threshold":
-        return {"selection": LowestFraction(fraction=0.5, threshold=strategy)}
+        return {"threshold": strategy, "selection": LowestFraction(fraction=0.5)}
     if role == "criterion":
         return {"update": Guard(MaskedDistillation(learning_rate=1e-2), criterion=strategy)}
     if role == "distillation":
@@ -97,14 +97,13 @@ def learner_with(role: str, strategy: Any, **options: Any) -> Tuple[Collaborativ
     return learner, sgd(student)
 
 
-def needs_source(strategy: Any) -> bool:
-    threshold = getattr(strategy, "threshold", strategy)
-    return type(strategy).__name__ == "DomainShift" or isinstance(threshold, ReferenceThreshold)
+def needs_source(learner: CollaborativeLearner) -> bool:
+    return isinstance(learner.selection, DomainShift) or isinstance(learner.threshold, ReferenceThreshold)
 
 
 def advance(learner: CollaborativeLearner, optimizer: Any, step: int) -> None:
     def observe_source() -> None:
-        if needs_source(learner.selection):
+        if needs_source(learner):
             learner.observe(lambda model: F.cross_entropy(model(batch(50 + step)), labels(step)), domain="source")
 
     train_step(learner, optimizer, step, observe_source)
@@ -257,11 +256,11 @@ def test_selections_are_pure_and_in_order(name: str, role: str, make: Any) -> No
     source = {"a": 0.4, "b": 0.4, "c": 0.4, "d": 0.6}
     kept = json.dumps([target, source])
     state = random_states()
-    selected = make()(target, source, dict.fromkeys(target, 10))
+    selected = make()(target, source)
     assert isinstance(selected, tuple)
     assert list(selected) == [layer for layer in target if layer in selected]
-    assert selected == make()(dict(target), dict(source), dict.fromkeys(target, 10))
-    assert make()({}, source, {}) == ()
+    assert selected == make()(dict(target), dict(source))
+    assert make()({}, source) == ()
     assert json.dumps([target, source]) == kept
     assert random_states() == state
 
@@ -352,6 +351,6 @@ def test_probes_differentiate(name: str, role: str, make: Any) -> None:
 
 def test_the_learner_runs_with_everything_at_once() -> None:
     teacher, student = networks()
-    learner = make_learner(teacher, student, selection=LowestFraction(threshold=MeanThreshold(multiple=2.0)))
+    learner = make_learner(teacher, student, threshold=MeanThreshold(multiple=2.0))
     train(learner, sgd(student), 3)
     assert len(learner.report().rounds) == 3

@@ -11,8 +11,15 @@ from torch.nn import functional as F
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum, dist_distillation, kl_distillation
 from clda_core.relation import RelatedLayers
-from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
-from clda_core.selection import AllLayers, BelowRate, DomainShift, LowestFraction, ReferenceThreshold
+from clda_core.saliency import (
+    Hessian,
+    Magnitude,
+    MeanThreshold,
+    PseudoLabelCrossEntropy,
+    ReferenceThreshold,
+    Taylor,
+)
+from clda_core.selection import AllLayers, BelowRate, DomainShift, LowestFraction
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, UpdateResult, init_student
 from tests.helpers import (
     Net,
@@ -343,8 +350,8 @@ def test_step_observes_target_data_though_source_data_was_observed() -> None:
 @pytest.mark.parametrize("source_first", [True, False])
 def test_a_reference_threshold_comes_from_source_data(source_first: bool) -> None:
     teacher, student = networks()
-    selection = BelowRate(rate=1.0, threshold=ReferenceThreshold())
-    learner = make_learner(teacher, student, selection=selection, update=Average(decay=0.9))
+    options = {"selection": BelowRate(rate=1.0), "threshold": ReferenceThreshold()}
+    learner = make_learner(teacher, student, **options, update=Average(decay=0.9))
     for step in range(2):
         learner.distill(student(batch(step)), batch(step))
         calls = [lambda: learner.observe(source_loss, domain="source"), learner.observe]
@@ -503,7 +510,7 @@ def test_metrics_are_flat_floats() -> None:
 
 def test_metrics_without_a_known_rate() -> None:
     teacher, student = networks()
-    learner = make_learner(teacher, student, selection=AllLayers(threshold=lambda *_: torch.tensor(float("nan"))))
+    learner = make_learner(teacher, student, threshold=lambda *_: torch.tensor(float("nan")))
     learner.distill(student(batch()), batch())
     learner.step(step_fn=nothing)
     assert learner.metrics()["clda/rounds"] == 0, "nothing is known, so there is nothing to do"
@@ -528,6 +535,7 @@ def test_the_default_strategies_are_used() -> None:
     teacher, student = networks()
     learner = CollaborativeLearner(teacher, student)
     assert isinstance(learner.saliency, Taylor)
+    assert isinstance(learner.threshold, MeanThreshold)
     assert isinstance(learner.selection, LowestFraction)
     assert isinstance(learner.update, Guard)
     assert isinstance(learner.schedule, Schedule)
@@ -557,10 +565,7 @@ class MySaliency:
 
 
 class MySelection:
-    def threshold(self, target: Any, reference: Any) -> Tensor:
-        return torch.tensor(0.01)
-
-    def __call__(self, target: Any, source: Any, sizes: Any) -> Any:
+    def __call__(self, target: Any, source: Any) -> Any:
         return ("head",)
 
 

@@ -23,8 +23,9 @@ import clda_core
 from clda_core import CldaError, CollaborativeLearner, Schedule, group_layers
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.relation import ByName, BySimilarity
+from clda_core.saliency import FixedThreshold, ReferenceThreshold
 from clda_core.saliency.observer import Observer
-from clda_core.selection import AllLayers, LowestFraction, ReferenceThreshold
+from clda_core.selection import AllLayers
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
 from tests.distributed import processes, unlike
 from tests.helpers import (
@@ -148,7 +149,7 @@ def test_03_state_does_not_grow_with_the_width(saliency: str) -> None:
             student,
             saliency=SALIENCIES[saliency](),
             schedule=Schedule(warmup=0, interval=5, observations=5),
-            selection=LowestFraction(threshold=ReferenceThreshold()),
+            threshold=ReferenceThreshold(),
         )
         learner.distill(student(batch()), batch())
         learner.observe(lambda model: F.cross_entropy(model(batch()), labels()), domain="source")
@@ -496,9 +497,7 @@ def test_05_gradients_of_a_co_trained_teacher_are_unscaled_before_they_are_read(
         teacher, student = networks()
         optimizer = torch.optim.SGD([*student.head.parameters(), *teacher.head.parameters()], lr=0.1)
         scaler = make_scaler() if scaled else None
-        learner = make_learner(
-            teacher, student, update=Average(decay=1.0), selection=LowestFraction(threshold=fixed(1e-3))
-        )
+        learner = make_learner(teacher, student, update=Average(decay=1.0), threshold=FixedThreshold(1e-3))
         loss = F.cross_entropy(teacher(batch()), labels()) + learner.distill(student.eval()(batch()), batch())
         (scaler.scale(loss) if scaler else loss).backward()
         for name, parameter in teacher.named_parameters():
@@ -508,12 +507,6 @@ def test_05_gradients_of_a_co_trained_teacher_are_unscaled_before_they_are_read(
         reports.append(learner.report().rounds[0].rates)
     assert list(reports[0]) == ["head"]
     assert reports[0] == reports[1]
-
-
-def fixed(value: float) -> Any:
-    from clda_core.selection import FixedThreshold
-
-    return FixedThreshold(value)
 
 
 def test_05_optimizer_steps_are_counted_not_micro_batches() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from clda_core import CldaError, CollaborativeLearner
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
-from clda_core.saliency import Hessian
+from clda_core.saliency import Hessian, ReferenceThreshold
 from clda_core.selection import AllLayers
 from clda_core.state import STATE_VERSION, migrated
 from clda_core.strategy import describe
@@ -143,7 +143,7 @@ def test_no_state_holds_a_module_path_of_the_package() -> None:
     """Files may move; checkpoints stay. A path has the package's name in it, whatever is moved where."""
     states = [resumed(former(file), defaults=file.endswith("defaults"))[0].state_dict() for file in FILES]
     for _, role, make in cases():
-        if role in ("saliency", "selection", "relation", "update", "distillation", "schedule", "probe"):
+        if role in ("saliency", "threshold", "selection", "relation", "update", "distillation", "schedule", "probe"):
             states.append(make_learner(*networks(), **{role: make()}).state_dict())
     states.append([describe(make()) for _, _, make in cases()])
     assert not [text for text in texts(states) if "clda_core" in text]
@@ -159,6 +159,28 @@ def test_paths_of_any_layout_are_migrated_and_those_of_users_stay() -> None:
     assert config["saliency"] == {"class": "Taylor"}
     assert config["update"]["criterion"]["partial"] == "consensus"
     assert config["probe"] == {"class": "mine.clda_core.Probe", "inner": ["Taylor", "my_clda_core.X"]}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_threshold_of_a_former_selection_is_the_learners(version: int) -> None:
+    state = former(version)["learner"]
+    reference = {"class": "clda_core.selection.ReferenceThreshold", "of": state["config"]["selection"]["threshold"]}
+    state["config"]["selection"]["threshold"] = reference
+    config = migrated(state)["config"]
+    assert "threshold" not in config["selection"]
+    assert config["threshold"] == describe(ReferenceThreshold())
+    learner, _ = training.build()
+    with nothing_changed(learner), pytest.raises(CldaError, match="another configuration: expected threshold: "):
+        learner.load_state_dict(state)
+
+
+def test_a_former_state_whose_selection_kept_no_threshold_goes_with_any() -> None:
+    state = former(2)["learner"]
+    del state["config"]["selection"]["threshold"]
+    assert migrated(state)["config"]["threshold"] is None
+    learner, _ = training.build()
+    learner.load_state_dict(state)
+    assert learner.report().steps == training.SAVED
 
 
 def test_the_format_has_not_changed_without_a_new_version() -> None:

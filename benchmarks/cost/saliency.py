@@ -12,9 +12,8 @@ from benchmarks.cost.settings import Forced, Host, Setting
 from benchmarks.cost.timing import interleaved, ratio
 from clda_core import CollaborativeLearner
 from clda_core.layers import canonical_parameters, group_layers
-from clda_core.saliency import PseudoLabelCrossEntropy, Taylor
+from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, Taylor, layer_saliency_rates
 from clda_core.saliency.observer import score_layers
-from clda_core.selection import LowestFraction, layer_saliency_rates
 
 BARE, PRUNING = 1.15, 0.5
 
@@ -59,7 +58,7 @@ def _against_pruning(host: Host, setting: Setting, repeats: int, device: torch.d
     importance = pruning.importance.GroupTaylorImportance()
     layers, by_name = group_layers(teacher), canonical_parameters(teacher)
     gradients = {name: parameter.grad for name, parameter in by_name.items()}
-    threshold = LowestFraction().threshold
+    threshold = MeanThreshold()
 
     def ours() -> None:
         histogram = score_layers(Taylor(), layers, by_name, gradients)

@@ -14,9 +14,8 @@ from benchmarks.evidence.task import Host, Task
 from benchmarks.evidence.training import probing, train, train_on_source
 from clda_core.layers import group_layers
 from clda_core.relation import ModelView
-from clda_core.saliency import PseudoLabelCrossEntropy, Taylor
+from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, ReferenceThreshold, Taylor, Threshold
 from clda_core.saliency.observer import Observer
-from clda_core.selection import MeanThreshold, ReferenceThreshold, Threshold
 
 BATCHES = 20
 TRAININGS = ("source", "uda")

@@ -7,15 +7,29 @@ from .histogram import Histogram
 from .magnitude import Magnitude
 from .probe import PseudoLabelCrossEntropy
 from .taylor import Taylor
+from .threshold import (
+    FixedThreshold,
+    MeanThreshold,
+    QuantileThreshold,
+    ReferenceThreshold,
+    Threshold,
+    layer_saliency_rates,
+)
 
 __all__ = [
     "Fisher",
+    "FixedThreshold",
     "Hessian",
     "Histogram",
     "Magnitude",
+    "MeanThreshold",
     "Probe",
     "PseudoLabelCrossEntropy",
+    "QuantileThreshold",
+    "ReferenceThreshold",
     "SaliencyEstimator",
     "Taylor",
+    "Threshold",
     "derivatives",
+    "layer_saliency_rates",
 ]

@@ -14,12 +14,12 @@ from .._host.undo import undoing
 from ..errors import problem
 from ..layers import Layer, canonical_parameters
 from ..relation import ModelView
-from ..selection import Threshold
 from . import Probe, SaliencyEstimator
 from .base import derivatives
 from .histogram import CHUNK, Histogram
 from .host_gradients import explained, hosts_gradients, leftover_gradients, still_leftover
 from .rates import Observations
+from .threshold import Threshold
 
 __all__ = ["LossOrFunction", "Observation", "Observer", "score_layers"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .._host.compat import has_float64
 from .._host.ranks import sum_across_ranks
 from ..errors import problem
-from ..selection import Threshold, layer_saliency_rates
 from .histogram import Histogram
+from .threshold import Threshold, layer_saliency_rates
 
 
 class Observations:
@@ -22,7 +22,7 @@ class Observations:
 
     Note:
         Holds two vectors of length :math:`L` a domain, and a histogram of the source's saliency as the reference of
-        :class:`~clda_core.selection.ReferenceThreshold`, which is frozen at the first round.
+        :class:`~clda_core.saliency.ReferenceThreshold`, which is frozen at the first round.
     """
 
     def __init__(self, layers: int) -> None:

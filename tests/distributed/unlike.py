@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from clda_core import Outputs
 from clda_core.distillation import FeatureDistillation
 from clda_core.relation import BySimilarity
-from clda_core.saliency import Fisher, Hessian, Magnitude
-from clda_core.selection import DomainShift, RandomFraction, ReferenceThreshold
+from clda_core.saliency import Fisher, Hessian, Magnitude, ReferenceThreshold
+from clda_core.selection import DomainShift, RandomFraction
 from clda_core.update import Average, Guard, MaskedDistillation
 from tests.helpers import Net, batch, bits, labels, make_learner, networks, sgd, values
 
@@ -42,7 +42,11 @@ SCENARIOS: Dict[str, Callable[[], Dict[str, Any]]] = {
         "update": MaskedDistillation(learning_rate=1e-2),
         "saliency": Hessian(),
     },
-    "domain shift": lambda: {"selection": DomainShift(threshold=ReferenceThreshold()), "update": Average(decay=0.9)},
+    "domain shift": lambda: {
+        "threshold": ReferenceThreshold(),
+        "selection": DomainShift(),
+        "update": Average(decay=0.9),
+    },
     "non-finite on one rank": lambda: {"update": MaskedDistillation(learning_rate=1e-2)},
     "a head used on one rank": lambda: {"update": MaskedDistillation(learning_rate=1e-2)},
     "students that differ": lambda: {

@@ -5,8 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clda_core.errors import CldaError
-from clda_core.saliency import Fisher, Hessian, Histogram, Magnitude, Taylor
-from clda_core.selection import MeanThreshold, QuantileThreshold, layer_saliency_rates
+from clda_core.saliency import (
+    Fisher,
+    Hessian,
+    Histogram,
+    Magnitude,
+    MeanThreshold,
+    QuantileThreshold,
+    Taylor,
+    layer_saliency_rates,
+)
 from tests import reference_saliency as reference
 
 quick = settings(max_examples=30, deadline=None, derandomize=True, database=None)

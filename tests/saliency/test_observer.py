@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from clda_core.errors import CldaError
 from clda_core.layers import Layer, group_layers
 from clda_core.relation import ModelView
-from clda_core.saliency import Hessian, Magnitude, PseudoLabelCrossEntropy, Taylor
+from clda_core.saliency import FixedThreshold, Hessian, Magnitude, PseudoLabelCrossEntropy, ReferenceThreshold, Taylor
 from clda_core.saliency.histogram import CHUNK
 from clda_core.saliency.observer import Observer, score_layers
-from clda_core.selection import FixedThreshold, ReferenceThreshold
 from tests.helpers import bits, loaded, saved
 
 LAYERS = (Layer("a", ("a.w", "a.b"), (), 3, None), Layer("b", ("b.w",), (), 2, None))

@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clda_core.layers import Layer
-from clda_core.saliency import Fisher, Histogram, Magnitude, Taylor
-from clda_core.saliency.histogram import mean, quantile
-from clda_core.saliency.observer import score_layers
-from clda_core.selection import (
-    BelowRate,
-    DomainShift,
+from clda_core.saliency import (
+    Fisher,
     FixedThreshold,
-    HighestFraction,
-    LowestFraction,
+    Histogram,
+    Magnitude,
     MeanThreshold,
     QuantileThreshold,
     ReferenceThreshold,
+    Taylor,
     layer_saliency_rates,
 )
+from clda_core.saliency.histogram import mean, quantile
+from clda_core.saliency.observer import score_layers
+from clda_core.selection import BelowRate, DomainShift, HighestFraction, LowestFraction
 from tests import reference_saliency as reference
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -238,10 +238,8 @@ def without_nan(values: Dict[str, float]) -> Dict[str, float]:
 def test_selections_by_rank_are_those_of_a_slow_sort(drawn: Any, fraction: float) -> None:
     target, source = split(drawn)
     seen = without_nan(target)
-    assert list(LowestFraction(fraction=fraction)(target, source, {})) == reference.lowest(
-        seen, count(fraction, len(seen))
-    )
-    assert list(HighestFraction(fraction=fraction)(target, source, {})) == reference.lowest(
+    assert list(LowestFraction(fraction=fraction)(target, source)) == reference.lowest(seen, count(fraction, len(seen)))
+    assert list(HighestFraction(fraction=fraction)(target, source)) == reference.lowest(
         {name: -rate for name, rate in seen.items()}, count(fraction, len(seen))
     )
 
@@ -252,17 +250,17 @@ def test_selections_by_the_change_from_source_to_target(drawn: Any, fraction: fl
     target, source = split({**drawn, "seen": (0.5, 0.75)})
     change = without_nan({name: np.float64(target[name]) - np.float64(source[name]) for name in target})
     expected = reference.lowest(change, count(fraction, len(change)))
-    assert list(DomainShift(fraction=fraction)(target, source, {})) == expected
+    assert list(DomainShift(fraction=fraction)(target, source)) == expected
     fallen = [name for name in target if source[name] - target[name] > margin]
-    assert list(DomainShift(margin=margin)(target, source, {})) == fallen
-    assert list(DomainShift(margin=0)(target, target if without_nan(target) else source, {})) == []
+    assert list(DomainShift(margin=margin)(target, source)) == fallen
+    assert list(DomainShift(margin=0)(target, target if without_nan(target) else source)) == []
 
 
 @quick
 @given(both, st.sampled_from([0.25, 0.5, 1.0]))
 def test_selections_below_a_rate(drawn: Any, rate: float) -> None:
     target, source = split(drawn)
-    assert list(BelowRate(rate=rate)(target, source, {})) == [name for name in target if target[name] < rate]
+    assert list(BelowRate(rate=rate)(target, source)) == [name for name in target if target[name] < rate]
 
 
 @quick

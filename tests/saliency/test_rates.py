@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from clda_core.errors import CldaError
-from clda_core.saliency import Histogram
+from clda_core.saliency import FixedThreshold, Histogram, MeanThreshold, ReferenceThreshold
 from clda_core.saliency.rates import Observations
-from clda_core.selection import FixedThreshold, MeanThreshold, ReferenceThreshold
 from tests.helpers import bits, loaded, saved
 
 NAMES = ["a", "b", "c"]

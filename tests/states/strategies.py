@@ -6,6 +6,7 @@ Without the state of the observer's generator, which says nothing here. version-
 ffd5f54, before the package's files were moved.
 """
 
+import inspect
 import json
 import sys
 from functools import partial
@@ -38,8 +39,8 @@ class Net(nn.Module):
 
 
 def options(role: str, strategy: Any) -> Dict[str, Any]:
-    if role == "threshold":
-        return {"selection": LowestFraction(threshold=strategy)}
+    if role == "threshold" and role not in inspect.signature(CollaborativeLearner.__init__).parameters:
+        return {"selection": partial(LowestFraction, threshold=strategy)()}
     if role == "criterion":
         return {"update": Guard(MaskedDistillation(), criterion=strategy)}
     return {role: strategy}
