@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from ._host.compat import uncompiled
 from ._host.plain import plain
-from ._host.ranks import adding, world_size
-from ._host.rng import keeping_rng
+from ._host.ranks import world_size
 from ._host.stepping import accumulates, check_steppable, make_step, unscale
 from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
@@ -26,14 +24,14 @@ from .round import Rounds
 from .running import Runner, has_samples, takes_classes
 from .saliency import MeanThreshold, Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor, Threshold
 from .saliency.observer import LossOrFunction, Observer, check_loss
-from .schedule import Never, RoundSchedule, Schedule
+from .schedule import RoundSchedule, Schedule, makes_rounds
 from .selection import LowestFraction, Selection
 from .state import STATE_VERSION, check_state, migrated
 from .step import Step
 from .strategy import check_apart, check_strategies, describe
 from .update import Guard, MaskedDistillation, Update
 from .update.base import check_teacher, load_state, state_of
-from .update.writable import check_memory, check_writable, writable_layers
+from .update.writable import writable_layers
 from .update.writing import copied
 
 __all__ = ["CollaborativeLearner"]
@@ -137,12 +135,11 @@ class CollaborativeLearner:
         check_strategies({role: getattr(self, role) for role in _ROLES})
         for role in _ROLES:
             check_apart(role, getattr(self, role), (teacher, student))
-        self._makes_rounds = not isinstance(self.schedule, Never)
         whole = ModelView(teacher, group_layers(teacher, layers))
         # Relations are between whole models; observed and written is what the host has not frozen.
         self._writable = ModelView(teacher, writable_layers(whole))
         self._student_view = ModelView(student, group_layers(student, layers))
-        classes = takes_classes(self.distillation, self.probe if self._makes_rounds else None)
+        classes = takes_classes(self.distillation, self.probe if makes_rounds(self.schedule) else None)
         self._runner = Runner(teacher, student, extract, self.distillation, of_classes=classes)
         self._observer = Observer(self._writable, self.saliency, self.threshold, self.probe, self._logits)
         self._rounds = Rounds(
@@ -151,23 +148,20 @@ class CollaborativeLearner:
             self._student_view,
             self._observer,
             self._runner,
+            saliency=self.saliency,
             selection=self.selection,
             relation=self.relation,
             update=self.update,
             schedule=self.schedule,
             keep=keep_rounds,
         )
-        self._step = Step()
-        if not self.relation.needs_inputs:
-            self._rounds.relate(self._step)
-        self._check_teacher()
         self._projectors = Projectors(self.distillation, (teacher, student))
+        self._step = Step()
         self._steps = 0
         self._kd_loss: Optional[Tensor] = None
-        # What the first steps find out.
-        self._checked = False
-        self._rehearsed = not self._makes_rounds
-        self._takes_inputs = False
+        if not self.relation.needs_inputs:
+            self._rounds.relate(self._step)
+        self._rounds.check_teacher(written=enabled)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to exchange models or strategies: observations, relation and checkpoints are of those built with."""
@@ -241,7 +235,7 @@ class CollaborativeLearner:
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         mask = valid_mask(mask, self.ignore_index)
         student = as_outputs(student_output, self.extract, "student", may_be_empty=True)
-        in_round = of_step and (self.observing or self._rounds.due(self._steps + 1))
+        in_round = of_step and self._rounds.concern(self._steps + 1)
         has_data = has_samples(student, mask, wait=in_round)
         step = self._step if of_step else Step()
         step.here = has_data or bool(step.here)
@@ -262,9 +256,9 @@ class CollaborativeLearner:
             loss = loss * 0
         if of_step:
             self._kd_loss = loss.detach()
-            self._takes_inputs |= inputs is not None
+            self._rounds.take_inputs |= inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
-        if inputs is not None and (in_round or not self._rehearsed) and (has_data or step.inputs is None):
+        if inputs is not None and (in_round or not self._rounds.rehearsed) and (has_data or step.inputs is None):
             step.keep(inputs, student_inputs, mask, {"student": student, "teacher": teacher} if has_data else {})
         return loss
 
@@ -350,30 +344,10 @@ class CollaborativeLearner:
         """
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
-        if self.enabled and not self._checked:
-            self._check_teacher()
-            self._checked = True
-        step, number = self._step, self._steps + 1
-        if self.enabled and domain == "target":
-            step.loss_given |= loss is not None
-            whole_round = self.observing and self._rounds.due(number)
-            if not self._rehearsed and step.here is not None and not whole_round and self._has_target():
-                probing = loss is None and (self.saliency.order == 2 or not self._observer.host_trains_teacher())
-                self._rounds.rehearse(step, probing=probing)
-                self._rehearsed = True
-        if self.observing:
-            self._rounds.check_as_built()
-            if domain == "target" and not self._has_target():
-                step.missed = True
-                self._rounds.warn_of_no_data(number)
-            else:
-                rng, adds = keeping_rng(f"observe {domain}", self.teacher), step.adds or domain == "source"
-                with rng, adding(adds), uncompiled(self.teacher):
-                    step.pending.append(self._observer.observe(loss, domain, step.inputs, step.mask))
-                step.missed &= domain == "source"
         if self.enabled:
+            self._rounds.observe(self._step, self._steps + 1, loss, domain)
             self._unscale(scaler)
-        step.observed.add(domain)
+        self._step.observed.add(domain)
 
     @settled
     def after_step(self, *, stepped: bool = True) -> None:
@@ -405,14 +379,7 @@ class CollaborativeLearner:
         self._steps += 1
         try:
             self._projectors.step()
-            observed, due = self._rounds.observed(self._steps), self._rounds.due(self._steps)
-            finite = self._observer.commit(self._step.pending)
-            if due and not self._has_target(for_round=True):
-                self._rounds.owe(self._steps)
-            elif due:
-                self._rounds.owed = None
-                if finite:
-                    self._rounds.make(self._steps, self._step, observed=observed)
+            self._rounds.follow(self._step, self._steps)
         finally:
             self._drop_step()
 
@@ -453,22 +420,22 @@ class CollaborativeLearner:
         # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
         check_state(state, {**own, "relation": None} if self.relation.needs_inputs else own)
         try:
-            steps = int(state["steps"])
-            self._observer.load_state_dict(state["observer"])
-            self._projectors.load_state_dict(state["projectors"])
-            load_state(self.update, state["update"])
-            check_teacher(self.update, self.teacher)
-            self._rounds.load_state_dict(state)
+            self._load(state)
         except Exception as error:
-            self._projectors.load_state_dict(own["projectors"])
-            load_state(self.update, own["update"])
-            self._observer.load_state_dict(own["observer"])
+            self._load(own)
             raise CldaError(
                 f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
                 "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"
             ) from error
-        self._steps = steps
         self._drop_step()
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._observer.load_state_dict(state["observer"])
+        self._projectors.load_state_dict(state["projectors"])
+        self._rounds.load_state_dict(state)
+        load_state(self.update, state["update"])
+        check_teacher(self.update, self.teacher)
+        self._steps = int(state["steps"])
 
     def report(self) -> Report:
         """Return the history: ``print(report)``, ``report.to_dict()``, ``report.plot()``."""
@@ -491,14 +458,6 @@ class CollaborativeLearner:
 
     # ------------------------------------------------------------------------------------------------- internals
 
-    def _has_target(self, *, for_round: bool = False) -> bool:
-        """Return whether the step in the making has target data on any rank; every rank gets the same answer."""
-        step = self._step
-        if step.here is None:  # a loss that is observed has data of its own, though none for an update to run on
-            return step.loss_given and not (for_round and self._takes_inputs)
-        device = next(self.teacher.parameters()).device
-        return step.anywhere(device) and not (for_round and step.missed)
-
     def _unscale(self, scaler: Any) -> None:
         """Divide the gradients of this step that a GradScaler does not know by its scale, once."""
         if not self._step.unscaled:
@@ -516,13 +475,6 @@ class CollaborativeLearner:
     def _logits(self, inputs: Any) -> Tensor:
         """Return the teacher's logits in its own classes, for the probe."""
         return self._runner.outputs(self._step, self.teacher, inputs).logits
-
-    def _check_teacher(self) -> None:
-        """Raise if rounds could not write the teacher as it is now; for a learner that makes rounds."""
-        rounds = self.enabled and self._makes_rounds
-        check_memory(self.teacher, self.student, self._writable.layers if rounds else ())
-        if rounds:
-            check_writable(self._writable, self.saliency)
 
     def _config(self) -> Dict[str, Any]:
         return {

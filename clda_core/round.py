@@ -19,14 +19,15 @@ from .layers import Layer, canonical_parameters
 from .relation import ModelView, RelatedLayers, Relation, check_related
 from .report import Earlier, History, RoundRecord
 from .running import Runner
+from .saliency import SaliencyEstimator
 from .saliency.host_gradients import explained
-from .saliency.observer import Observer
-from .schedule import RoundSchedule
+from .saliency.observer import LossOrFunction, Observer
+from .schedule import RoundSchedule, makes_rounds
 from .selection import Selection, check_selected
 from .step import Step
 from .update import RoundContext, Update, UpdateResult
 from .update.base import check_result, needs_relation, rehearse
-from .update.writable import check_precision, written_now
+from .update.writable import check_memory, check_precision, check_writable, written_now
 
 
 class Rounds:
@@ -38,6 +39,7 @@ class Rounds:
         student: The student and its layers.
         observer: Observes the teacher.
         runner: Runs both models.
+        saliency: Scores parameters.
         selection: Chooses layers.
         relation: Relates them.
         update: Changes them.
@@ -48,6 +50,8 @@ class Rounds:
         history: The rounds made.
         related: The relation; ``None`` until the first round where it needs inputs.
         owed: The step whose round waits for target data, or ``None``.
+        rehearsed: Whether a round was rehearsed, or need not be.
+        take_inputs: Whether ``distill`` was ever given inputs, which rounds then wait for.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Rounds:
         observer: Observer,
         runner: Runner,
         *,
+        saliency: SaliencyEstimator,
         selection: Selection,
         relation: Relation,
         update: Update,
@@ -67,16 +72,20 @@ class Rounds:
         self.history = History()
         self.related: Optional[RelatedLayers] = None
         self.owed: Optional[int] = None
+        self.rehearsed = not makes_rounds(schedule)
+        self.take_inputs = False
         self._teacher = teacher
         self._writable = writable
         self._student = student
         self._observer = observer
         self._runner = runner
+        self._saliency = saliency
         self._selection = selection
         self._relation = relation
         self._update = update
         self._schedule = schedule
         self._keep = keep
+        self._checked = False
         self._warned = False
         self._teacher_shapes, self._student_shapes = _shapes(teacher), _shapes(student)
 
@@ -90,31 +99,94 @@ class Rounds:
         """Return whether gradients are observed at a step, be it for a round that is owed."""
         return self._schedule.observes(number) or (self.owed is not None and self._schedule.observes(self.owed))
 
-    def owe(self, number: int) -> None:
-        """Put the round of a step off to the next one with target data."""
-        if self.owed is None or not self._schedule.observes(self.owed):
-            self.owed = number
-        self.warn_of_no_data(number)
+    def concern(self, number: int) -> bool:
+        """Return whether a step is observed or ends with a round."""
+        return self.observed(number) or self.due(number)
 
-    def warn_of_no_data(self, number: int) -> None:
-        """Say once that a step that counts for rounds has no target data."""
+    def has_target(self, step: Step, *, for_round: bool = False) -> bool:
+        """Return whether a step has target data on any rank; every rank gets the same answer."""
+        if step.here is None:  # a loss that is observed has data of its own, though none for an update to run on
+            return step.loss_given and not (for_round and self.take_inputs)
+        device = next(self._teacher.model.parameters()).device
+        return step.anywhere(device) and not (for_round and step.missed)
+
+    def _warn_of_no_data(self, number: int) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
                 f"optimizer step {number} has no target data: distill() was not called, or its batch was empty or "
                 "masked out whole. Nothing is observed at such a step, and a round that is due is made at the next "
                 "step with target data. This is said once",
-                stacklevel=4,
+                stacklevel=5,
             )
+
+    # ------------------------------------------------------------------------------------------- around every step
+
+    def observe(self, step: Step, number: int, loss: Optional[LossOrFunction], domain: str) -> None:
+        """Observe the teacher before an optimizer step, where the schedule says so; rehearse a round at the first.
+
+        Args:
+            step: The step in the making.
+            number: Its number, from 1.
+            loss: What is observed; ``None`` for the host's gradients or else the probe.
+            domain: ``"target"`` or ``"source"``.
+        """
+        if not self._checked:
+            self.check_teacher()
+            self._checked = True
+        observed, target = self.observed(number), domain == "target"
+        if target:
+            step.loss_given |= loss is not None
+            whole_round = observed and self.due(number)  # which fails as early as its rehearsal would
+            if not self.rehearsed and step.here is not None and not whole_round and self.has_target(step):
+                probed = loss is None and (self._saliency.order == 2 or not self._observer.host_trains_teacher())
+                self.rehearse(step, probed=probed)
+                self.rehearsed = True
+        if not observed:
+            return
+        self._check_as_built()
+        if target and not self.has_target(step):
+            step.missed = True
+            self._warn_of_no_data(number)
+            return
+        teacher = self._teacher.model
+        with keeping_rng(f"observe {domain}", teacher), adding(step.adds or not target), uncompiled(teacher):
+            step.pending.append(self._observer.observe(loss, domain, step.inputs, step.mask))
+        step.missed &= not target
+
+    def follow(self, step: Step, number: int) -> None:
+        """Count what was observed for an optimizer step that was made, and make the round that is due after it."""
+        observed, due = self.observed(number), self.due(number)
+        finite = self._observer.commit(step.pending)
+        if due and not self.has_target(step, for_round=True):
+            if self.owed is None or not self._schedule.observes(self.owed):
+                self.owed = number
+            self._warn_of_no_data(number)
+        elif due:
+            self.owed = None
+            if finite:
+                self.make(step, number, observed=observed)
+
+    def check_teacher(self, *, written: bool = True) -> None:
+        """Raise if rounds could not write the teacher as it is now.
+
+        Args:
+            written: Whether any round may follow.
+        """
+        written &= makes_rounds(self._schedule)
+        layers = self._writable.layers if written else ()
+        check_memory(self._teacher.model, self._student.model, layers)
+        if written:
+            check_writable(self._writable, self._saliency)
 
     # ---------------------------------------------------------------------------------------------------- a round
 
-    def make(self, number: int, step: Step, *, observed: bool) -> None:
+    def make(self, step: Step, number: int, *, observed: bool) -> None:
         """Make the round after an optimizer step; none before anything was observed.
 
         Args:
-            number: The step's, from 1.
             step: What it had of target data.
+            number: Its number, from 1.
             observed: Whether it should have been observed: without rates of its own there is no round then, while
                 others go by the rates of the round before.
 
@@ -123,7 +195,7 @@ class Rounds:
                 as before.
         """
         with self._borrowing("round", step):
-            self.check_as_built()
+            self._check_as_built()
             layers = {layer.name: layer for layer in written_now(self._writable, self._observer.known())}
             rates, source_rates = self._observer.rates()
             if not rates and self.history.rounds and not observed:
@@ -156,16 +228,16 @@ class Rounds:
                 )
                 self.history = self.history.and_then(record, keep=self._keep)
 
-    def rehearse(self, step: Step, *, probing: bool) -> None:
+    def rehearse(self, step: Step, *, probed: bool) -> None:
         """Do all of a round that can fail, but write nothing.
 
         Args:
             step: The first with target data.
-            probing: Whether rounds observe the teacher by the probe.
+            probed: Whether rounds observe the teacher by the probe.
         """
-        self.check_as_built()
+        self._check_as_built()
         with self._borrowing("rehearse", step), explained():
-            if probing:
+            if probed:
                 self._observer.rehearse(step.inputs, step.mask)
             context = self._context(step, self._writable.layers, 1.0)
             if self._relation.needs_inputs:
@@ -184,11 +256,11 @@ class Rounds:
         if self.related is None:
             self.related = self._relation_on(step, needed=needs_relation(self._update))
 
-    def check_as_built(self) -> None:
+    def _check_as_built(self) -> None:
         """Raise if the teacher, or the student where its layers matter, is not what the learner was built with."""
-        _check_as_built("teacher", self._teacher_shapes, _shapes(self._teacher))
+        _compare("teacher", self._teacher_shapes, _shapes(self._teacher))
         if needs_relation(self._update):
-            _check_as_built("student", self._student_shapes, _shapes(self._student))
+            _compare("student", self._student_shapes, _shapes(self._student))
 
     def _relation_on(self, step: Step, *, needed: bool) -> RelatedLayers:
         student = self._student._replace(inputs=step.student_inputs)
@@ -293,7 +365,7 @@ def _shapes(view: ModelView) -> Dict[str, Tuple[int, ...]]:
     return {name: tuple(parameters[name].shape) for name in names if name in parameters}
 
 
-def _check_as_built(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mapping[str, Tuple[int, ...]]) -> None:
+def _compare(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mapping[str, Tuple[int, ...]]) -> None:
     """Raise if a model's parameters have other names or shapes than when the learner was built."""
     for name, shape in built.items():
         if now.get(name) != shape:

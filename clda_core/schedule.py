@@ -116,3 +116,8 @@ class Never(Strategy):
     def strength(self, step: int) -> float:
         """Return 0."""
         return 0.0
+
+
+def makes_rounds(schedule: RoundSchedule) -> bool:
+    """Return whether a schedule ever makes a round."""
+    return not isinstance(schedule, Never)

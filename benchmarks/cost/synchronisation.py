@@ -52,7 +52,7 @@ def waits(loss: Distillation, device: torch.device, *, round_: bool = False, **o
     teacher, student = (nn.Conv2d(3, 5, 3, padding=1).to(device) for _ in range(2))
     learner = CollaborativeLearner(teacher, student, distillation=loss, schedule=schedule, ignore_index=255, **options)
     # The first step rehearses a round, which waits as a round does; on the meta device it could not.
-    learner._rehearsed = device.type == "meta"
+    learner._rounds.rehearsed = device.type == "meta"
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     images = torch.zeros(2, 3, 8, 8, device=device)
     mask = torch.zeros(2, 8, 8, dtype=torch.int64, device=device)
