@@ -13,7 +13,7 @@ from ._host.ranks import world_size
 from ._host.stepping import accumulates, check_steppable, make_step, unscale
 from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
-from .distillation.base import valid_mask
+from .distillation.masks import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, check_models, group_layers, warn_if_swapped

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from ._host.borrowing import evaluating
 from ._host.rng import keeping_rng
 from .distillation import Distillation
-from .distillation.base import in_students_classes, leaves_nothing
+from .distillation.class_map import in_students_classes
+from .distillation.masks import leaves_nothing
+from .distillation.protocol import class_map_of, reads_of
+from .distillation.weighted_sum import single_losses
 from .errors import problem
 from .outputs import (
     Extract,
@@ -61,7 +64,7 @@ class Runner:
     @property
     def class_map(self) -> Optional[Sequence[int]]:
         """The KD loss's."""
-        return getattr(self._distillation, "class_map", None)
+        return class_map_of(self._distillation)
 
     def teacher_outputs(self, inputs: Any, raw: Any, student_raw: Any, student: Outputs, has_data: bool) -> Outputs:
         """Return the teacher's outputs beside the student's; the first are checked to be what the library is for.
@@ -169,12 +172,10 @@ def has_samples(student: Outputs, mask: Optional[Tensor], *, wait: bool) -> bool
     return not (wait or mask.device.type == "cpu") or not leaves_nothing(mask)
 
 
-def takes_classes(distillation: Any, probe: Any) -> bool:
+def takes_classes(distillation: Distillation, probe: Any) -> bool:
     """Return whether a strategy of ours reads logits as those of classes that exclude each other."""
-    terms = getattr(distillation, "terms", None)
-    losses = [loss for _, loss in terms] if isinstance(terms, list) else [distillation]
-    ours = [of for of in losses if _module_of(of).startswith("clda_core.")]
-    logits = any(getattr(loss, "reads", "logits") == "logits" for loss in ours)
+    ours = [of for of in single_losses(distillation) if _module_of(of).startswith("clda_core.")]
+    logits = any(reads_of(loss) == "logits" for loss in ours)
     return logits or isinstance(probe, PseudoLabelCrossEntropy)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .._host.compat import autocast_off
 from ..errors import check_number, problem
 from ..strategy import Strategy
-from .base import align_features, computing_dtype, valid_mask
 from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
+from .positions import align_features, computing_dtype
 
 __all__ = ["AttentionTransfer", "attention_transfer"]
 
@@ -63,7 +63,7 @@ def attention_transfer(
         https://arxiv.org/abs/1612.03928
     """
     check_number("power", power, at_least=1)
-    pairs = align_features(student_features, teacher_features, valid_mask(mask, ignore_index))
+    pairs = align_features(student_features, teacher_features, mask, ignore_index)
     for features in [student_features] if isinstance(student_features, Tensor) else student_features:
         if features.dim() < 3:
             raise problem(

@@ -7,8 +7,9 @@ from typing import Optional, Sequence
 from torch import Tensor
 
 from ..errors import check_number, problem
-from .base import LogitDistillation, align_logits, valid_mask
 from .kl import mean_kl
+from .logit_distillation import LogitDistillation
+from .positions import align_logits
 
 __all__ = ["ChannelWiseDistillation", "channel_wise_distillation"]
 
@@ -60,7 +61,7 @@ def channel_wise_distillation(
         https://arxiv.org/abs/2011.13256
     """
     check_number("temperature", temperature, above=0)
-    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
+    pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
     if student_logits.dim() < 3:
         raise problem(
             "channel-wise distillation needs spatial dimensions",

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .._host.compat import autocast_off
 from ..errors import check_number, problem
-from .base import LogitDistillation, align_logits, computing_dtype, nearest, per_position, smaller_grid, valid_mask
 from .chunked import chunks, kept_gradient, narrowed, never, shares, values_in
+from .logit_distillation import LogitDistillation
+from .masks import nearest, per_position
+from .positions import align_logits, computing_dtype, smaller_grid
 
 __all__ = ["DecoupledDistillation", "decoupled_distillation"]
 
@@ -67,7 +69,7 @@ def decoupled_distillation(
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, §3. https://arxiv.org/abs/2203.08679
     """
     _check_options(temperature, alpha, beta)
-    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
+    pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
     if labels is None:
         target = None
     else:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._host.compat import autocast_off
 from ..errors import check_number
-from .base import LogitDistillation, align_logits, computing_dtype, valid_mask
 from .chunked import Chunk, buffers, chunks, kept_gradient, read_both, shares, to_exponentials
+from .logit_distillation import LogitDistillation
+from .positions import align_logits, computing_dtype
 
 __all__ = ["DISTDistillation", "dist_distillation"]
 
@@ -70,7 +71,7 @@ def dist_distillation(
         https://arxiv.org/abs/2205.10536
     """
     _check_options(temperature, inter, intra)
-    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
+    pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
     with autocast_off(student_logits.device.type):
         loss: Tensor = _DIST.apply(*pair, temperature, inter, intra)  # type: ignore[no-untyped-call]
     return loss

@@ -13,8 +13,8 @@ from typing_extensions import Literal
 from .._host.compat import autocast_off, out_of_inference_mode
 from ..errors import problem
 from ..strategy import Strategy
-from .base import Aligned, align_features, computing_dtype, valid_mask
 from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
+from .positions import Aligned, align_features, computing_dtype
 
 __all__ = ["FeatureDistillation", "feature_distillation"]
 
@@ -55,7 +55,7 @@ def feature_distillation(
     References:
         Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, Eq. (3). https://arxiv.org/abs/1412.6550
     """
-    return _mean_loss(align_features(student_features, teacher_features, valid_mask(mask, ignore_index)))
+    return _mean_loss(align_features(student_features, teacher_features, mask, ignore_index))
 
 
 class FeatureDistillation(Strategy, nn.Module):

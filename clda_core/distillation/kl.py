@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._host.compat import autocast_off
 from ..errors import check_number
-from .base import Aligned, LogitDistillation, align_logits, computing_dtype, valid_mask
 from .chunked import buffers, chunks, kept_gradient, narrowed, never, read_both, shares, to_exponentials
+from .logit_distillation import LogitDistillation
+from .positions import Aligned, align_logits, computing_dtype
 
 __all__ = ["KLDistillation", "kl_distillation"]
 
@@ -58,7 +59,7 @@ def kl_distillation(
         Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, §2. https://arxiv.org/abs/1503.02531
     """
     check_number("temperature", temperature, above=0)
-    pair = align_logits(student_logits, teacher_logits, valid_mask(mask, ignore_index), class_map)
+    pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
     return mean_kl(pair, temperature=temperature)
 
 

@@ -7,7 +7,8 @@ from typing import Optional
 from torch import Tensor
 from torch.nn import functional
 
-from ..distillation.base import align, weighted_mean
+from ..distillation.masks import weighted_mean
+from ..distillation.positions import align
 from ..strategy import Strategy
 
 __all__ = ["PseudoLabelCrossEntropy"]

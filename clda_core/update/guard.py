@@ -13,7 +13,8 @@ from .._host.activations import wide
 from .._host.ranks import mean_across_ranks
 from .._host.undo import undoing
 from ..distillation import kl_distillation
-from ..distillation.base import align, align_logits, weighted_mean
+from ..distillation.masks import weighted_mean
+from ..distillation.positions import align, align_logits
 from ..errors import check_number, problem
 from ..strategy import Strategy
 from .base import (

@@ -9,7 +9,7 @@ from torch import nn
 
 from .._host.activations import LEAST_ROWS, watching
 from .._host.shards import local, part_for, whole
-from ..distillation.base import check_class_map, in_students_classes
+from ..distillation.class_map import check_class_map, in_students_classes
 from ..errors import problem
 from ..layers import Layer, LayerGrouping, check_models, group_layers, size
 from ..outputs import Extract, Outputs, as_outputs, call_model

@@ -2,6 +2,7 @@
 
 import torch
 
+from clda_core import Outputs
 from clda_core.distillation import (
     AttentionTransfer,
     ChannelWiseDistillation,
@@ -73,3 +74,13 @@ def ignoring(kind):
 def flat(tensor):
     """Return ``(N, C, P)`` as float64 numpy, for the oracles."""
     return tensor.detach().double().reshape(*tensor.shape[:2], -1).numpy()
+
+
+def outputs(channels=3):
+    logits = pair(2, 3, 4, 4, dtype=torch.float32)
+    widths = (channels, 5)
+    features = [
+        torch.randn(2, width, 4, 4, generator=torch.Generator().manual_seed(index))
+        for index, width in enumerate(widths)
+    ]
+    return [Outputs(x, (f,)) for x, f in zip(logits, features)]

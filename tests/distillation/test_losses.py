@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import clda_core.distillation.chunked as chunked_module
 from clda_core.distillation import FeatureDistillation, decoupled_distillation, kl_distillation
-from clda_core.distillation.base import nearest
 from clda_core.errors import CldaError
 from tests.distillation.cases import (
     FEATURE_LOSSES,
@@ -304,11 +303,6 @@ def test_different_grids_meet_on_the_smaller(name):
 
     expected = loss(resize(student), resize(teacher), mask[:, 1::2])
     assert loss(student, teacher, mask).item() == pytest.approx(expected.item(), rel=1e-9)
-
-
-@pytest.mark.parametrize(("size", "expected"), [(2, [1, 4]), (3, [1, 3, 5]), (6, [0, 1, 2, 3, 4, 5]), (1, [3])])
-def test_nearest_takes_the_centres(size, expected):
-    assert nearest(torch.arange(6).reshape(1, 6), (size,)).tolist() == [expected]
 
 
 @every_logit_loss
