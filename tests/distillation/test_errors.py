@@ -37,7 +37,7 @@ BAD_INPUTS = {
     "mask of the batch alone": (X, X, torch.ones(3), "mask has a wrong shape"),
     "mask channels": (X, X, torch.ones(2, 3, 4, 5), "mask has a wrong shape"),
     "mask transposed": (X, X, torch.ones(2, 5, 4), "mask has a wrong shape"),
-    "mask type": (X, X, [True, False], "mask cannot be used.*list"),
+    "mask type": (X, X, [True, False], "mask is no tensor.*list"),
     "mask dtype": (X, X, torch.ones(2, 4, 5, dtype=torch.complex64), "mask cannot be used.*complex"),
 }
 BAD_CLASSES = {
