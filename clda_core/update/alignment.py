@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from .._host.activations import wide
 from ..errors import check_number, problem
 
-__all__ = ["Moments", "linear_assignment", "match_channels"]
+__all__ = ["ChannelMaps", "CorrelationSums", "expressed", "linear_assignment", "match_channels"]
 
 
-class Moments(NamedTuple):
+class CorrelationSums(NamedTuple):
     """Sums over the same samples of two sets of channels, from which correlations follow; add up over ranks.
 
     Attributes:
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
     product: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> Moments:
+    def of(cls, x: Tensor, y: Tensor) -> CorrelationSums:
         """Sum over the rows of ``x``, shape ``(n, p)``, and ``y``, shape ``(n, q)``, in float64."""
         a, b = wide(x), wide(y)
         samples = a.new_tensor(float(a.shape[0]))
@@ -91,6 +91,65 @@ def match_channels(correlation: Tensor, *, minimum: float = 0.0) -> List[int]:
         chosen = values.argmax(1).tolist() if values.shape[1] else [-1] * values.shape[0]
     table = values.numpy()
     return [column if column >= 0 and table[row, column] > minimum else -1 for row, column in enumerate(chosen)]
+
+
+class Counterparts:
+    """Which student channels play the parts of the teacher's.
+
+    Attributes:
+        match: The student channel of every teacher channel, -1 where there is none.
+        channels: The teacher channels that have a counterpart.
+        partners: Their counterparts.
+        multiplicity: How many teacher channels have each of these counterparts; ``None`` if none has more than one.
+    """
+
+    def __init__(self, match: Union[Sequence[int], Tensor]) -> None:
+        self.match = torch.as_tensor(match, dtype=torch.int64, device="cpu")
+        self.channels = torch.where(self.match >= 0)[0]
+        self.partners = self.match[self.channels]
+        multiplicity = torch.bincount(self.partners)[self.partners]
+        self.multiplicity = multiplicity if bool((multiplicity > 1).any()) else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every teacher channel has one."""
+        return len(self.channels) == len(self.match)
+
+
+class ChannelMaps:
+    """The counterparts of the channels that go into a module, and of those that come out."""
+
+    def __init__(self, into: Union[Sequence[int], Tensor], out: Union[Sequence[int], Tensor]) -> None:
+        self.into, self.out = Counterparts(into), Counterparts(out)
+
+
+def expressed(target: Tensor, source: Tensor, maps: ChannelMaps, depthwise: bool) -> Optional[Tensor]:
+    """Return the student's tensor in the teacher's basis, the teacher's values where channels have no counterpart.
+
+    Returns:
+        ``None`` if no element has a counterpart, or the maps do not fit the tensors.
+    """
+    if target.dim() == 0:
+        return None
+    into, out = maps.into, maps.out
+    per_channel = target.dim() == 1 or depthwise
+    fits = target.shape[0] == len(out.match) and (per_channel or target.shape[1] == len(into.match))
+    if not fits or not len(out.channels) or not (per_channel or len(into.channels)):
+        return None
+    device = target.device
+    chosen = source.to(target).index_select(0, out.partners.to(device))
+    if not per_channel:
+        chosen = chosen.index_select(1, into.partners.to(device))
+        if into.multiplicity is not None:
+            chosen = chosen / into.multiplicity.to(target).view(1, -1, *[1] * (target.dim() - 2))
+    if out.complete and (per_channel or into.complete):
+        return chosen
+    result = target.clone()
+    if per_channel:
+        result[out.channels.to(device)] = chosen
+    else:
+        result[out.channels.to(device)[:, None], into.channels.to(device)] = chosen
+    return result
 
 
 def linear_assignment(cost: Tensor) -> List[int]:

@@ -11,7 +11,7 @@ from .._host.activations import LEAST_ROWS, capturing, positions, rows
 from .._host.names import canonical_modules
 from .._host.ranks import sum_across_ranks
 from ..outputs import Outputs
-from .alignment import Moments
+from .alignment import CorrelationSums
 
 __all__ = ["Classes", "find_classes", "is_logits"]
 
@@ -100,10 +100,10 @@ def is_logits(output: Tensor, logits: Optional[Tensor]) -> bool:
     both = rows(output, logits)
     if both is None:
         return False
-    moments = Moments(*sum_across_ranks(Moments.of(*both)))
-    same = moments.correlation().diagonal() > _SAME
-    first, second = moments.varying()
-    return bool(moments.samples >= LEAST_ROWS) and bool(same.any()) and bool((same | ~(first | second)).all())
+    sums = CorrelationSums(*sum_across_ranks(CorrelationSums.of(*both)))
+    same = sums.correlation().diagonal() > _SAME
+    first, second = sums.varying()
+    return bool(sums.samples >= LEAST_ROWS) and bool(same.any()) and bool((same | ~(first | second)).all())
 
 
 def _modules_of_logits(model: nn.Module, run: Callable[[], Outputs], chosen: Sequence[int]) -> Optional[FrozenSet[str]]:

@@ -1,7 +1,9 @@
 import copy
+import gc
 import inspect
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, Dict, List, Optional
@@ -16,7 +18,8 @@ from clda_core.layers import group_layers
 from clda_core.outputs import Outputs
 from clda_core.relation import ByName, BySimilarity, ModelView
 from clda_core.update import RoundContext
-from clda_core.update.aligned_average import AlignedAverage, _expressed, _Maps
+from clda_core.update.aligned_average import AlignedAverage
+from clda_core.update.alignment import ChannelMaps, expressed
 from clda_core.update.classes import MAY_BE_CLASSES
 from tests import reference_relation as reference
 from tests.helpers import bits, no_traces
@@ -142,10 +145,44 @@ def test_expressed_weights_equal_the_oracle(shape: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(size, generator=generator) for size in (shape, (3, 2, *shape[2:])))
     out, into = [2, -1, 0, 2], [1, 1, -1, 0, 1]
-    found = _expressed(teacher, student, _Maps(into, out), depthwise=False)
+    found = expressed(teacher, student, ChannelMaps(into, out), depthwise=False)
     oracle = reference.aligned_weight(teacher.double().numpy(), student.double().numpy(), out, into)
     assert found is not None
     assert np.allclose(found.numpy(), np.array(oracle), atol=1e-6)
+
+
+@pytest.mark.parametrize("out", [[2, 0, 1], [2, -1, 1]], ids=["all matched", "one left out"])
+@pytest.mark.parametrize("into", [[1, 0], [1, 1]], ids=["permuted", "shared"])
+@pytest.mark.parametrize(("ours", "theirs"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_a_students_tensor_is_expressed_in_the_teachers_dtype(
+    out: Any, into: Any, ours: Any, theirs: Any, depthwise: bool
+) -> None:
+    teacher, student = torch.full((3, 2), 8.0, dtype=ours), torch.tensor([[0, 1], [2, 3], [4, 5.0]], dtype=theirs)
+    found = expressed(teacher, student, ChannelMaps(into, out), depthwise=depthwise)
+    columns = [0, 1] if depthwise else into
+    share = 1 if depthwise else into.count(1)
+    expected = [[8.0, 8.0] if row < 0 else [student[row, column].item() / share for column in columns] for row in out]
+    assert found is not None
+    assert found.dtype == ours
+    assert found.tolist() == expected
+    assert teacher.unique().tolist() == [8.0], "the teacher is not written"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_models_of_different_dtypes_are_averaged_in_the_teachers(ours: torch.dtype, theirs: torch.dtype) -> None:
+    teacher, student = alive(0).to(ours), alive(1).to(theirs)
+    same = copy.deepcopy(teacher)
+
+    def forward(model: nn.Module, inputs: Tensor) -> Outputs:
+        return Outputs(model(inputs.to(next(model.parameters()).dtype)))
+
+    for net, other in ((teacher, student), (same, copy.deepcopy(student).to(ours))):
+        context = round_context(net, other, inputs=images(count=40), forward=forward)
+        assert AlignedAverage(decay=0.5, buffers="average").apply(context).updated
+    for name, value in values(teacher).items():
+        assert value.dtype == values(same)[name].dtype
+        assert torch.allclose(value, values(same)[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -342,6 +379,36 @@ def test_matching_in_every_round_equals_an_update_that_knows_nothing_yet() -> No
     for seed in range(3):
         _aligned(AlignedAverage(decay=0.9), twin, student, [seed])
     assert not changed(teacher, values(twin))
+
+
+@pytest.mark.parametrize("change", ["a parameter", "a module", "the relation"])
+def test_later_rounds_follow_what_was_exchanged_since(change: str) -> None:
+    """Which modules pair is kept from round to round, for as long as both models hold the same."""
+    teacher, student, update = alive(0), alive(1), AlignedAverage(decay=0.5)
+    update.apply(pair(teacher, student))
+    context = pair(teacher, student)
+    if change == "a parameter":
+        student.conv2.weight = nn.Parameter(torch.full_like(student.conv2.weight, 3.0))
+    elif change == "a module":
+        student.conv2 = randomise(copy.deepcopy(student.conv2), 7)
+    else:
+        related = {**context.related, "fc": group_layers(student)[0]}
+        context = round_context(teacher, student, inputs=images(count=40), related=related)
+    twin = copy.deepcopy(teacher)
+    again = AlignedAverage(decay=0.5)
+    again.load_state_dict(update.state_dict())
+    result = update.apply(context)
+    assert result == again.apply(round_context(twin, student, inputs=context.inputs, related=context.related))
+    assert not changed(teacher, values(twin))
+
+
+def test_it_keeps_no_model_alive() -> None:
+    update, teacher = AlignedAverage(), alive(0)
+    update.apply(round_context(teacher, alive(1), inputs=images(count=40)))
+    dead = [weakref.ref(teacher), *map(weakref.ref, teacher.modules()), *map(weakref.ref, teacher.parameters())]
+    del teacher
+    gc.collect()
+    assert not any(reference() is not None for reference in dead)
 
 
 def test_other_models_are_aligned_anew() -> None:

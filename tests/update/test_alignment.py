@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from clda_core.errors import CldaError
-from clda_core.update.alignment import Moments, linear_assignment, match_channels
+from clda_core.update.alignment import CorrelationSums, linear_assignment, match_channels
 from tests import reference_relation as reference
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -42,7 +42,7 @@ def test_assignment_of_512_channels_is_exact_and_takes_less_than_2_seconds() -> 
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(1024, 64, generator=generator)
     x, y = (latent @ torch.randn(64, 512, generator=generator) for _ in range(2))
-    cost = -Moments.of(x.relu(), y.relu()).correlation()
+    cost = -CorrelationSums.of(x.relu(), y.relu()).correlation()
     # Processor time: other work on the machine is not this solver's.
     start = time.process_time()
     columns = linear_assignment(cost)
@@ -92,36 +92,38 @@ def test_correlation_equals_numpys(n: int, p: int, q: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (p, q))
     x[:, 0] = 0.1
-    found = Moments.of(x, y).correlation().numpy()
+    found = CorrelationSums.of(x, y).correlation().numpy()
     assert np.allclose(found, reference.correlation(x.numpy(), y.numpy()), atol=1e-9)
 
 
 def test_channels_that_do_not_vary_are_told_from_those_that_do() -> None:
     x, y = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
     x[:, 1], y[:, 0] = 0.1, 0.0
-    first, second = Moments.of(x, y).varying()
+    first, second = CorrelationSums.of(x, y).varying()
     assert first.tolist() == [True, False, True]
     assert second.tolist() == [False, True]
 
 
 def test_moments_add_up_over_parts() -> None:
     x, y = torch.randn(8, 3), torch.randn(8, 2)
-    halves = zip(Moments.of(x[:3], y[:3]), Moments.of(x[3:], y[3:]))
-    assert torch.allclose(Moments(*[a + b for a, b in halves]).correlation(), Moments.of(x, y).correlation())
+    halves = zip(CorrelationSums.of(x[:3], y[:3]), CorrelationSums.of(x[3:], y[3:]))
+    assert torch.allclose(
+        CorrelationSums(*[a + b for a, b in halves]).correlation(), CorrelationSums.of(x, y).correlation()
+    )
 
 
 @given(st.permutations(list(range(6))), st.integers(0, 10**6))
 @quick
 def test_equal_widths_match_one_to_one(order: "list[int]", seed: int) -> None:
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(seed))
-    found = match_channels(Moments.of(x, 3 * x[:, order] + 1).correlation())
+    found = match_channels(CorrelationSums.of(x, 3 * x[:, order] + 1).correlation())
     assert [order[match] for match in found] == list(range(6))
 
 
 def test_unequal_widths_take_the_most_correlated() -> None:
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    assert match_channels(Moments.of(x[:, [2, 0, 2, 1, 0]], x).correlation()) == [2, 0, 2, 1, 0]
-    assert match_channels(Moments.of(x[:, [2, 0]], x).correlation()) == [2, 0]
+    assert match_channels(CorrelationSums.of(x[:, [2, 0, 2, 1, 0]], x).correlation()) == [2, 0, 2, 1, 0]
+    assert match_channels(CorrelationSums.of(x[:, [2, 0]], x).correlation()) == [2, 0]
 
 
 def test_channels_without_a_counterpart() -> None:
