@@ -5,7 +5,21 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 from torch import nn
 
@@ -40,6 +54,20 @@ class Layer(NamedTuple):
     buffers: Tuple[str, ...]
     numel: int
     stage: Optional[str]
+
+
+class ModelView(NamedTuple):
+    """A model and the layers it was divided into.
+
+    Attributes:
+        model: The model.
+        layers: Its layers.
+        inputs: What it is run on where that is not what the other one is run on.
+    """
+
+    model: nn.Module
+    layers: Tuple[Layer, ...]
+    inputs: Any = None
 
 
 def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[Layer, ...]:

@@ -16,9 +16,9 @@ from .distillation import DISTDistillation, Distillation, check_values, distilla
 from .distillation.masks import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
-from .layers import LayerGrouping, check_models, group_layers, warn_if_swapped
+from .layers import LayerGrouping, ModelView, check_models, group_layers, warn_if_swapped
 from .outputs import Extract, as_outputs, check_extract, check_trainable, emptied, stand_in, zero_loss
-from .relation import ByRelativeDepth, ModelView, Relation
+from .relation import ByRelativeDepth, Relation
 from .report import Report
 from .round import Rounds
 from .running import Runner, has_samples, takes_classes

@@ -14,7 +14,7 @@ from ._host.activations import LEAST_ROWS, capturing, positions, rows, watching,
 from ._host.names import canonical_modules
 from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
-from .layers import Layer
+from .layers import Layer, ModelView
 from .outputs import call_model
 from .strategy import Strategy
 
@@ -23,7 +23,6 @@ __all__ = [
     "ByRelativeDepth",
     "BySimilarity",
     "Explicit",
-    "ModelView",
     "RelatedLayers",
     "Relation",
     "linear_cka",
@@ -32,20 +31,6 @@ __all__ = [
 
 _CHANCE = 0.25
 """The linear CKA that unrelated features may have at most for a comparison to count."""
-
-
-class ModelView(NamedTuple):
-    """A model and the layers it was divided into.
-
-    Attributes:
-        model: The model.
-        layers: Its layers.
-        inputs: What it is run on where that is not what the other one is run on.
-    """
-
-    model: nn.Module
-    layers: Tuple[Layer, ...]
-    inputs: Any = None
 
 
 @dataclass(frozen=True)

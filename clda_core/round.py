@@ -15,8 +15,8 @@ from ._host.ranks import adding
 from ._host.rng import keeping_rng
 from ._host.undo import undoing
 from .errors import CldaError, check_number, problem
-from .layers import Layer, canonical_parameters
-from .relation import ModelView, RelatedLayers, Relation, check_related
+from .layers import Layer, ModelView, canonical_parameters
+from .relation import RelatedLayers, Relation, check_related
 from .report import Earlier, History, RoundRecord
 from .running import Runner
 from .saliency import SaliencyEstimator
@@ -196,28 +196,26 @@ class Rounds:
         """
         with self._borrowing("round", step):
             self._check_as_built()
-            layers = {layer.name: layer for layer in written_now(self._writable, self._observer.known())}
-            rates, source_rates = self._observer.rates()
-            if not rates and self.history.rounds and not observed:
-                rates, source_rates = dict(self.history.rounds[-1].rates), dict(self.history.rounds[-1].source_rates)
-            known = {name: rate for name, rate in rates.items() if name in layers}
+            layers = {layer.name: layer for layer in written_now(self._writable, self._observer.averages.known)}
+            rates = self._observer.rates(renewed=observed)
+            known = {name: rate for name, rate in rates.target.items() if name in layers}
             if not known:
                 return
             check_precision(self._writable.model, tuple(layers.values()))
             strength = self._schedule.strength(number)
             check_number("the schedule's strength", strength, at_least=0, at_most=1)
-            selected = self._selection(known, source_rates)
+            selected = self._selection(known, rates.source)
             check_selected(selected, known)
             self.relate(step)
             context = self._context(step, tuple(layers[name] for name in layers if name in selected), strength)
             with self._whole_or_not(context):
                 result = self._apply(context)
                 torch.clear_autocast_cache()  # of the weights before, should the host go on in its autocast
-                self._observer.start_next_round()
+                self._observer.end_round(rates)
                 record = RoundRecord(
                     step=number,
-                    rates=rates,
-                    source_rates=source_rates,
+                    rates=dict(rates.target),
+                    source_rates=dict(rates.source),
                     selected=tuple(layer.name for layer in context.layers),
                     updated=result.updated,
                     skipped=dict(result.skipped),
@@ -307,14 +305,14 @@ class Rounds:
     @contextmanager
     def _whole_or_not(self, context: RoundContext) -> Iterator[None]:
         """Undo all of a round that does not come to its end: the teacher, the update's state, averages and history."""
-        history, rates = self.history, self._observer.bookmark()
+        history, averages = self.history, self._observer.averages
         writes = bool(context.layers and context.strength)
         before = context.before(self._update) if writes else None
 
         def give_back() -> None:
             if before is not None:
                 before.take_back()
-            rates()
+            self._observer.averages = averages
             self.history = history
 
         with undoing(give_back, on_error_only=True):

@@ -146,7 +146,15 @@ def _data_was_not_followed(state: State) -> State:
 
     An update's moments had positions, which it still reads itself.
     """
-    return {**state, "owed": None, "observer": {**state["observer"], "known": None, "round_is_over": False}}
+    return {**state, "owed": None, "observer": {**state["observer"], "known": None}}
+
+
+def _last_rates_were_the_reports(state: State) -> State:
+    """Before the observer kept the rates of the last round, and all that is averaged in one place."""
+    observer = dict(state["observer"])
+    last = [{"target": record["rates"], "source": record["source_rates"]} for record in state["history"][-1:]]
+    averages = {**observer.pop("observations"), "known": observer.pop("known"), "last": last[0] if last else None}
+    return {**state, "observer": {**observer, "averages": averages}}
 
 
 def _selections_had_thresholds(state: State) -> State:
@@ -167,6 +175,7 @@ _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
         _updates_moved_single_parameters,
         _selections_had_thresholds,
         _data_was_not_followed,
+        _last_rates_were_the_reports,
     ),
 }
 """By version, what makes a state of that version one of the next, one change after the other.

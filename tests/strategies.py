@@ -135,6 +135,7 @@ NOT_STRATEGIES = {
     "Relation": "a protocol",
     "Report": "data: test_report.py",
     "RoundContext": "data",
+    "RandomVectors": "a protocol",
     "RoundRecord": "data",
     "RoundSchedule": "a protocol",
     "SaliencyEstimator": "a protocol",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Outputs, Schedule, checkpoint, group_layers
-from clda_core.relation import ModelView, RelatedLayers
+from clda_core.layers import ModelView
+from clda_core.relation import RelatedLayers
 from clda_core.saliency import Histogram, MeanThreshold, ReferenceThreshold
 from clda_core.selection import AllLayers, DomainShift, LowestFraction
 from clda_core.strategy import describe

@@ -7,8 +7,15 @@ from torch import nn
 
 from clda_core._host.names import canonical_modules, named_tensors, paired_names
 from clda_core.errors import CldaError
-from clda_core.layers import canonical_buffers, canonical_name, canonical_parameters, group_layers, local_names
-from clda_core.relation import ByName, ByRelativeDepth, ModelView
+from clda_core.layers import (
+    ModelView,
+    canonical_buffers,
+    canonical_name,
+    canonical_parameters,
+    group_layers,
+    local_names,
+)
+from clda_core.relation import ByName, ByRelativeDepth
 from tests.models import CNN, Block, ResNet, SegFormer, ViT, Wrapped, mlp
 from tests.nested_models import NESTED, UnitResNet
 

@@ -386,6 +386,14 @@ def test_rounds_between_observations_go_by_the_last_rates() -> None:
     assert all(record.updated for record in rounds)
 
 
+def test_rounds_go_by_the_observers_rates_and_not_by_the_reports() -> None:
+    learner = make_learner(*networks(), schedule=Schedule(warmup=0, interval=1, observe_every=3))
+    first = one_round(learner)
+    kept = dict(first.rates)
+    first.rates.clear()
+    assert one_round(learner).rates == kept
+
+
 def test_rates_are_kept_over_a_checkpoint() -> None:
     schedule = Schedule(warmup=0, interval=1, observe_every=3)
     learner, resumed = make_learner(*networks(), schedule=schedule), make_learner(*networks(), schedule=schedule)

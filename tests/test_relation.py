@@ -9,16 +9,8 @@ from torch import Tensor, nn
 
 from clda_core import relation
 from clda_core.errors import CldaError
-from clda_core.layers import group_layers
-from clda_core.relation import (
-    ByName,
-    ByRelativeDepth,
-    BySimilarity,
-    Explicit,
-    ModelView,
-    RelatedLayers,
-    linear_cka,
-)
+from clda_core.layers import ModelView, group_layers
+from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit, RelatedLayers, linear_cka
 from tests import reference_relation as reference
 from tests.helpers import no_traces
 from tests.models import CNN, ResNet, SegFormer, ViT, mlp

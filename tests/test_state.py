@@ -183,6 +183,14 @@ def test_a_former_state_whose_selection_kept_no_threshold_goes_with_any() -> Non
     assert learner.report().steps == training.SAVED
 
 
+@pytest.mark.parametrize("file", FILES[:-1])
+def test_the_last_rates_of_a_former_state_are_those_of_its_last_round(file: str) -> None:
+    state = former(file)["learner"]
+    averages = migrated(state)["observer"]["averages"]
+    assert averages["last"] == {"target": state["history"][-1]["rates"], "source": state["history"][-1]["source_rates"]}
+    assert migrated({**state, "history": []})["observer"]["averages"]["last"] is None
+
+
 def test_the_format_has_not_changed_without_a_new_version() -> None:
     learner, optimizer = training.build()
     training.train(learner, optimizer, 0, training.SAVED)

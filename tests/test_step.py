@@ -205,7 +205,7 @@ def test_source_gradients_of_a_co_trained_teacher_are_not_taken_for_target_ones(
     F.cross_entropy(teacher(batch()), labels()).backward()
     learner.step(sgd(student))
     assert not learner.report().rounds
-    assert learner.state_dict()["observer"]["observations"]["counts"] == {}
+    assert learner.state_dict()["observer"]["averages"]["counts"] == {}
 
 
 def test_a_loss_that_is_observed_is_data_of_its_own_but_no_batch_for_the_update(silent: Any) -> None:
@@ -229,7 +229,7 @@ def test_source_data_are_observed_at_a_step_without_target_data(silent: Any) -> 
     learner = make_learner(teacher, student)
     learner.observe(lambda net: net(batch()).pow(2).mean(), domain="source")
     learner.step(step_fn=lambda: None)
-    assert set(learner.state_dict()["observer"]["observations"]["counts"]) == {"source"}
+    assert set(learner.state_dict()["observer"]["averages"]["counts"]) == {"source"}
 
 
 def test_data_that_come_after_observe_owe_the_round(silent: Any) -> None:

@@ -13,7 +13,7 @@ from benchmarks.cost.timing import interleaved, ratio
 from clda_core import CollaborativeLearner
 from clda_core.layers import canonical_parameters, group_layers
 from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, Taylor, layer_saliency_rates
-from clda_core.saliency.observer import score_layers
+from clda_core.saliency.scores import score_layers
 
 BARE, PRUNING = 1.15, 0.5
 

@@ -12,8 +12,7 @@ from benchmarks.evidence.records import Record
 from benchmarks.evidence.runs import trained_teacher, versions
 from benchmarks.evidence.task import Host, Task
 from benchmarks.evidence.training import probing, train, train_on_source
-from clda_core.layers import group_layers
-from clda_core.relation import ModelView
+from clda_core.layers import ModelView, group_layers
 from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, ReferenceThreshold, Taylor, Threshold
 from clda_core.saliency.observer import Observer
 

@@ -1,6 +1,6 @@
 """Saliency: how much each parameter matters to a loss. Estimators only score; selection is elsewhere."""
 
-from .base import Probe, SaliencyEstimator, derivatives
+from .base import Probe, RandomVectors, SaliencyEstimator, derivatives
 from .fisher import Fisher
 from .hessian import Hessian
 from .histogram import Histogram
@@ -26,6 +26,7 @@ __all__ = [
     "Probe",
     "PseudoLabelCrossEntropy",
     "QuantileThreshold",
+    "RandomVectors",
     "ReferenceThreshold",
     "SaliencyEstimator",
     "Taylor",

@@ -6,12 +6,12 @@ from typing import Callable, List, Optional, Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import Literal, Protocol
+from typing_extensions import Protocol, runtime_checkable
 
 from .._host.layout import strided
 from ..errors import check_number, problem
 
-__all__ = ["Probe", "SaliencyEstimator", "derivatives"]
+__all__ = ["Probe", "RandomVectors", "SaliencyEstimator", "derivatives"]
 
 Probe = Callable[[Tensor, Optional[Tensor]], Tensor]
 """A loss on unlabelled target data: ``probe(logits, mask) -> scalar``, differentiable by the logits."""
@@ -20,15 +20,18 @@ Probe = Callable[[Tensor, Optional[Tensor]], Tensor]
 class SaliencyEstimator(Protocol):
     r"""Scores parameters; it neither selects layers nor touches the model.
 
-    Attributes:
-        order: The derivative of the loss that :meth:`score` receives: 0 none, 1 the gradient, 2 an estimate of the
-            Hessian's diagonal (Hutchinson). An estimator of order 2 may also have ``samples``, the number of random
-            vectors that the estimate averages over; 1 where it is absent.
+    An estimator of order 2 may be one of :class:`RandomVectors` too.
     """
 
-    order: Literal[0, 1, 2]
+    @property
+    def order(self) -> int:
+        """The derivative of the loss that :meth:`score` receives.
 
-    def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
+        0 for none, 1 for the gradient, 2 for an estimate of the Hessian's diagonal (Hutchinson).
+        """
+        ...
+
+    def score(self, parameter: Tensor, derivative: Optional[Tensor], /) -> Tensor:
         """Return how much each element of one parameter matters.
 
         Args:
@@ -38,6 +41,16 @@ class SaliencyEstimator(Protocol):
         Returns:
             Non-negative finite scores of the same shape; higher matters more. Only ratios within the model count.
         """
+        ...
+
+
+@runtime_checkable
+class RandomVectors(Protocol):
+    """What an estimator of order 2 may have: the Hessian's diagonal is estimated by one random vector otherwise."""
+
+    @property
+    def samples(self) -> int:
+        """The number of random vectors that the estimate averages over, >= 1."""
         ...
 
 

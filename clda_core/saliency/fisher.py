@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Optional
 
 from torch import Tensor
-from typing_extensions import Literal
 
 from ..strategy import Strategy
 from .base import needed
@@ -40,7 +39,7 @@ class Fisher(Strategy):
         <https://arxiv.org/abs/1801.05787>
     """
 
-    order: Literal[0, 1, 2] = 1
+    order = 1
 
     def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
         """Return ``(derivative * parameter) ** 2 / 2``.

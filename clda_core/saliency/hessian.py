@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Optional
 
 from torch import Tensor
-from typing_extensions import Literal
 
 from ..errors import check_number
 from ..strategy import Strategy
@@ -44,7 +43,7 @@ class Hessian(Strategy):
         <https://arxiv.org/abs/2006.00719>
     """
 
-    order: Literal[0, 1, 2] = 2
+    order = 2
 
     def __init__(self, *, samples: int = 1) -> None:
         check_number("samples", samples, at_least=1, integer=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Optional
 
 from torch import Tensor
-from typing_extensions import Literal
 
 from ..strategy import Strategy
 
@@ -32,7 +31,7 @@ class Magnitude(Strategy):
         <https://arxiv.org/abs/1506.02626>
     """
 
-    order: Literal[0, 1, 2] = 0
+    order = 0
 
     def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
         """Return ``|parameter|``.

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Union
 
 import torch
 from torch import Tensor, nn
 
 from .._host.borrowing import evaluating, requiring_grad
 from .._host.ranks import inside_ddp, mean_across_ranks, mean_where_seen
-from .._host.shards import gradients, is_sharded, local, sum_over_shards
+from .._host.shards import gradients, is_sharded
 from .._host.undo import undoing
 from ..errors import problem
-from ..layers import Layer, canonical_parameters
-from ..relation import ModelView
-from . import Probe, SaliencyEstimator
-from .base import derivatives
-from .histogram import CHUNK, Histogram
+from ..layers import ModelView, canonical_parameters
+from .averages import Averages, LayerRates
+from .base import Probe, RandomVectors, SaliencyEstimator, derivatives
+from .histogram import Histogram
 from .host_gradients import explained, hosts_gradients, leftover_gradients, still_leftover
-from .rates import Observations
+from .scores import score_layers
 from .threshold import Threshold
 
-__all__ = ["LossOrFunction", "Observation", "Observer", "score_layers"]
+__all__ = ["LossOrFunction", "Observation", "Observer"]
 
 LossOrFunction = Union[Tensor, Callable[[nn.Module], Tensor]]
 """What may be observed: a loss with a graph to the teacher, or a function of the teacher that returns one."""
@@ -44,75 +43,6 @@ class Observation(NamedTuple):
 _DISCARDED_IN_A_ROW = 10
 
 
-def score_layers(
-    estimator: SaliencyEstimator,
-    layers: Sequence[Layer],
-    parameters: Mapping[str, Tensor],
-    found: Mapping[str, Optional[Tensor]],
-) -> Histogram:
-    """Score every parameter whose derivative is known, and summarise the scores layer by layer.
-
-    Raises:
-        CldaError: If the estimator returns something else than scores.
-    """
-    device = next(iter(parameters.values())).device
-    sharded = [parameter for parameter in parameters.values() if is_sharded(parameter)]
-    of_whole, of_shards = _Gathering(len(layers), device), _Gathering(len(layers), device)
-    for index, layer in enumerate(layers):
-        for name in layer.parameters:
-            if found[name] is not None or estimator.order == 0:
-                scores = _scores(estimator, name, parameters[name], found[name]).to(device)
-                (of_shards if sharded and is_sharded(parameters[name]) else of_whole).add(index, scores)
-    histogram = of_whole.finish()
-    if sharded:
-        parts = of_shards.finish()
-        histogram.merge(Histogram(sum_over_shards(parts.counts, sharded), sum_over_shards(parts.sums, sharded)))
-    return histogram
-
-
-class _Gathering:
-    """Counts scores layer after layer, those of several small parameters at once."""
-
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self._histogram = Histogram.empty(layers, device)
-        self._layer = 0
-        self._scores: List[Tensor] = []
-        self._size = 0
-
-    def add(self, layer: int, scores: Tensor) -> None:
-        """Take the scores of one parameter."""
-        if layer != self._layer or self._size + scores.numel() > CHUNK:
-            self.finish()
-        self._layer = layer
-        self._scores.append(scores)
-        self._size += scores.numel()
-
-    def finish(self) -> Histogram:
-        """Count what was gathered."""
-        if self._scores:
-            self._histogram.add(self._layer, *self._scores)
-        self._scores, self._size = [], 0
-        return self._histogram
-
-
-def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
-    parameter = local(parameter)
-    derivative = None if derivative is None else local(derivative)
-    if parameter.dtype != torch.float32 or (derivative is not None and derivative.dtype != torch.float32):
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        parameter, derivative = parameter.to(wide), None if derivative is None else derivative.to(wide)
-    scores = estimator.score(parameter, derivative)
-    if not isinstance(scores, Tensor) or scores.shape != parameter.shape:
-        received = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise problem(
-            f"the saliency estimator {type(estimator).__name__} returned no scores for {name!r}",
-            expected=f"a tensor of shape {tuple(parameter.shape)}",
-            received=received,
-            fix="return one non-negative score for each element of the parameter",
-        )
-    return scores
-
-
 class Observer:
     """Observes one teacher: what was seen at steps that were made is averaged until the round.
 
@@ -124,6 +54,7 @@ class Observer:
         logits: Runs the teacher on inputs.
 
     Attributes:
+        averages: The rates of the round in the making, and those of the one before.
         discarded: Observations discarded because they were not finite.
     """
 
@@ -141,17 +72,10 @@ class Observer:
         self._threshold = threshold
         self._probe = probe
         self._logits = logits
-        self._observations = Observations(len(view.layers))
+        self.averages = Averages()
         self._generator = torch.Generator().manual_seed(0)
         self._discarded_in_a_row = 0
         self._leftover = leftover_gradients(view.model)
-        # Of the round in the making; those of the round before until then, whose rates may be used again.
-        self._known: Optional[Set[str]] = None
-        self._round_is_over = True
-
-    def known(self) -> Optional[Set[str]]:
-        """Return the parameters whose saliency on target data is known, by name; ``None`` if nobody noted that."""
-        return self._known
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**vars(self), "_generator": self._generator.get_state()}  # which not every torch copies itself
@@ -198,29 +122,30 @@ class Observer:
         """
         # Source data first: the threshold on target data may refer to it.
         in_order = sorted(pending, key=lambda observation: observation.domain)
-        with undoing(self.bookmark(), on_error_only=True):
+        before = self.averages
+
+        def give_back() -> None:
+            self.averages = before
+
+        with undoing(give_back, on_error_only=True):
             finite = [self._add(*observation) for observation in in_order]
         return all(finite)
 
-    def rates(self) -> Tuple[Dict[str, float], Dict[str, float]]:
-        """Return the mean LSR by layer on target and on source data; a layer that was never seen is absent."""
+    def rates(self, *, renewed: bool) -> LayerRates:
+        """Return the current rates: those observed since the last round, if any were.
+
+        Args:
+            renewed: Whether a round needs rates of its own; otherwise it goes by those of the last where none were
+                observed since.
+        """
         device = next(self._view.model.parameters()).device
-        return self._observations.rates([layer.name for layer in self._view.layers], device)
+        rates = self.averages.rates([layer.name for layer in self._view.layers], device)
+        last = self.averages.last
+        return rates if rates.target or renewed or last is None else last
 
-    def start_next_round(self) -> None:
-        """Forget the averages of the finished round."""
-        self._observations = self._observations.copy()
-        self._observations.start_next_round()
-        self._round_is_over = True
-
-    def bookmark(self) -> Callable[[], None]:
-        """Return a function that lets the averages be what they are now."""
-        before = self._observations, self._known, self._round_is_over
-
-        def back() -> None:
-            self._observations, self._known, self._round_is_over = before
-
-        return back
+    def end_round(self, rates: LayerRates) -> None:
+        """Begin the averages anew after a round that went by ``rates``."""
+        self.averages = self.averages.after_round(rates)
 
     def drop_leftover(self) -> None:
         """Let go of gradients from before the learner was built that the host has dropped or written to since."""
@@ -229,25 +154,20 @@ class Observer:
     def state_dict(self) -> Dict[str, Any]:
         """Return the state as tensors and plain Python types."""
         return {
-            "observations": self._observations.state_dict(),
+            "averages": self.averages.state_dict(),
             "generator": self._generator.get_state(),
             "discarded": self.discarded,
             "discarded_in_a_row": self._discarded_in_a_row,
-            "known": None if self._known is None else sorted(self._known),
-            "round_is_over": self._round_is_over,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; on an error everything is as before."""
-        observations = Observations(len(self._view.layers))
-        observations.load_state_dict(state["observations"])
+        averages = Averages.restored(state["averages"], len(self._view.layers))
         generator = torch.Generator()
         generator.set_state(state["generator"].to("cpu", torch.uint8))  # map_location may have moved it to a device
         counters = int(state["discarded"]), int(state["discarded_in_a_row"])
-        self._observations, self._generator = observations, generator
+        self.averages, self._generator = averages, generator
         self.discarded, self._discarded_in_a_row = counters
-        self._known = None if state["known"] is None else set(state["known"])
-        self._round_is_over = bool(state["round_is_over"])
 
     def _derivatives(
         self,
@@ -300,10 +220,11 @@ class Observer:
         return gradients(loss, wanted)
 
     def _differentiate(self, loss: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool) -> List[Optional[Tensor]]:
-        samples = int(getattr(self._saliency, "samples", 1))
+        saliency = self._saliency
+        samples = saliency.samples if isinstance(saliency, RandomVectors) else 1
         with explained(known_only=True):
             return derivatives(
-                self._saliency.order, loss, wanted, self._generator, samples=samples, retain_graph=retain_graph
+                saliency.order, loss, wanted, self._generator, samples=samples, retain_graph=retain_graph
             )
 
     def _derivatives_of(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
@@ -342,13 +263,7 @@ class Observer:
 
     def _add(self, domain: str, histogram: Histogram, known: Set[str]) -> bool:
         if bool(mean_across_ranks([histogram.finite.float()])[0] == 1):
-            self._observations = self._observations.copy()
-            self._observations.add(domain, histogram, self._threshold)
-            if domain == "target":
-                if self._round_is_over:
-                    self._known, self._round_is_over = known, False
-                elif self._known is not None:
-                    self._known = self._known | known
+            self.averages = self.averages.plus(domain, histogram, known, self._threshold)
             self._discarded_in_a_row = 0
             return True
         self.discarded += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Optional
 
 from torch import Tensor
-from typing_extensions import Literal
 
 from ..strategy import Strategy
 from .base import needed
@@ -33,7 +32,7 @@ class Taylor(Strategy):
         <https://arxiv.org/abs/1906.10771>
     """
 
-    order: Literal[0, 1, 2] = 1
+    order = 1
 
     def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
         """Return ``|derivative * parameter|``.

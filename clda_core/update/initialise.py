@@ -11,9 +11,9 @@ from .._host.activations import LEAST_ROWS, watching
 from .._host.shards import local, part_for, whole
 from ..distillation.class_map import check_class_map, in_students_classes
 from ..errors import problem
-from ..layers import Layer, LayerGrouping, check_models, group_layers, size
+from ..layers import Layer, LayerGrouping, ModelView, check_models, group_layers, size
 from ..outputs import Extract, Outputs, as_outputs, call_model
-from ..relation import ByRelativeDepth, ModelView, RelatedLayers, Relation
+from ..relation import ByRelativeDepth, RelatedLayers, Relation
 from .base import UpdateResult
 from .classes import Classes, find_classes
 from .statistics import frozen_norms, running_statistics

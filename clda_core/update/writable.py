@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Collection, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import AbstractSet, Collection, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from .._host.compat import has_complex_adam
 from .._host.layout import overlaps
 from .._host.names import canonical_modules, canonical_parameters, named_tensors
 from ..errors import problem
-from ..layers import Layer
-from ..relation import ModelView
+from ..layers import Layer, ModelView
 from ..saliency import SaliencyEstimator
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -69,7 +68,7 @@ def writable_layers(view: ModelView) -> Tuple[Layer, ...]:
     return tuple(layer._replace(buffers=tuple(filter(follows, layer.buffers))) for layer in layers)
 
 
-def written_now(view: ModelView, known: Optional[Set[str]]) -> Tuple[Layer, ...]:
+def written_now(view: ModelView, known: Optional[AbstractSet[str]]) -> Tuple[Layer, ...]:
     """Return what this round may write: nothing frozen since the learner was built, nothing of unknown saliency.
 
     Args:

@@ -5,8 +5,8 @@ from typing import Any, Dict, Tuple
 import pytest
 from torch import nn
 
-from clda_core.layers import group_layers
-from clda_core.relation import ByRelativeDepth, ModelView
+from clda_core.layers import ModelView, group_layers
+from clda_core.relation import ByRelativeDepth
 
 transformers = pytest.importorskip("transformers", reason="these are models of transformers")
 

@@ -1,4 +1,4 @@
-"""Scores by layer, and the observer that makes, discards and averages observations of one teacher."""
+"""The observer, which makes, discards and averages observations of one teacher."""
 
 import math
 import pickle
@@ -9,74 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from clda_core.errors import CldaError
-from clda_core.layers import Layer, group_layers
-from clda_core.relation import ModelView
+from clda_core.layers import ModelView, group_layers
 from clda_core.saliency import FixedThreshold, Hessian, Magnitude, PseudoLabelCrossEntropy, ReferenceThreshold, Taylor
-from clda_core.saliency.histogram import CHUNK
-from clda_core.saliency.observer import Observer, score_layers
+from clda_core.saliency.observer import Observer
 from tests.helpers import bits, loaded, saved
-
-LAYERS = (Layer("a", ("a.w", "a.b"), (), 3, None), Layer("b", ("b.w",), (), 2, None))
-PARAMETERS = {"a.w": torch.tensor([1.0, -2.0]), "a.b": torch.tensor([0.5]), "b.w": torch.tensor([4.0, 8.0])}
-DERIVATIVES = {"a.w": torch.tensor([1.0, 1.0]), "a.b": None, "b.w": torch.tensor([0.5, -0.5])}
-
-
-def test_parameters_without_a_derivative_are_scored_by_an_estimator_that_needs_none() -> None:
-    taylor, magnitude = (score_layers(kind(), LAYERS, PARAMETERS, DERIVATIVES) for kind in (Taylor, Magnitude))
-    assert taylor.sizes.tolist() == [2, 2]
-    assert taylor.sums.tolist() == [3.0, 6.0]
-    assert magnitude.sizes.tolist() == [3, 2]
-    assert magnitude.sums.tolist() == [3.5, 12.0]
-
-
-@pytest.mark.parametrize("sizes", [(CHUNK, 1), (CHUNK - 1, 1, 1), (1, CHUNK + 1), (3, 3 * CHUNK, 5)])
-def test_layers_of_any_size_are_counted_whole(sizes: Any) -> None:
-    names = [str(index) for index in range(len(sizes))]
-    parameters = {name: torch.full((size,), 2.0 ** int(name)) for name, size in zip(names, sizes)}
-    layers = [Layer("both", tuple(names), (), 1, None), Layer("none", (), (), 1, None)]
-    layers.append(Layer("last", ("last",), (), 1, None))
-    parameters["last"] = torch.ones(2)
-    histogram = score_layers(Magnitude(), layers, parameters, dict.fromkeys(parameters))
-    assert histogram.sizes.tolist() == [sum(sizes), 0, 2]
-    assert histogram.sums.tolist() == [sum(size * 2.0**index for index, size in enumerate(sizes)), 0.0, 2.0]
-
-
-def test_half_precision_is_scored_in_float32() -> None:
-    seen = []
-
-    class Seeing(Taylor):
-        def score(self, parameter: Tensor, derivative: Any) -> Tensor:
-            seen.append((parameter.dtype, derivative.dtype))
-            return super().score(parameter, derivative)
-
-    for dtype, other in (
-        (torch.float16, torch.float16),
-        (torch.float32, torch.bfloat16),
-        (torch.float64, torch.float64),
-    ):
-        parameters = {"a.w": torch.ones(2, dtype=dtype)}
-        score_layers(Seeing(), (Layer("a", ("a.w",), (), 2, None),), parameters, {"a.w": torch.ones(2, dtype=other)})
-    assert seen == [(torch.float32, torch.float32)] * 2 + [(torch.float64, torch.float64)]
-
-
-@pytest.mark.parametrize(
-    ("score", "received"),
-    [
-        (lambda parameter: parameter[:1], r"\(1,\)"),
-        (lambda parameter: 3.0, "float"),
-        (lambda parameter: None, "NoneType"),
-    ],
-)
-def test_an_estimator_that_returns_no_scores(score: Callable[[Tensor], Any], received: str) -> None:
-    class Odd(Taylor):
-        def score(self, parameter: Tensor, derivative: Any) -> Any:
-            return score(parameter)
-
-    with pytest.raises(CldaError, match=rf"Odd returned no scores for 'a.w'.*shape \(2,\), received {received}"):
-        score_layers(Odd(), LAYERS, PARAMETERS, DERIVATIVES)
-
-
-# ------------------------------------------------------------------------------------------------------- the observer
 
 
 def network() -> nn.Sequential:
@@ -105,21 +41,21 @@ def step(one: Observer, *losses: Any) -> bool:
 def test_what_is_pending_counts_when_it_is_committed() -> None:
     one = observer(network())
     pending = one.observe(scaled(1.0), "target", None, None)
-    assert one.rates() == ({}, {})
+    assert one.rates(renewed=True) == ({}, {})
     assert one.commit([])
-    assert one.rates() == ({}, {})
+    assert one.rates(renewed=True) == ({}, {})
     assert one.commit([pending])
-    assert one.rates() == ({"0": 0.5, "1": 0.25}, {})
+    assert one.rates(renewed=True) == ({"0": 0.5, "1": 0.25}, {})
     assert step(one, ("target", scaled(2.0)))
-    assert one.rates() == ({"0": 0.75, "1": 0.375}, {})
-    one.start_next_round()
-    assert one.rates() == ({}, {})
+    assert one.rates(renewed=True) == ({"0": 0.75, "1": 0.375}, {})
+    one.end_round(one.rates(renewed=True))
+    assert one.rates(renewed=True) == ({}, {})
 
 
 def test_source_data_of_the_same_step_comes_first() -> None:
     one = observer(network(), threshold=ReferenceThreshold())
     assert step(one, ("target", scaled(1.0)), ("source", scaled(2.0)))
-    target, source = one.rates()
+    target, source = one.rates(renewed=True)
     assert target == {"0": 0.5, "1": 0.0}  # above the mean of 2, 8, 2, 4, 0, 0
     assert source == {"0": 0.5, "1": 0.25}
 
@@ -128,9 +64,9 @@ def test_source_data_of_the_same_step_comes_first() -> None:
 def test_observations_that_are_not_finite_are_discarded_and_counted(bad: float) -> None:
     one = observer(network())
     assert not step(one, ("target", scaled(bad)))
-    assert (one.rates(), one.discarded) == (({}, {}), 1)
+    assert (one.rates(renewed=True), one.discarded) == (({}, {}), 1)
     assert not step(one, ("source", scaled(bad)), ("target", scaled(1.0)))
-    assert (one.rates()[0], one.discarded) == ({"0": 0.5, "1": 0.25}, 2)
+    assert (one.rates(renewed=True)[0], one.discarded) == ({"0": 0.5, "1": 0.25}, 2)
     assert not step(one, ("source", scaled(1.0)), ("target", scaled(bad)))
     assert one.discarded == 3
 
@@ -192,28 +128,28 @@ def test_the_hosts_gradients_are_taken_for_the_loss_but_not_those_from_before() 
     model[0].weight.grad = torch.ones(2, 1)
     assert one.host_trains_teacher()
     step(one, ("target", None))
-    assert one.rates() == ({"0": 0.5}, {})
-    assert one.known() == {"0.weight"}
+    assert one.rates(renewed=True) == ({"0": 0.5}, {})
+    assert one.averages.known == {"0.weight"}
 
 
 def test_what_is_known_is_what_target_data_has_shown_in_this_round() -> None:
     one = observer(network())
-    assert one.known() is None
+    assert one.averages.known is None
     other = observer(network())
     other.load_state_dict(loaded(saved(one.state_dict())))
-    assert other.known() is None
+    assert other.averages.known is None
     step(one, ("target", lambda model: model[0].weight.sum()))
-    assert one.known() == {"0.weight"}
+    assert one.averages.known == {"0.weight"}
     step(one, ("source", lambda model: model[1].weight.sum()))
-    assert one.known() == {"0.weight"}
+    assert one.averages.known == {"0.weight"}
     step(one, ("target", lambda model: model[1].weight.sum()))
-    assert one.known() == {"0.weight", "1.weight"}
-    one.start_next_round()
-    assert one.known() == {"0.weight", "1.weight"}, "whose rates may be used again"
+    assert one.averages.known == {"0.weight", "1.weight"}
+    one.end_round(one.rates(renewed=True))
+    assert one.averages.known == {"0.weight", "1.weight"}, "whose rates may be used again"
     other.load_state_dict(loaded(saved(one.state_dict())))
     for again in (one, other):
         step(again, ("target", lambda model: model[1].weight.sum()))
-        assert again.known() == {"1.weight"}
+        assert again.averages.known == {"1.weight"}
 
 
 def test_a_loss_goes_before_the_hosts_gradients() -> None:
@@ -221,14 +157,14 @@ def test_a_loss_goes_before_the_hosts_gradients() -> None:
     one = observer(model)
     model[0].weight.grad = torch.full((2, 1), 100.0)
     assert step(one, ("target", scaled(1.0)))
-    assert one.rates()[0] == {"0": 0.5, "1": 0.25}
+    assert one.rates(renewed=True)[0] == {"0": 0.5, "1": 0.25}
 
 
 def test_an_estimator_without_derivatives_needs_no_data() -> None:
     one = observer(network(), saliency=Magnitude())
     assert step(one, ("target", None), ("source", None))
-    assert one.rates() == ({"0": 0.5, "1": 0.25}, {"0": 0.5, "1": 0.25})
-    assert one.known() == {"0.weight", "1.weight"}
+    assert one.rates(renewed=True) == ({"0": 0.5, "1": 0.25}, {"0": 0.5, "1": 0.25})
+    assert one.averages.known == {"0.weight", "1.weight"}
 
 
 @pytest.mark.parametrize("domain", ["target", "source"])

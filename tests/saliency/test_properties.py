@@ -23,7 +23,7 @@ from clda_core.saliency import (
     layer_saliency_rates,
 )
 from clda_core.saliency.histogram import mean, quantile
-from clda_core.saliency.observer import score_layers
+from clda_core.saliency.scores import score_layers
 from clda_core.selection import BelowRate, DomainShift, HighestFraction, LowestFraction
 from tests import reference_saliency as reference
 

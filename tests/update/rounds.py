@@ -5,9 +5,9 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from clda_core.layers import group_layers
+from clda_core.layers import ModelView, group_layers
 from clda_core.outputs import as_outputs, call_model
-from clda_core.relation import ByRelativeDepth, ModelView
+from clda_core.relation import ByRelativeDepth
 from clda_core.update import RoundContext
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from clda_core.errors import CldaError
-from clda_core.layers import group_layers
+from clda_core.layers import ModelView, group_layers
 from clda_core.outputs import Outputs
-from clda_core.relation import ByName, BySimilarity, ModelView
+from clda_core.relation import ByName, BySimilarity
 from clda_core.update import RoundContext
 from clda_core.update.aligned_average import AlignedAverage
 from clda_core.update.alignment import ChannelMaps, expressed
