@@ -28,7 +28,15 @@ from ._host.names import canonical_buffers, canonical_modules, canonical_name, c
 from ._host.shards import check_sharding
 from .errors import problem
 
-__all__ = ["Layer", "LayerGrouping", "canonical_buffers", "canonical_name", "canonical_parameters", "group_layers"]
+__all__ = [
+    "Layer",
+    "LayerGrouping",
+    "ModelView",
+    "canonical_buffers",
+    "canonical_name",
+    "canonical_parameters",
+    "group_layers",
+]
 
 LayerGrouping = Union[Callable[[str], Optional[str]], Sequence[str]]
 """How a user regroups: a function from a parameter's name to its layer's name, or regular expressions."""

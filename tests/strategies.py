@@ -128,7 +128,6 @@ NOT_STRATEGIES = {
     "Distillation": "a protocol",
     "Histogram": "data: saliency/test_histogram.py",
     "Layer": "data",
-    "ModelView": "data",
     "Outputs": "data",
     "Probe": "a type",
     "RelatedLayers": "data",
