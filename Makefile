@@ -7,8 +7,10 @@ PYTHON ?= $(shell .ci/find-python 3.11+)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 ARGS ?=
-# Two workers with a thread each finish sooner than one with two, and sums do not depend on the number of cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Two workers with a thread each finish sooner than one with two, and sums do not depend on the number of cores. A file goes
+# to one worker, since what its tests share, several processes that train for example, would be made by each worker otherwise.
+SPREAD := -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 
@@ -37,7 +39,7 @@ test: venv  ## run the tests, the doctests and the snippets of README and docs (
 	$(PYTEST) $(ARGS)
 
 test-oldest: wheel  ## the same on Python 3.8 and torch 1.7.1, with the wheel installed
-	$(NOX) -s oldest -- -n $(WORKERS) $(ARGS)
+	$(NOX) -s oldest -- $(SPREAD) $(ARGS)
 
 test-matrix: wheel  ## the same on every supported Python and in the environments that hosts pin (ARGS="-s py39")
 	$(NOX) $(ARGS)

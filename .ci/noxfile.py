@@ -98,7 +98,9 @@ def add_session(name: str, environment: Environment) -> None:
             session.install("-q", "--no-build-isolation", "-c", constraints, *environment.built_last)
         install_package(session)
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        session.run("pytest", *(session.posargs or ["-n", "2"]), *environment.tests, env=one_thread)
+        session.run(
+            "pytest", *(session.posargs or ["-n", "2", "--dist", "loadfile"]), *environment.tests, env=one_thread
+        )
 
     run.__doc__ = f"Python {environment.python}; {environment.about}."
     nox.session(run, name=name, python=interpreter(environment.python))

@@ -1,4 +1,4 @@
-"""The digits job, started by torchrun."""
+"""The digits job, of small networks, started by torchrun."""
 
 import json
 import os
@@ -24,8 +24,16 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (1, 10):
 def test_two_ranks_show_and_write_one_result(tmp_path: Path) -> None:
     # The option with hyphens came with torch 2.0, which still takes this one.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    job = [str(ROOT / "examples" / "classification" / "digits.py"), "--steps=20", f"--output={tmp_path}"]
-    done = subprocess.run([*torchrun, *job], cwd=str(tmp_path), capture_output=True, timeout=600, check=True, text=True)
+    job = [str(ROOT / "tests" / "distributed" / "digits_job.py"), "--steps=20", f"--output={tmp_path}"]
+    done = subprocess.run(
+        [*torchrun, *job],
+        cwd=str(tmp_path),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=600,
+        check=True,
+        text=True,
+    )
     assert done.stdout.count("Accuracy on the 1,797 handwritten digits") == 1
     assert done.stdout.count("written: ") == 1
     assert done.stderr.count("UDA alone: 100%") == 1
