@@ -91,7 +91,7 @@ class MaskedDistillation(Strategy):
             if not all_finite(found.values()):
                 reason = "a gradient of the round is not finite"
                 break
-            self._own.step(context.teacher, everything, found, context.strength)
+            self._own.step(everything, found, context.strength)
             reached.update(found)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ __all__ = ["OptimizerFactory", "OwnOptimizer"]
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 _KERNELS = ("foreach", "fused")
+_LOAD = torch.optim.Optimizer.load_state_dict
 
 
 class OwnOptimizer:
@@ -70,29 +71,24 @@ class OwnOptimizer:
         self._model = weakref.ref(model)
         return self._optimizer
 
-    def step(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], strength: float
-    ) -> None:
+    def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], strength: float) -> None:
         """Step with these gradients alone; the ``.grad`` of every parameter is as before afterwards.
 
         Args:
-            model: As in :meth:`prepare`.
-            parameters: As in :meth:`prepare`.
+            parameters: Those that :meth:`prepare` was called with.
             gradients: By name, of any layout; a parameter without one is not moved.
             strength: Factor on the learning rate.
 
         Raises:
-            CldaError: As :meth:`prepare`, or if a fused optimizer would get a parameter whose elements do not fill
-                their memory.
+            CldaError: If a fused optimizer would get a parameter whose elements do not fill their memory.
         """
-        optimizer = self.prepare(model, parameters)
+        optimizer = cast(torch.optim.Optimizer, self._optimizer)
         _check_kernels(optimizer, {name: parameters[name] for name in gradients})
         with without_gradients(parameters.values()):
-            for name, parameter in parameters.items():
-                gradient = gradients.get(name)
-                parameter.grad = None if gradient is None else laid_out_like(gradient, parameter)
-                if gradient is not None:
-                    _lay_out_moments(optimizer, parameter)
+            for name, gradient in gradients.items():
+                parameter = parameters[name]
+                parameter.grad = laid_out_like(gradient, parameter)
+                _lay_out_moments(optimizer.state.get(parameter, {}), parameter)
             for group, rate in zip(optimizer.param_groups, self._base_rates):
                 group["lr"] = rate * strength
             optimizer.step()
@@ -122,10 +118,37 @@ class OwnOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state; it is applied when the teacher is at hand."""
+        """Restore the state; one that is not of the optimizer at hand is applied when the teacher is."""
+        if self._optimizer is not None and self._goes_back_to(state):
+            return
         self._optimizer = None
         # Optimizers adopt the tensors they load and then write to them.
         self._restored = copied(dict(state)) if state else None
+
+    def _goes_back_to(self, state: Mapping[str, Any]) -> bool:
+        """Write a state into the optimizer if it is an earlier one of its own, as where a round is taken back."""
+        optimizer = cast(torch.optim.Optimizer, self._optimizer)
+        if not state or not _is_by_name(state) or type(optimizer).load_state_dict is not _LOAD:
+            return False
+        own, saved = self.state_dict(), state["optimizer"]
+        moments, earlier = own["optimizer"]["state"], saved["state"]
+        same_groups = _names_of(saved) == _names_of(own["optimizer"]) and own["shapes"] == state["shapes"]
+        if not same_groups or not all(name in moments and _alike(moments[name], earlier[name]) for name in earlier):
+            return False
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with torch.no_grad():
+            for name, parameter in zip(self._names, held):
+                if name not in earlier:
+                    optimizer.state.pop(parameter, None)
+                for key, value in earlier.get(name, {}).items():
+                    if isinstance(value, Tensor):
+                        moments[name][key].copy_(value)
+                    else:
+                        optimizer.state[parameter][key] = copied(value)
+        for group, before in zip(optimizer.param_groups, saved["param_groups"]):
+            group.update({key: copied(value) for key, value in before.items() if key not in ("params", *_KERNELS)})
+        self._base_rates = list(state["base_rates"])
+        return True
 
     def _build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         values = list(parameters.values())
@@ -179,12 +202,24 @@ def _check_kernels(optimizer: torch.optim.Optimizer, moved: Mapping[str, Tensor]
         )
 
 
-def _lay_out_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+def _lay_out_moments(moments: Dict[str, Any], parameter: Tensor) -> None:
     """Bring the moments to the parameter's layout, which may have changed since, or be another one in a checkpoint."""
-    moments = optimizer.state.get(parameter, {})
     for key, value in moments.items():
         if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape:
             moments[key] = laid_out_like(value, parameter)
+
+
+def _names_of(saved: Mapping[str, Any]) -> List[Any]:
+    return [group["params"] for group in saved["param_groups"]]
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether the moments of one parameter can be copied into others: of equal kinds, shapes and places."""
+    return one.keys() == other.keys() and all(_kind(one[key]) == _kind(other[key]) for key in one)
+
+
+def _kind(value: Any) -> Any:
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
 
 
 def _by_position(

@@ -18,6 +18,7 @@ from clda_core.errors import CldaError
 from clda_core.update import MaskedDistillation
 from clda_core.update.own_optimizer import OwnOptimizer
 from tests._host.test_layout import LAYOUTS
+from tests.helpers import bits
 from tests.reference_update import Adam, float64
 from tests.update.rounds import changed, randomise, round_context, values
 
@@ -224,7 +225,9 @@ def test_a_step_is_float64_adams_for_every_pair_of_layouts(
     expected = {"w": float64(model.w)}
     for layout in gradients:
         gradient = drawn(layout)
-        own.step(model, dict(model.named_parameters()), {"w": gradient}, strength)
+        parameters = dict(model.named_parameters())
+        own.prepare(model, parameters)
+        own.step(parameters, {"w": gradient}, strength)
         oracle.step(expected, {"w": float64(gradient)}, RATE * strength)
     np.testing.assert_allclose(float64(model.w), expected["w"], rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
     assert is_dense(model.w) == (parameter in ("row-major", "channels last", "permuted"))
@@ -352,9 +355,67 @@ def test_moments_of_another_shape_than_their_parameter_keep_it() -> None:
     weight = nn.Parameter(torch.ones(5, 12))
     model, own = nn.ParameterDict({"w": weight}), OwnOptimizer(1.0, Factored)
     for _ in range(2):
-        own.step(model, {"w": weight}, {"w": torch.full((5, 12), 2.0)}, 1.0)
+        own.prepare(model, {"w": weight})
+        own.step({"w": weight}, {"w": torch.full((5, 12), 2.0)}, 1.0)
     assert own.state_dict()["optimizer"]["state"]["w"]["row"].tolist() == [[8.0]] * 5
     np.testing.assert_allclose(float64(weight), 1 - RATE * (2 / 2 + 2 / 8**0.5), rtol=1e-6)
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps a number of its own, which it saves and restores itself."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        self.steps += 1
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        self.steps = -1
+
+
+FACTORIES: Dict[str, Any] = {
+    "Adam": None,
+    "Adam, amsgrad": lambda parameters: torch.optim.Adam(parameters, lr=RATE, amsgrad=True),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=RATE, momentum=0.9),
+    "a schedule": lambda parameters: torch.optim.SGD(parameters, lr=RATE, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_round_that_is_taken_back_leaves_the_optimizer_as_it_was(factory: str, rounds: int) -> None:
+    """The same optimizer goes on, and moments of parameters that had none before are gone."""
+    teacher, twin = randomise(Sorted(), 1), randomise(Sorted(), 1)
+    update, other = (MaskedDistillation(learning_rate=RATE, optimizer=FACTORIES[factory]) for _ in range(2))
+    for model, rounds_of in ((teacher, update), (twin, other)):
+        for number in range(rounds):
+            rounds_of.apply(round_context(model, student(), ["fc"], inputs=inputs(number)))
+    before, state, built = values(teacher), copy.deepcopy(update.state_dict()), update._own._optimizer
+    kept = copy.deepcopy(state)
+    update.apply(round_context(teacher, student(), inputs=inputs(8), strength=0.5))
+    teacher.load_state_dict(before)
+    update.load_state_dict(state)
+    assert bits(update.state_dict()) == bits(state)
+    assert rounds == 0 or update._own._optimizer is built, "nothing is built anew"
+    after_rounds(teacher, update, 9)
+    after_rounds(twin, other, 9)
+    assert bits(update.state_dict()) == bits(other.state_dict())
+    assert not changed(teacher, values(twin))
+    assert bits(state) == bits(kept), "the state that is given is not written"
+
+
+def test_an_optimizer_that_restores_itself_is_asked_to() -> None:
+    teacher = randomise(Sorted(), 1)
+    update = MaskedDistillation(optimizer=lambda parameters: Remembering(parameters, lr=RATE, momentum=0.9))
+    after_rounds(teacher, update, 0)
+    update.load_state_dict(copy.deepcopy(update.state_dict()))
+    update._own.prepare(teacher, dict(teacher.named_parameters()))
+    assert update._own._optimizer.steps == -1
 
 
 def test_an_update_can_be_copied_and_goes_on() -> None:
