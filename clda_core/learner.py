@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
+from ._host.accelerate import accelerated
 from ._host.plain import plain
 from ._host.ranks import world_size
-from ._host.stepping import accumulates, check_steppable, make_step, unscale
+from ._host.stepping import check_steppable, make_step, unscale
 from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.masks import valid_mask
@@ -290,13 +291,14 @@ class CollaborativeLearner:
                 (its exception is the cause); the learner is then as before.
         """
         check_steppable(optimizer, scaler, step_fn, stepped)
-        if not self.enabled or (step_fn is None and accumulates(optimizer)):
+        engines = accelerated(optimizer)
+        if not self.enabled or (step_fn is None and engines is not None and engines.accumulates):
             return make_step(optimizer, scaler, step_fn)[0]
         if "target" not in self._step.observed:
             if scaler is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaler, optimizer)
             self.observe()
-        self._unscale(getattr(optimizer, "scaler", None) if scaler is None else scaler)
+        self._unscale(engines.scaler if scaler is None and engines is not None else scaler)
         try:
             result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:

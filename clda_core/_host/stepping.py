@@ -1,116 +1,73 @@
-"""Stepping the host's optimizer: alone, through a GradScaler, or through the host's own function."""
+"""Stepping the host's optimizer: alone, through a GradScaler, as Accelerate wraps it, or by a function of the host."""
 
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 from ..errors import problem
-
-
-def make_step(
-    optimizer: Any,
-    scaler: Any = None,
-    step_fn: Optional[Callable[[], Any]] = None,
-    stepped: Optional[Callable[[], bool]] = None,
-) -> Tuple[Any, bool]:
-    """Step, and return what the step returned and whether it was made."""
-    if scaler is not None and step_fn is None:
-        return None, scaler_step(scaler, optimizer)
-    watch = StepWatch(optimizer)
-    try:
-        result = optimizer.step() if step_fn is None else step_fn()
-    finally:
-        made = watch.stepped()
-    if stepped is not None:
-        made = bool(stepped())
-    elif step_fn is not None:
-        made = True
-    return result, made
-
-
-def accumulates(optimizer: Any) -> bool:
-    """Return whether the optimizer's ``step()`` waits for further micro-batches, as Accelerate's does."""
-    return not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)
-
-
-def unscale(scaler: Any, optimizer: Any) -> None:
-    try:
-        scaler.unscale_(optimizer)
-    except RuntimeError as error:
-        # The host has unscaled already, to clip gradients for example; GradScaler offers no way to ask.
-        if "unscale_() has already been called" not in str(error):
-            raise
-
-
-def scaler_step(scaler: Any, optimizer: Any) -> bool:
-    """Call ``scaler.step(optimizer)`` and return whether the optimizer really stepped."""
-    with watching(optimizer) as stepped:
-        scaler.step(optimizer)
-    return stepped()
-
-
-@contextmanager
-def watching(optimizer: Any) -> Iterator[Callable[[], bool]]:
-    """Watch an optimizer that a GradScaler steps; what is yielded returns whether it did.
-
-    A GradScaler skips the step after an overflow without saying so, so ``optimizer.step`` is watched for the call; it
-    is the instance's own again afterwards. A fused optimizer is called all the same and skips on the device, by the
-    ``found_inf`` it is handed; reading that waits for the device, as every other optimizer does under a GradScaler.
-    """
-    overflows: List[Any] = []
-    inner = optimizer.step
-    own = vars(optimizer).get("step")
-
-    @functools.wraps(inner)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        overflows.append(getattr(optimizer, "found_inf", None))
-        return inner(*args, **kwargs)
-
-    optimizer.step = watched
-    try:
-        yield lambda: bool(overflows) and not any(overflow is not None and bool(overflow) for overflow in overflows)
-    finally:
-        if own is None:
-            del optimizer.step
-        else:
-            optimizer.step = own
+from .accelerate import AcceleratedWatch, accelerated
 
 
 class StepWatch:
-    """Watches one step of an optimizer that holds its scaler itself, as Accelerate's does, and says when it skips.
+    """Watches an optimizer until it is closed: its ``step()`` is another one, which makes the step and notes it.
 
-    By its ``step_was_skipped``, which takes a fused optimizer's step for made whatever it did, and so by
-    ``found_inf`` as well.
+    A GradScaler skips the step after an overflow without saying so. A fused optimizer is called all the same and skips
+    on the device, by the ``found_inf`` that it is handed; reading that waits for the device, as every other optimizer
+    does under a GradScaler.
 
     Args:
-        optimizer: Any optimizer; one that does not say whether it skipped steps is taken for one that does not skip.
+        optimizer: Anything with ``step()``; when closed it has the ``step()`` that it had.
+        before: Called before a step.
+        after: Called after one that did not raise, with whether it was made.
+
+    Attributes:
+        inside: Whether the optimizer is stepping now.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._overflows: List[Any] = []
-        self._handle: Any = None
-        register = getattr(getattr(optimizer, "optimizer", None), "register_step_post_hook", None)
-        if hasattr(optimizer, "step_was_skipped") and register is not None:  # which came with torch 2.0
-            self._handle = register(self._note)
+    def __init__(
+        self,
+        optimizer: Any,
+        before: Optional[Callable[[], None]] = None,
+        after: Optional[Callable[[bool], None]] = None,
+    ) -> None:
+        self.inside = False
+        self._optimizer, self._own = optimizer, vars(optimizer).get("step")
+        self._called, self._overflow = False, None
+        inner = optimizer.step
+
+        @functools.wraps(inner)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before()
+            self._called, self._overflow = True, getattr(optimizer, "found_inf", None)
+            self.inside = True
+            try:
+                result = inner(*args, **kwargs)
+            finally:
+                self.inside = False
+            if after is not None:
+                after(self.stepped())
+            return result
+
+        optimizer.step = step
 
     def stepped(self) -> bool:
-        """Return whether the step was made, and watch no more."""
-        if self._handle is not None:
-            self._handle.remove()
-        return not getattr(self._optimizer, "step_was_skipped", False) and not any(map(bool, self._overflows))
+        """Return whether the optimizer has stepped, and not without effect."""
+        return self._called and (self._overflow is None or not bool(self._overflow))
 
-    def _note(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if getattr(optimizer, "found_inf", None) is not None:
-            self._overflows.append(optimizer.found_inf)
+    def close(self) -> None:
+        """Give the optimizer its own ``step()`` back."""
+        if self._own is None:
+            vars(self._optimizer).pop("step", None)
+        else:
+            self._optimizer.step = self._own
 
+    def __enter__(self) -> StepWatch:
+        return self
 
-def overflowed(optimizer: Any) -> bool:
-    """Return whether a fused optimizer now steps without effect, because of what a GradScaler handed to it."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def check_steppable(
@@ -154,7 +111,8 @@ def check_steppable(
             received=type(scaler).__name__,
             fix="pass scaler=torch.cuda.amp.GradScaler(), or leave it out",
         )
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's holds the one that it was made of
+    engines = accelerated(optimizer)
+    inner = optimizer if engines is None else engines.optimizer
     if callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None)):
         raise problem(
             f"{type(inner).__name__} makes two steps in one, which step() cannot make for it",
@@ -163,3 +121,35 @@ def check_steppable(
             fix="call learner.step(step_fn=lambda: optimizer.second_step(zero_grad=True)), "
             "or observe() before and after_step() after it",
         )
+
+
+def make_step(
+    optimizer: Any,
+    scaler: Any = None,
+    step_fn: Optional[Callable[[], Any]] = None,
+    stepped: Optional[Callable[[], bool]] = None,
+) -> Tuple[Any, bool]:
+    """Step, and return what the step returned and whether it was made."""
+    if step_fn is not None:
+        result, made = step_fn(), True
+    elif scaler is not None:
+        with StepWatch(optimizer) as watch:
+            result = scaler.step(optimizer)
+        made = watch.stepped()
+    elif accelerated(optimizer) is not None:
+        with AcceleratedWatch(optimizer) as engines:
+            result = optimizer.step()
+        made = engines.stepped()
+    else:
+        result, made = optimizer.step(), True
+    return result, made if stepped is None else bool(stepped())
+
+
+def unscale(scaler: Any, optimizer: Any) -> None:
+    """Unscale gradients, unless that is done: for what the host clips, for example."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        # GradScaler offers no way to ask.
+        if "unscale_() has already been called" not in str(error):
+            raise

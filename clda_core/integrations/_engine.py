@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Iterable, List
 
-from ..errors import CldaError, problem
+from ..errors import problem
 from ..learner import CollaborativeLearner
 
 _PATIENCE = 100
@@ -56,37 +56,52 @@ def check_trains(model: Any, optimizer: Any, learner: CollaborativeLearner) -> N
         students_optimizer([optimizer], learner)
 
 
-class Unstepped:
-    """Warns, once in a training, if the engine goes through many batches, or an epoch, and never steps the learner.
+class Steps:
+    """The learner's two halves around the steps that an engine makes.
 
-    So it is with an optimizer whose steps the engine does not see: one that is stepped in two halves, or by itself.
+    Warns, once in a training, if the engine goes through many batches, or an epoch, and is never seen to step. So it is
+    with an optimizer that is stepped in two halves, or by itself.
+
+    Args:
+        learner: The learner.
+        fix: What to do if no step is seen.
     """
 
-    def __init__(self, fix: str) -> None:
-        self._fix = fix
-        self._batches = 0
-        self._done = True
+    def __init__(self, learner: CollaborativeLearner, fix: str) -> None:
+        self._learner, self._fix = learner, fix
+        self._observed = False
+        self._batches, self._seen = 0, True
 
     def begin(self) -> None:
-        """Start to look, at the start of a training."""
-        self._batches, self._done = 0, False
+        """Begin a training; what an unfinished step has left of another is dropped."""
+        self.end(made=False)
+        self._batches, self._seen = 0, False
 
-    def stepped(self) -> None:
-        """Note that a step was seen, made or skipped."""
-        self._done = True
+    def observe(self, scaler: Any = None) -> None:
+        """Observe, once in a step: LBFGS and SAM evaluate its closure several times."""
+        self._seen = True
+        if not self._observed:
+            self._learner.observe(scaler=scaler)
+            self._observed = True
 
-    def after_batch(self, learner: CollaborativeLearner, accumulated: int = 1) -> None:
+    def end(self, made: bool) -> None:
+        """Count the step that was observed, if there is one and it was ``made``."""
+        if self._observed:
+            self._observed = False
+            self._learner.after_step(stepped=made)
+
+    def after_batch(self, accumulated: int = 1) -> None:
         """Note a batch; of those in ``accumulated`` one is a step."""
-        if not self._done:
+        if not self._seen:
             self._batches += 1
             if self._batches >= _PATIENCE * accumulated:
-                self.warn(learner)
+                self.warn()
 
-    def warn(self, learner: CollaborativeLearner) -> None:
+    def warn(self) -> None:
         """Say so if there were batches and no step; at the end of an epoch."""
-        if self._done or not self._batches or not learner.enabled:
+        if self._seen or not self._batches or not self._learner.enabled:
             return
-        self._done = True
+        self._seen = True
         warnings.warn(
             f"{self._batches} batches were trained, and no optimizer step of the student was seen: the learner counts "
             f"none and makes no rounds. {self._fix}",
@@ -96,13 +111,3 @@ class Unstepped:
 
 def _parameters(optimizer: Any) -> List[Any]:
     return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
-
-
-def not_watched(optimizer: Any) -> CldaError:
-    """Return the error for an optimizer of which it cannot be seen when it steps."""
-    return problem(
-        f"the steps of {type(optimizer).__name__} cannot be watched",
-        expected="a torch.optim.Optimizer of torch 2.0 or newer, with hooks before and after its step",
-        received=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-        fix="leave the callback out, and call learner.observe() before and learner.after_step() after the step",
-    )

@@ -14,12 +14,12 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from .._host.stepping import watching
+from .._host.stepping import StepWatch
 from ..checkpoint import pack, unpack
 from ..errors import problem
 from ..learner import CollaborativeLearner
 from ..schedule import Schedule
-from ._engine import Unstepped, students_optimizer
+from ._engine import Steps, students_optimizer
 
 __all__ = ["CollaborationHook"]
 
@@ -65,10 +65,7 @@ class CollaborationHook(Hook):
         self.log_interval = log_interval
         self.options = options
         self.learner: Optional[CollaborativeLearner] = None
-        self._unstepped = Unstepped(
-            "If the model's train_step steps the optimizer itself, let it call optim_wrapper.update_params() or "
-            "optim_wrapper.step()"
-        )
+        self._steps: Optional[Steps] = None
 
     def before_run(self, runner: Any) -> None:
         """Build the learner, give it to the model, and step it where the wrapper steps.
@@ -91,8 +88,13 @@ class CollaborationHook(Hook):
             self.learner = model.learner = self._built(model)
         self._take_off(wrapper)  # left by a run that an exception ended
         students_optimizer([wrapper.optimizer], self.learner)
-        wrapper.step = partial(_step, self.learner, wrapper, wrapper.step, self._unstepped)
-        self._unstepped.begin()
+        self._steps = Steps(
+            self.learner,
+            "If the model's train_step steps the optimizer itself, let it call optim_wrapper.update_params() or "
+            "optim_wrapper.step()",
+        )
+        self._steps.begin()
+        wrapper.step = partial(_step, self._steps, wrapper, wrapper.step)
 
     def _built(self, model: nn.Module) -> CollaborativeLearner:
         teacher = self.teacher
@@ -113,16 +115,16 @@ class CollaborationHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Optional[Dict[str, Any]] = None
     ) -> None:
         """Write the metrics to the message hub, from where the runner's loggers take them."""
-        if self.learner is not None:
-            self._unstepped.after_batch(self.learner, getattr(runner.optim_wrapper, "_accumulative_counts", 1))
+        if self._steps is not None:
+            self._steps.after_batch(getattr(runner.optim_wrapper, "_accumulative_counts", 1))
         if self.learner is not None and self.every_n_train_iters(runner, self.log_interval):
             for name, value in self.learner.metrics().items():
                 runner.message_hub.update_scalar(f"train/{name}", value)
 
     def after_train_epoch(self, runner: Any) -> None:
         """Say so if no step was seen."""
-        if self.learner is not None:
-            self._unstepped.warn(self.learner)
+        if self._steps is not None:
+            self._steps.warn()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Put learner and teacher into the checkpoint."""
@@ -153,10 +155,12 @@ class CollaborationHook(Hook):
             del wrapper.step
 
 
-def _step(
-    learner: CollaborativeLearner, wrapper: OptimWrapper, step: Callable[..., Any], seen: Unstepped, **kwargs: Any
-) -> None:
-    seen.stepped()
-    learner.observe(scaler=getattr(wrapper, "loss_scaler", None))
-    with watching(wrapper.optimizer) as stepped:
-        learner.step(step_fn=partial(step, **kwargs), stepped=stepped)
+def _step(steps: Steps, wrapper: OptimWrapper, step: Callable[..., Any], **kwargs: Any) -> None:
+    steps.observe(scaler=getattr(wrapper, "loss_scaler", None))
+    made = False
+    try:
+        with StepWatch(wrapper.optimizer) as watch:
+            step(**kwargs)
+        made = watch.stepped()
+    finally:
+        steps.end(made)

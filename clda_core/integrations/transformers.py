@@ -8,11 +8,11 @@ from typing import Any, Optional
 import torch
 from transformers import TrainerCallback
 
-from .._host.stepping import StepWatch
+from .._host.accelerate import AcceleratedWatch, accelerated
 from ..checkpoint import atomically, pack, read, unpack
 from ..errors import problem
 from ..learner import CollaborativeLearner
-from ._engine import Unstepped, check_trains
+from ._engine import Steps, check_trains
 
 __all__ = ["CollaborationCallback"]
 
@@ -41,10 +41,11 @@ class CollaborationCallback(TrainerCallback):
     def __init__(self, learner: CollaborativeLearner, *, resume_from: Optional[str] = None) -> None:
         self.learner = learner
         self.resume_from = resume_from
-        self._watch: Optional[StepWatch] = None
-        self._unstepped = Unstepped(
+        self._watch: Optional[AcceleratedWatch] = None
+        self._steps = Steps(
+            learner,
             "If your Trainer has a training loop of its own, call learner.observe() before and learner.after_step() "
-            "after the optimizer's step there, and leave the callback out"
+            "after the optimizer's step there, and leave the callback out",
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,10 +55,10 @@ class CollaborationCallback(TrainerCallback):
             CldaError: If the Trainer trains something else than the student, or it resumes, and there is no
                 ``clda.pt`` to go on from, or it does not fit.
         """
-        self._drop()
+        self._end(made=False)
         if kwargs.get("model") is not None:
             check_trains(kwargs["model"], kwargs.get("optimizer"), self.learner)
-        self._unstepped.begin()
+        self._steps.begin()
         self.learner.teacher.to(next(self.learner.student.parameters()).device)
         if not state.global_step:
             return
@@ -73,24 +74,23 @@ class CollaborationCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Observe; gradients are complete and clipped here."""
-        self._drop()
-        self._unstepped.stepped()
+        self._end(made=False)  # a step that raised
         optimizer = kwargs.get("optimizer")
-        self.learner.observe(scaler=getattr(optimizer, "scaler", None))
-        self._watch = StepWatch(optimizer)
+        engines = accelerated(optimizer)
+        self._steps.observe(scaler=None if engines is None else engines.scaler)
+        self._watch = None if engines is None else AcceleratedWatch(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step, unless it was skipped, and make a round if one is due."""
-        watch, self._watch = self._watch, None
-        self.learner.after_step(stepped=watch is None or watch.stepped())
+        self._end(made=self._watch is None or self._watch.stepped())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say so if no step is ever seen."""
-        self._unstepped.after_batch(self.learner)
+        self._steps.after_batch()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say so if no step was seen."""
-        self._unstepped.warn(self.learner)
+        self._steps.warn()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write learner and teacher beside the student."""
@@ -98,12 +98,11 @@ class CollaborationCallback(TrainerCallback):
             with atomically(os.path.join(_folder(args, state), _FILE)) as unfinished:
                 torch.save(pack(self.learner), unfinished)
 
-    def _drop(self) -> None:
-        """Forget a step that raised."""
+    def _end(self, made: bool) -> None:
         if self._watch is not None:
-            self._watch.stepped()
+            self._watch.close()
             self._watch = None
-            self.learner.after_step(stepped=False)
+        self._steps.end(made)
 
 
 def _folder(args: Any, state: Any) -> str:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._host.stepping import accumulates, make_step, scaler_step, unscale
+from clda_core._host.accelerate import accelerated
+from clda_core._host.stepping import StepWatch, make_step, unscale
 
 
 class FakeScaler:
@@ -71,7 +72,7 @@ def test_a_step_patched_by_a_scheduler_is_put_back() -> None:
     optimizer = sgd()
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     patched, before = optimizer.step, dict(vars(optimizer))
-    assert scaler_step(FakeScaler(), optimizer)
+    assert make_step(optimizer, FakeScaler())[1]
     assert optimizer.step is patched or optimizer.step == patched
     assert set(vars(optimizer)) - {"_opt_called"} == set(before) - {"_opt_called"}  # the scheduler's own mark
     assert vars(optimizer).get("step") is before.get("step")
@@ -83,7 +84,7 @@ def test_an_error_leaves_no_trace() -> None:
     optimizer = sgd()
     before = set(vars(optimizer))
     with pytest.raises(ValueError, match="out of memory"):
-        scaler_step(FakeScaler(error=ValueError("out of memory")), optimizer)
+        make_step(optimizer, FakeScaler(error=ValueError("out of memory")))
     assert set(vars(optimizer)) == before
 
 
@@ -100,8 +101,27 @@ def test_the_watched_step_has_the_signature_that_scalers_look_at() -> None:
             optimizer.step(grad_scaler=self)
 
     scaler = Scaler()
-    assert scaler_step(scaler, Legacy([nn.Parameter(torch.ones(1))], lr=0.1))
+    assert make_step(Legacy([nn.Parameter(torch.ones(1))], lr=0.1), scaler)[1]
     assert seen == [scaler]
+
+
+def test_an_optimizer_is_watched_until_closed_whoever_steps_it() -> None:
+    """Also one that calls ``super().step()``, that steps another on the way, or raises."""
+    optimizer, log = sgd(), []  # type: Any, List[Any]
+    before = set(vars(optimizer))
+    outer = StepWatch(optimizer, after=lambda made: log.append(("outer", made)))
+    watch = StepWatch(optimizer, before=lambda: log.append(outer.inside), after=lambda made: log.append(made))
+    assert not watch.stepped()
+    optimizer.step()
+    assert log == [False, ("outer", True), True]
+    assert watch.stepped()
+    with pytest.raises(TypeError):
+        optimizer.step("no closure")
+    assert not outer.inside
+    assert log[3:] == [False], "after is not called for a step that raised"
+    watch.close()
+    outer.close()
+    assert set(vars(optimizer)) == before
 
 
 def test_without_a_scaler() -> None:
@@ -142,10 +162,10 @@ def test_stepped_is_asked_after_the_step(made: bool) -> None:
 
 
 def test_an_optimizer_that_accumulates_is_noticed() -> None:
-    assert accumulates(Accelerated(sync_gradients=False))
-    assert not accumulates(Accelerated())
-    assert not accumulates(sgd())
-    assert not accumulates(None)
+    assert accelerated(Accelerated(sync_gradients=False)).accumulates
+    assert not accelerated(Accelerated()).accumulates
+    assert accelerated(sgd()) is None
+    assert accelerated(None) is None
 
 
 def scaler_on_cpu() -> Any:
@@ -164,7 +184,7 @@ def test_torchs_own_scaler(overflow: bool, options: Any) -> None:
     scaler.scale(parameter.sum() * (float("inf") if overflow else 1.0)).backward()
     unscale(scaler, optimizer)
     unscale(scaler, optimizer)
-    assert scaler_step(scaler, optimizer) is not overflow
+    assert make_step(optimizer, scaler)[1] is not overflow
     scaler.update()
     assert (value(optimizer) == 1.0) is overflow
     assert set(vars(optimizer)) == before

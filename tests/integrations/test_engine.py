@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from clda_core import CldaError
-from clda_core.integrations._engine import Unstepped, check_trains, students_optimizer
-from tests.helpers import make_learner, networks, sgd
+from clda_core.integrations._engine import Steps, check_trains, students_optimizer
+from tests.helpers import batch, make_learner, networks, sgd
 
 
 def test_the_optimizer_that_holds_most_of_the_student_counts() -> None:
@@ -47,20 +47,41 @@ def test_the_model_of_the_engine_must_hold_the_student() -> None:
             check_trains(model, optimizer, learner)
 
 
+def test_a_step_is_observed_once_and_ended_once() -> None:
+    learner = make_learner(*networks())
+    steps = Steps(learner, "")
+    steps.begin()
+    steps.end(made=True)  # before anything was observed
+    for made in (True, False, True):
+        learner.distill(learner.student(batch()), batch()).backward()
+        steps.observe()
+        steps.observe()
+        steps.end(made)
+        steps.end(made)
+    assert learner.report().steps == 2
+    learner.distill(learner.student(batch()), batch())
+    steps.observe()
+    steps.begin()  # drops what a training that raised has left
+    steps.end(made=True)
+    assert learner.report().steps == 2
+
+
 def test_a_training_without_a_step_is_said_once() -> None:
     learner = make_learner(*networks())
 
     def run(batches: int, accumulated: int = 1, **happens: Any) -> int:
-        watch = Unstepped("Do this.")
-        watch.begin()
+        steps = Steps(learner, "Do this.")
+        steps.begin()
         if happens.get("stepped"):
-            watch.stepped()
+            learner.distill(learner.student(batch()), batch())
+            steps.observe()
+            steps.end(made=False)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for _ in range(batches):
-                watch.after_batch(learner, accumulated)
+                steps.after_batch(accumulated)
             if happens.get("epoch"):
-                watch.warn(learner)
+                steps.warn()
         assert all("no optimizer step of the student was seen" in str(entry.message) for entry in said)
         assert all(str(entry.message).endswith("Do this.") for entry in said)
         return len(said)
