@@ -23,7 +23,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from ._host.ranks import inside_ddp
+from ._host.borrowing import inside_ddp
 from ._host.shards import is_sharded
 from .errors import problem
 

@@ -10,9 +10,8 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 
-from ._host.compat import uncompiled
+from ._host.borrowing import borrowed
 from ._host.ranks import adding
-from ._host.rng import keeping_rng
 from ._host.undo import undoing
 from .errors import CldaError, check_number, problem
 from .layers import Layer, ModelView, canonical_parameters
@@ -149,8 +148,8 @@ class Rounds:
             step.missed = True
             self._warn_of_no_data(number)
             return
-        teacher = self._teacher.model
-        with keeping_rng(f"observe {domain}", teacher), adding(step.adds or not target), uncompiled(teacher):
+        lent = borrowed(self._teacher.model, doing=f"observe {domain}", passes=False)
+        with adding(step.adds or not target), lent:
             step.pending.append(self._observer.observe(loss, domain, step.inputs, step.mask))
         step.missed &= not target
 
@@ -299,7 +298,7 @@ class Rounds:
     def _borrowing(self, doing: str, step: Step) -> Iterator[None]:
         """Lend the models to a round. Compiled, they would be compiled anew for every set of selected layers."""
         models = (self._teacher.model, self._student.model)
-        with keeping_rng(doing, *models), adding(step.adds), uncompiled(*models):
+        with adding(step.adds), borrowed(*models, doing=doing, passes=False):
             yield
 
     @contextmanager

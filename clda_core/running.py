@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Optional, Sequence, cast
 
-import torch
 from torch import Tensor, nn
 
-from ._host.borrowing import evaluating
-from ._host.rng import keeping_rng
+from ._host.borrowing import borrowed
 from .distillation import Distillation
 from .distillation.class_map import in_students_classes
 from .distillation.masks import leaves_nothing
@@ -150,7 +148,7 @@ class Runner:
                 fix="call learner.distill(student_output, inputs)",
             )
         try:
-            with keeping_rng("distill", self._teacher), evaluating(self._teacher), torch.no_grad():
+            with borrowed(self._teacher, doing="distill"):
                 return call_model(self._teacher, inputs)
         except Exception as error:
             if not isinstance(inputs, Tensor) or inputs.shape != student.logits.shape:

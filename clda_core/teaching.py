@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable, Optional
 
-import torch
 from torch import Tensor, nn
 
-from ._host.borrowing import evaluating
-from ._host.rng import keeping_rng
+from ._host.borrowing import borrowed
 from .errors import problem
 from .learner import CollaborativeLearner
 from .outputs import call_model
@@ -72,7 +70,7 @@ def teach(
     empty = True
     for inputs in batches:
         empty = False
-        with keeping_rng("distill", student), evaluating(student), torch.no_grad():
+        with borrowed(student, doing="distill"):
             its = inputs if student_inputs is None else student_inputs(inputs)
             of_student = None if student_inputs is None else its
             learner._distill(call_model(student, its), inputs, None, None, of_student, of_step=True)

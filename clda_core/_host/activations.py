@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .borrowing import evaluating
-from .compat import has_float64, part_by_part, uncompiled
-from .rng import keeping_rng
+from .borrowing import borrowed
+from .compat import has_float64
 from .undo import undoing
 
 _SPATIAL = {
@@ -74,9 +73,7 @@ def watching(*models: nn.Module) -> Iterator[None]:
     Compiled models run uncompiled meanwhile and Transformer encoders part by part, so that hooks are called and nothing
     is compiled anew for them.
     """
-    with uncompiled(*models), part_by_part(*models), keeping_rng("watch", *models), torch.no_grad(), evaluating(
-        *models
-    ):
+    with borrowed(*models, doing="watch", hooked=True):
         yield
 
 

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter
-from typing import Any, Dict, List, MutableMapping, Optional, Sequence, Set, Tuple
+from operator import attrgetter, is_
+from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
-_tables = attrgetter("_buffers")
-_Places = Tuple[List[int], List[str], List[Optional[Tensor]]]
+_Stamps = Tuple[List[int], List[int]]
+
+_buffers = attrgetter("_buffers")
+_versions = attrgetter("_version")
 
 
-@dataclass
 class _Known:
     """What is known about the buffers of one model; a buffer's place is its number in the order of the modules.
 
     Attributes:
-        sizes: The number of buffers of each module.
-        names: The buffers' names in their modules.
-        stamps: Identity and version of every buffer after our last pass.
+        layout: The buffers' names by module.
+        stamps: Identities and versions of the buffers after our last pass.
         ours: Places of the buffers that our passes write.
         modules: Places of the modules to which these belong.
         theirs: Places of the buffers that were written between our passes.
     """
 
-    sizes: List[int]
-    names: List[str]
-    stamps: List[Tuple[int, int]]
-    ours: Set[int] = field(default_factory=set)
-    modules: Set[int] = field(default_factory=set)
-    theirs: Set[int] = field(default_factory=set)
+    def __init__(self, layout: List[List[str]], stamps: _Stamps) -> None:
+        self.layout = layout
+        self.stamps = stamps
+        self.ours: Set[int] = set()
+        self.modules: Set[int] = set()
+        self.theirs: Set[int] = set()
 
 
 _known: MutableMapping[nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -59,26 +58,22 @@ class Buffers:
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._model, self._modules = model, modules
-        self._buffers: List[Dict[str, Optional[Tensor]]] = list(map(_tables, modules))
-        self._sizes, self._names, self._tensors = self._places()
+        self._tables: List[Dict[str, Optional[Tensor]]] = list(map(_buffers, modules))
+        self._tensors = self._present()
         self._stamps = _stamps(self._tensors)
+        self._copies_all = False
         known = _known.get(model)
-        if known is None or (known.sizes, known.names) != (self._sizes, self._names):
-            known, self._copies_all = _Known(self._sizes, self._names, self._stamps), True
-        else:
-            self._copies_all = False
-            if known.stamps != self._stamps:
-                changed = {place for place, pair in enumerate(zip(known.stamps, self._stamps)) if pair[0] != pair[1]}
-                self._copies_all = not changed <= known.theirs
-                known.theirs |= changed
+        if known is None or (known.stamps[0] != self._stamps[0] and known.layout != self._layout()):
+            known, self._copies_all = _Known(self._layout(), self._stamps), True
+        elif known.stamps != self._stamps:
+            before, now = zip(*known.stamps), zip(*self._stamps)
+            changed = {place for place, pair in enumerate(zip(before, now)) if pair[0] != pair[1]}
+            self._copies_all = not changed <= known.theirs
+            known.theirs |= changed
         self._known = known
-        copied = range(len(self._names)) if self._copies_all else known.ours
-        with torch.no_grad():
-            self._copies = {
-                place: tensor.detach().clone()
-                for place, tensor in ((place, self._tensors[place]) for place in copied)
-                if tensor is not None
-            }
+        places = range(len(self._tensors)) if self._copies_all else known.ours
+        copied = [(place, self._tensors[place]) for place in places]
+        self._copies = {place: tensor.detach().clone() for place, tensor in copied if tensor is not None}
         chosen = range(len(modules)) if self._copies_all else known.modules
         self._attributes = {index: dict(vars(modules[index])) for index in chosen}
 
@@ -88,9 +83,8 @@ class Buffers:
         Args:
             complete: Whether the pass came to its end, so that it showed what such a pass writes.
         """
-        known = self._known
-        sizes, names, tensors = self._places()
-        same = (sizes, names) == (self._sizes, self._names) and _stamps(tensors) == self._stamps
+        known, now = self._known, self._present()
+        same = len(now) == len(self._tensors) and all(map(is_, now, self._tensors)) and _stamps(now) == self._stamps
         known.stamps = self._stamps
         if self._copies_all or known.ours or not same:
             self._put_back(complete)
@@ -98,32 +92,34 @@ class Buffers:
         if complete:
             _known[self._model] = known
 
-    def _places(self) -> _Places:
-        filled = list(filter(None, self._buffers))
-        names = list(chain.from_iterable(filled))
-        return list(map(len, self._buffers)), names, list(chain.from_iterable([table.values() for table in filled]))
+    def _present(self) -> List[Optional[Tensor]]:
+        return list(chain.from_iterable([table.values() for table in filter(None, self._tables)]))
+
+    def _layout(self) -> List[List[str]]:
+        return list(map(list, self._tables))
 
     def _put_back(self, complete: bool) -> None:
         known = self._known
         written = self._written()
         touched: Set[int] = set()
-        start = 0
-        for index, (table, size) in enumerate(zip(self._buffers, self._sizes)):
-            places = range(start, start + size)
-            start += size
-            replaced = self._restore_table(index, table, places)
-            if replaced or not written.isdisjoint(places):
+        place = 0
+        for index, (table, names) in enumerate(zip(self._tables, known.layout)):
+            end = place + len(names)
+            replaced = self._restore_table(index, table, dict(zip(names, self._tensors[place:end])))
+            if replaced or not written.isdisjoint(range(place, end)):
                 touched.add(index)
+            place = end
         known.ours |= written
         known.modules |= touched
-        lost = [self._names[place] for place in sorted(written - set(self._copies))]
         for place in written.intersection(self._copies):
             tensor = self._tensors[place]
             if tensor is not None:
                 _restore(tensor, self._copies[place])
         for index in touched.intersection(self._attributes):
             _restore_attributes(self._modules[index], self._attributes[index])
-        if lost and complete:
+        if complete and not written <= set(self._copies):
+            names = list(chain.from_iterable(known.layout))
+            lost = [names[place] for place in sorted(written - set(self._copies))]
             warnings.warn(
                 f"a forward pass of {type(self._model).__name__} in eval mode wrote buffers that no such pass had "
                 f"written before: {lost[:5]}. What this one pass of the learner wrote cannot be undone; from now on it "
@@ -134,31 +130,29 @@ class Buffers:
     def _written(self) -> Set[int]:
         """Return the places of the tensors that were written in place."""
         written: Set[int] = set()
-        doubtful: List[int] = []
-        pairs: List[Tuple[Tensor, Tensor]] = []
-        for place, (tensor, stamp) in enumerate(zip(self._tensors, self._stamps)):
+        doubtful: Dict[int, Tuple[Tensor, Tensor]] = {}
+        for place, (tensor, version) in enumerate(zip(self._tensors, self._stamps[1])):
             copy = self._copies.get(place)
             if tensor is None:
                 continue
-            if _version(tensor) != stamp[1] or (copy is not None and copy.shape != tensor.shape):
+            if _version(tensor) != version or (copy is not None and copy.shape != tensor.shape):
                 written.add(place)
             elif copy is not None and place in self._known.ours:
                 written.add(place)  # perhaps through .data, which no version shows
             elif copy is not None:
-                doubtful.append(place)
-                pairs.append((tensor, copy))
-        return written | {place for place, flag in zip(doubtful, _differ(pairs)) if flag}
+                doubtful[place] = (tensor, copy)
+        return written | {place for place, flag in zip(doubtful, _differ(list(doubtful.values()))) if flag}
 
-    def _restore_table(self, index: int, table: Dict[str, Optional[Tensor]], places: Sequence[int]) -> bool:
+    def _restore_table(
+        self, index: int, table: Dict[str, Optional[Tensor]], before: Mapping[str, Optional[Tensor]]
+    ) -> bool:
         """Put the same tensors under the same names; return whether any was not there."""
-        before = {self._names[place]: self._tensors[place] for place in places}
         if len(table) == len(before) and all(table.get(name, self) is tensor for name, tensor in before.items()):
             return False
         for name in [name for name in table if name not in before]:
             del table[name]
             getattr(self._modules[index], "_non_persistent_buffers_set", set()).discard(name)
-        for name, tensor in before.items():
-            table[name] = tensor
+        table.update(before)
         return True
 
 
@@ -196,15 +190,16 @@ def _unlike(now: Tensor, copy: Tensor) -> Tensor:
     return ((now != copy) & ((now == now) | (copy == copy))).any()  # NaN is like NaN
 
 
-def _stamps(tensors: Sequence[Optional[Tensor]]) -> List[Tuple[int, int]]:
+def _stamps(tensors: Sequence[Optional[Tensor]]) -> _Stamps:
+    """Return the identity and the version of each tensor."""
     try:
-        return [(id(tensor), -1 if tensor is None else tensor._version) for tensor in tensors]
-    except RuntimeError:
-        return [(id(tensor), -1 if tensor is None else _version(tensor)) for tensor in tensors]
+        return list(map(id, tensors)), list(map(_versions, tensors))
+    except (RuntimeError, AttributeError):
+        return list(map(id, tensors)), list(map(_version, tensors))
 
 
-def _version(tensor: Tensor) -> int:
+def _version(tensor: Optional[Tensor]) -> int:
     try:
-        return int(tensor._version)
+        return -1 if tensor is None else int(tensor._version)
     except RuntimeError:  # a tensor of inference mode, which counts none
         return -1

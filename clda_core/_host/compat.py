@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -187,34 +186,6 @@ def _drops(func: Any, args: Any, kwargs: Any) -> bool:
     return True
 
 
-@contextmanager
-def uncompiled(*models: nn.Module) -> Iterator[None]:
-    """Run what ``torch.compile`` or ``Module.compile`` made of these models as it was before."""
-    if "torch._dynamo" not in sys.modules:  # importing the compiler takes seconds; nothing is compiled without it
-        yield
-        return
-    set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)
-    if set_stance is not None:
-        with set_stance("force_eager"):
-            yield
-        return
-    # torch 2.0 to 2.5 has no stance: what these attributes call is put aside.
-    before = []
-    try:
-        for module in {module for model in models for module in model.modules()}:
-            attributes = module.__dict__
-            if "_orig_mod" in attributes.get("_modules", ()) and "forward" in attributes:
-                before.append((attributes, "forward", attributes["forward"]))
-                attributes["forward"] = attributes["_modules"]["_orig_mod"]
-            if attributes.get("_compiled_call_impl") is not None:
-                before.append((attributes, "_compiled_call_impl", attributes["_compiled_call_impl"]))
-                attributes["_compiled_call_impl"] = None
-        yield
-    finally:
-        for attributes, name, value in before:
-            attributes[name] = value
-
-
 def parametrized(module: nn.Module) -> bool:
     """Return whether torch.nn.utils.parametrize, which came with torch 1.9, computes tensors of this module."""
     kind = getattr(getattr(nn.utils, "parametrize", None), "ParametrizationList", None)
@@ -226,30 +197,3 @@ def uninitialized(tensor: Tensor) -> bool:
     """Return whether this is a parameter or buffer of a lazy module (from torch 1.8 on) that has no shape yet."""
     is_lazy = getattr(nn.parameter, "is_lazy", None)
     return is_lazy is not None and bool(is_lazy(tensor))
-
-
-@contextmanager
-def part_by_part(*models: nn.Module) -> Iterator[None]:
-    """Run PyTorch's Transformer encoders through the modules that they are made of, also in eval mode.
-
-    Their fast path calls none of these, so that no hook fires, and passes nested tensors from layer to layer.
-    """
-    mha = getattr(torch.backends, "mha", None)  # came with torch 2.3
-    if mha is not None:
-        before = mha.get_fastpath_enabled()
-        mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            mha.set_fastpath_enabled(before)
-        return
-    # From torch 1.12 on the fast path asks which activation a layer has; before it there is none.
-    layers = [module for model in models for module in model.modules() if hasattr(module, "activation_relu_or_gelu")]
-    activations = [layer.activation_relu_or_gelu for layer in layers]
-    try:
-        for layer in layers:
-            layer.activation_relu_or_gelu = 0  # type: ignore[assignment]
-        yield
-    finally:
-        for layer, activation in zip(layers, activations):
-            layer.activation_relu_or_gelu = activation

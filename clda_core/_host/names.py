@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import chain, combinations
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import (
     Any,
     Container,
@@ -235,13 +235,17 @@ def _insert(named: Dict[str, _T], short: str, name: str, tensor: _T) -> None:
 class _Walk:
     """What one walk over a model found; that another would find the same is seen in a fraction of the time.
 
-    It holds names and weak references only, so nothing lives longer for it.
+    It holds names, numbers and weak references only, so nothing lives longer for it. An ``id`` stands for one object
+    as long as none of those that were found is gone.
     """
 
     def __init__(self, modules: List[nn.Module], found: NamedTensors) -> None:
-        self._modules = [weakref.ref(module) for module in modules]
+        self._gone: List[Any] = []
+        self._modules = [weakref.ref(module, self._gone.append) for module in modules]
+        self._children = _ids(_values(map(_children, modules)))
         self._sizes, self._names, values = _contents(modules)
-        self._values = [_nothing if value is None else weakref.ref(value) for value in values]
+        self._ids = _ids(values)
+        self._alive = [weakref.ref(value, self._gone.append) for value in values if value is not None]
         places = {id(value): place for place, value in enumerate(values)}
         self._parameters = [(name, places[id(tensor)]) for name, tensor in found.parameters.items()]
         self._buffers = [(name, places[id(tensor)]) for name, tensor in found.buffers.items()]
@@ -249,38 +253,41 @@ class _Walk:
 
     def modules(self) -> Optional[List[nn.Module]]:
         """Return the modules, or ``None`` if the model has changed."""
-        return None if self._look() is None else [known() for known in self._modules]  # type: ignore[misc]
+        modules = self._known()
+        return modules if _ids(_values(map(_children, modules))) == self._children else None
 
     def tensors(self) -> Optional[NamedTensors]:
         """Return the tensors, or ``None`` if the model has changed."""
-        values = self._look()
-        if values is None:
+        sizes, names, values = _contents(self._known())
+        if _ids(values) != self._ids or sizes != self._sizes or names != self._names:
             return None
         parameters = {name: values[place] for name, place in self._parameters}
         return NamedTensors(parameters, {name: values[place] for name, place in self._buffers}, self._state)
 
-    def _look(self) -> Optional[List[Any]]:
-        modules = [known() for known in self._modules]
-        if any(map(is_, modules, [None] * len(modules))):
-            return None
-        sizes, names, values = _contents(modules)
-        same = sizes == self._sizes and names == self._names
-        return values if same and all(map(is_, values, [known() for known in self._values])) else None
+    def _known(self) -> List[nn.Module]:
+        """Return the modules that were found; none if anything found then is gone."""
+        modules: List[Any] = [known() for known in self._modules]
+        return [] if self._gone else modules
 
 
-def _contents(modules: Sequence[Any]) -> Tuple[List[int], List[str], List[Any]]:
+# What follows runs at every step; these functions take a third of a loop's time.
+
+
+def _contents(modules: Sequence[nn.Module]) -> Tuple[List[int], List[str], List[Any]]:
     """Return the number of children, parameters and buffers of each module, their names, and themselves."""
-    tables = list(chain.from_iterable(map(_tables, modules)))  # these functions take a third of a loop's time
-    filled = list(filter(None, tables))
-    names = list(chain.from_iterable(filled))
-    return list(map(len, tables)), names, list(chain.from_iterable([table.values() for table in filled]))
+    tables = list(chain.from_iterable(map(_tables, modules)))
+    return list(map(len, tables)), list(chain.from_iterable(filter(None, tables))), _values(tables)
 
 
+def _values(tables: Iterable[Mapping[str, Any]]) -> List[Any]:
+    return list(chain.from_iterable([table.values() for table in filter(None, tables)]))
+
+
+def _ids(values: Iterable[Any]) -> List[int]:
+    return list(map(id, values))
+
+
+_children = attrgetter("_modules")
 _tables = attrgetter("_modules", "_parameters", "_buffers")
-
-
-def _nothing() -> None:
-    """Stand for a weak reference to ``None``."""
-
 
 _walks: MutableMapping[nn.Module, _Walk] = weakref.WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""What several processes need: reductions by which every rank takes the same decision, and models of wrappers."""
+"""What several processes need: reductions by which every rank takes the same decision."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ..errors import problem
 
@@ -92,16 +91,6 @@ def share_of_mean(device: torch.device) -> float:
     """Return by what this rank multiplies its loss, so that a mean over all ranks is one over the ranks with data."""
     count = _checked(sum_across_ranks([torch.ones(1, device=device)])[0].item())
     return world_size() / count if _has_data.get() else 0.0
-
-
-def inside_ddp(model: nn.Module) -> nn.Module:
-    """Return the model inside ``DistributedDataParallel``, any other model itself.
-
-    The wrapper's forward pass prepares it for the host's next ``backward()``, and counts on that. A forward pass of
-    ours, after which none comes, would break it or have it skip a broadcast of buffers.
-    """
-    wrapper = getattr(model, "_orig_mod", model)  # torch.compile around the wrapper
-    return wrapper.module if isinstance(wrapper, DistributedDataParallel) else model
 
 
 def _checked(ranks: float) -> float:

@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 import torch
 from torch import Tensor, nn
 
-from .._host.borrowing import evaluating, requiring_grad
-from .._host.ranks import inside_ddp, mean_across_ranks, mean_where_seen
+from .._host.borrowing import borrowed
+from .._host.ranks import mean_across_ranks, mean_where_seen
 from .._host.shards import gradients, is_sharded
 from .._host.undo import undoing
 from ..errors import problem
@@ -189,11 +189,11 @@ class Observer:
         elif isinstance(loss, Tensor):
             found = self._derivatives_of(loss, wanted)
         else:
-            with evaluating(self._view.model), requiring_grad(wanted, of=parameters.values()):
+            with borrowed(self._view.model, grad_to=wanted) as teacher:
                 if loss is None:
                     value = self._probe_loss(domain, inputs, mask)
                 else:
-                    value = loss(inside_ddp(self._view.model))
+                    value = loss(teacher)
                     what = "what the function given to observe() returned"
                     check_differentiable(value, what, "return a scalar from it")
                 if any(map(is_sharded, wanted)):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Protocol, runtime_checkable
 
-from .._host.borrowing import evaluating
+from .._host.borrowing import borrowed
 from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned
@@ -67,7 +66,7 @@ class RoundContext:
         Raises:
             CldaError: If this step's ``distill`` got no inputs.
         """
-        with evaluating(model), torch.no_grad():
+        with borrowed(model):
             return owned(self.forward(model, self.inputs_of(model)))
 
     def inputs_of(self, model: nn.Module) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from .._host.borrowing import evaluating, requiring_grad
+from .._host.borrowing import borrowed
 from .._host.compat import has_float64, norms
 from .._host.layout import strided
 from .._host.ranks import mean_where_seen
@@ -81,7 +81,7 @@ class MaskedDistillation(Strategy):
         reached: Set[str] = set()
         reason = "no gradient reaches it"
         for _ in range(self.steps):
-            with evaluating(context.teacher), requiring_grad(selected, of=everything.values()):
+            with borrowed(context.teacher, grad_to=selected):
                 prediction = context.forward(context.teacher, inputs)
                 loss = distillation_loss(self.distillation, prediction, target, context.mask)
                 averaged = _averaged_gradients(loss, selected)
@@ -109,7 +109,7 @@ class MaskedDistillation(Strategy):
         everything = canonical_parameters(context.teacher)
         wanted = [everything[name] for layer in context.layers for name in layer.parameters]
         target = context.student_outputs()
-        with evaluating(context.teacher), requiring_grad(wanted, of=everything.values()):
+        with borrowed(context.teacher, grad_to=wanted):
             prediction = context.forward(context.teacher, context.required_inputs())
             loss = distillation_loss(self.distillation, prediction, target, context.mask)
             found = _averaged_gradients(loss, wanted)

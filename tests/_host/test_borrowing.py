@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
-from clda_core._host.borrowing import evaluating, requiring_grad
+from clda_core._host.borrowing import borrowed, requiring_grad
 from clda_core.distillation import KLDistillation
 from clda_core.relation import BySimilarity
 from clda_core.saliency import Fisher
 from clda_core.schedule import Never
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
-from tests.helpers import bits, every_step, make_learner, seeded, values
+from tests.helpers import bits, every_step, make_learner, random_states, seeded, values
 from tests.models import ResNet
 
 
@@ -45,13 +45,13 @@ def mixed() -> nn.Module:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_evaluating_restores_mixed_modes(fails: bool) -> None:
+def test_mixed_modes_are_restored(fails: bool) -> None:
     model, other = mixed(), FrozenNorm().train()
     before, calls = modes(model, other), other.calls
     assert len(set(before)) == 2
 
     def borrow() -> None:
-        with evaluating(model, other):
+        with borrowed(model, other):
             assert not any(modes(model, other))
             if fails:
                 raise ValueError("stop")
@@ -65,20 +65,20 @@ def test_evaluating_restores_mixed_modes(fails: bool) -> None:
     assert other.calls == calls
 
 
-def test_evaluating_may_be_nested_and_name_a_model_twice() -> None:
+def test_a_model_may_be_borrowed_in_a_block_that_has_it_and_be_named_twice() -> None:
     model = mixed()
     before = modes(model)
-    with evaluating(model, model):
-        with evaluating(model):
+    with borrowed(model, model):
+        with borrowed(model):
             pass
         assert not any(modes(model))
     assert modes(model) == before
 
 
-def test_evaluating_keeps_statistics_and_draws_nothing() -> None:
+def test_a_pass_keeps_statistics_and_draws_nothing() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).train()
     state, rng = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
-    with evaluating(model):
+    with borrowed(model):
         model(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -110,11 +110,78 @@ def test_requiring_grad_restores_flags_and_grad_mode(fails: bool, enabled: bool)
     assert all(p.grad is None for p in (a, b, c, outside))
 
 
+def test_gradients_are_off_or_on_for_what_was_asked_for_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    x = torch.ones(1, 2)
+    with borrowed(model):
+        assert not model(x).requires_grad
+    with torch.no_grad(), borrowed(model, grad_to=model[1].parameters()) as lent:
+        assert lent is model
+        model(x).sum().backward()
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, False, False]
+    assert [parameter.grad is None for parameter in model.parameters()] == [True, True, False, False]
+    assert torch.is_grad_enabled()
+
+
+def test_strategies_find_modes_and_gradients_of_the_host_and_may_draw() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
+    before = random_states()
+    with borrowed(model, doing="round", passes=False):
+        assert model(torch.ones(1, 2)).requires_grad
+        assert model[0].training
+    assert random_states() == before
+
+
 def test_requiring_grad_works_in_a_host_that_switched_gradients_off() -> None:
     parameter = nn.Parameter(torch.ones(1), requires_grad=False)
     with torch.no_grad(), requiring_grad([parameter]):
         assert (parameter * 2).requires_grad
     assert not parameter.requires_grad
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile came with torch 2.0")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_strategies_get_the_model_itself_and_it_stays_compiled(in_place: bool) -> None:
+    if in_place and not hasattr(nn.Module, "compile"):
+        pytest.skip("Module.compile came with torch 2.2")
+    pytest.importorskip("torch._dynamo").reset()  # forget what an earlier test compiled
+    runs, hooked = [], []
+
+    def backend(graph: Any, _: Any) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            runs.append(graph)
+            return graph.forward(*inputs)
+
+        return run
+
+    network, x = Network(), torch.randn(4, 3)
+    if in_place:
+        compiled = network
+        network.compile(backend=backend)
+    else:
+        compiled = torch.compile(network, backend=backend)
+    expected = compiled(x)
+    assert len(runs) == 1
+    with borrowed(compiled, passes=False):
+        handle = network.linear.register_forward_hook(lambda *_: hooked.append(True))
+        assert torch.equal(compiled(x), expected)
+        handle.remove()
+    assert hooked
+    assert len(runs) == 1
+    compiled(x)
+    assert len(runs) == 2
+    assert runs[0] is runs[1]
 
 
 # ---------------------------------------------------------------------------- models that change after construction

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CollaborativeLearner, Never
-from clda_core._host.borrowing import evaluating
+from clda_core._host.borrowing import borrowed
 from clda_core.relation import BySimilarity
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
@@ -130,7 +130,7 @@ def inputs(seed: int) -> Tensor:
 
 
 def run_twice(model: nn.Module, step: int, then: Callable[[], None] = lambda: None) -> None:
-    with evaluating(model):
+    with borrowed(model):
         model(inputs(step))
         model(inputs(step))
         then()
@@ -198,7 +198,7 @@ def test_an_observer_that_is_switched_on_later_is_undone_from_its_first_pass() -
         if step == 3:
             model[1].enabled.fill_(1)
         before = everything(model)
-        with evaluating(model):
+        with borrowed(model):
             model(inputs(step))
         assert everything(model) == before
 
@@ -213,7 +213,7 @@ def test_a_write_that_nothing_announced_is_said_once_and_undone_from_then_on() -
     model = seeded(lambda: net(Late), 0)
 
     def passes() -> int:
-        with evaluating(model):
+        with borrowed(model):
             model(inputs(0))
         return int(model[1].calls)
 
@@ -238,7 +238,7 @@ def test_batch_norm_costs_no_copy_after_the_first_pass(monkeypatch: pytest.Monke
     for step in range(5):
         model.train()(inputs(step))
         del clones[:]
-        with evaluating(model):
+        with borrowed(model):
             model(inputs(step))
         counts.append(len(clones))
     assert counts[0] == 3

@@ -129,7 +129,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_all_as_before_or_after(update
             bad.append(f"{where}: {[a == b for a, b in zip(found, borrowed)]} left behind")
         if state(one) not in (before, after):
             bad.append(f"{where}: torn {[(a == b, a == c) for a, b, c in zip(state(one), before, after)]}")
-        if (one._observed or one._observer._pending) and one._steps:
+        if (one._step.observed or one._step.pending) and one._steps:
             bad.append(f"{where}: the step is not forgotten")
     assert not bad, "\n".join(bad)
 

@@ -450,7 +450,7 @@ class Ranks:
         self.barrier, self.rank = threading.Barrier(2, timeout=20), threading.local()
         self.given: List[Any] = [None, None]
         # The compiler's stance is the process's: two threads would give it back in the wrong order.
-        monkeypatch.setattr("clda_core._host.activations.uncompiled", lambda *models: nullcontext())
+        monkeypatch.setattr("clda_core._host.borrowing._uncompiled", lambda *models: nullcontext())
         for module in ("aligned_average", "classes"):
             monkeypatch.setattr(f"clda_core.update.{module}.sum_across_ranks", self.sum)
 
