@@ -52,6 +52,7 @@ def teach(
             tensor.
 
     Example:
+        >>> import torch
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> report = teach(teacher, student, (torch.randn(8, 4) for _ in range(10)))
         >>> len(report.rounds)
