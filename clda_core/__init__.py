@@ -1,5 +1,9 @@
 """Collaborative learning between a big teacher and a small student for unsupervised domain adaptation."""
 
+import sys as _sys
+from typing import List as _List
+
+from . import checkpoint
 from .errors import CldaError
 from .layers import Layer, group_layers
 from .learner import CollaborativeLearner
@@ -20,7 +24,21 @@ __all__ = [
     "Report",
     "RoundRecord",
     "Schedule",
+    "checkpoint",
     "group_layers",
     "init_student",
     "teach",
 ]
+
+_public = {
+    name: module
+    for name, module in _sys.modules.items()
+    if name.startswith(f"{__name__}.") and hasattr(module, "__all__")
+}
+for _module in _public.values():  # tab completion then shows what a module offers, not what it imports
+    _module.__dir__ = _module.__all__.copy  # type: ignore[method-assign]
+
+
+def __dir__() -> _List[str]:
+    """Return the public names and modules, for tab completion."""
+    return sorted({*__all__, *(name.split(".")[1] for name in _public)})

@@ -17,7 +17,7 @@ from .distillation import DISTDistillation, Distillation, check_values, distilla
 from .distillation.masks import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
-from .layers import LayerGrouping, ModelView, check_models, group_layers, warn_if_swapped
+from .layers import LayerGrouping, ModelView, check_models, group_layers, size, warn_if_swapped
 from .outputs import Extract, as_outputs, check_extract, check_trainable, emptied, stand_in, zero_loss
 from .relation import ByRelativeDepth, Relation
 from .report import Report
@@ -27,7 +27,7 @@ from .saliency import MeanThreshold, Probe, PseudoLabelCrossEntropy, SaliencyEst
 from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import RoundSchedule, Schedule, makes_rounds
 from .selection import LowestFraction, Selection
-from .state import STATE_VERSION, check_state, migrated
+from .state import STATE_VERSION, restore
 from .step import Step
 from .strategy import check_apart, check_strategies, describe
 from .update import Guard, MaskedDistillation, Update
@@ -160,6 +160,7 @@ class CollaborativeLearner:
         self._step = Step()
         self._steps = 0
         self._kd_loss: Optional[Tensor] = None
+        self._teaches = False  # set by teach(), which makes steps without gradients
         if not self.relation.needs_inputs:
             self._rounds.relate(self._step)
         self._rounds.check_teacher(written=enabled)
@@ -175,6 +176,19 @@ class CollaborativeLearner:
             )
         super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        """Say in a few lines what the learner is made of."""
+        related = self._rounds.related
+        pairs = None if related is None else [layer for layer in self._writable.layers if layer.name in related.pairs]
+        relation = "to be related in the first round" if pairs is None else f"{len(pairs)} of them related"
+        parts = {
+            "teacher": f"{_described(self._writable)}, {relation}",
+            "student": _described(self._student_view),
+            **{role: repr(getattr(self, role)) for role in _ROLES},
+            "so far": f"{self._steps} steps, {self.report().made} rounds{'' if self.enabled else ', not enabled'}",
+        }
+        return "\n".join([f"{type(self).__name__}(", *(f"  {name}: {part}" for name, part in parts.items()), ")"])
+
     # ------------------------------------------------------------------------------------------------ every step
 
     @property
@@ -182,6 +196,7 @@ class CollaborativeLearner:
         """Whether gradients are observed at the optimizer step now in the making, if it has target data."""
         return self.enabled and self._rounds.observed(self._steps + 1)
 
+    @settled
     def distill(
         self,
         student_output: Any,
@@ -218,24 +233,12 @@ class CollaborativeLearner:
             On one of several ranks without data the loss keeps its graph, and the rank adds nothing to what the ranks
             average.
         """
-        return self._distill(student_output, inputs, teacher_output, mask, student_inputs, torch.is_grad_enabled())
-
-    @settled
-    def _distill(
-        self,
-        student_output: Any,
-        inputs: Any,
-        teacher_output: Any,
-        mask: Optional[Tensor],
-        student_inputs: Any,
-        of_step: bool,
-    ) -> Tensor:
-        """Return the KD loss; ``of_step`` says whether the step in the making is to be observed on this batch."""
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         mask = valid_mask(mask, self.ignore_index)
         student = as_outputs(student_output, self.extract, "student", may_be_empty=True)
+        of_step = torch.is_grad_enabled() or self._teaches
         in_round = of_step and self._rounds.concern(self._steps + 1)
         has_data = has_samples(student, mask, wait=in_round)
         step = self._step if of_step else Step()
@@ -417,18 +420,8 @@ class CollaborativeLearner:
             CldaError: If the state is of a newer version, another architecture or configuration; nothing is changed
                 then.
         """
-        own = self.state_dict()
-        state = migrated(state)
         # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
-        check_state(state, {**own, "relation": None} if self.relation.needs_inputs else own)
-        try:
-            self._load(state)
-        except Exception as error:
-            self._load(own)
-            raise CldaError(
-                f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
-                "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"
-            ) from error
+        restore(state, self.state_dict(), self._load, relation_may_differ=self.relation.needs_inputs)
         self._drop_step()
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -484,3 +477,8 @@ class CollaborativeLearner:
             "teacher_layers": [[layer.name, layer.numel] for layer in self._writable.layers],
             "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
         }
+
+
+def _described(view: ModelView) -> str:
+    layers = f"{len(view.layers)} layer{'' if len(view.layers) == 1 else 's'}"
+    return f"{type(view.model).__name__} of {size(view.model):,} parameters in {layers}"

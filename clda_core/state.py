@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Callable, Dict, Mapping, Tuple
 
-from .errors import problem
+from .errors import CldaError, problem
 from .report import Earlier
 from .strategy import PACKAGE
 
@@ -197,7 +197,33 @@ def _with_strategies(state: State, change: Callable[[Description], Any]) -> Stat
     return {**state, "config": {role: changed(of) for role, of in state["config"].items()}}
 
 
-def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def restore(
+    state: Any, own: Mapping[str, Any], load: Callable[[Mapping[str, Any]], None], *, relation_may_differ: bool
+) -> None:
+    """Load a learner's state of any version, all of it or nothing.
+
+    Args:
+        state: What is loaded.
+        own: The learner's own state.
+        load: Takes a state of today's format, or raises half-way.
+        relation_may_differ: Whether the relation depends on more than the models.
+
+    Raises:
+        CldaError: If the state does not fit.
+    """
+    state = migrated(state)
+    _check_fits(state, {**own, "relation": None} if relation_may_differ else own)
+    try:
+        load(state)
+    except Exception as error:
+        load(own)
+        raise CldaError(
+            f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
+            "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"
+        ) from error
+
+
+def _check_fits(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise unless ``state`` fits a learner whose own state is ``own``."""
     if set(state) != set(own):
         raise problem(

@@ -25,8 +25,13 @@ class Strategy:
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={getattr(self, name)!r}" for name in _kept_arguments(self))
+        arguments = ", ".join(f"{name}={_shown(getattr(self, name))}" for name in _kept_arguments(self))
         return f"{type(self).__name__}({arguments})"
+
+
+def _shown(value: Any) -> str:
+    """Return a value's ``repr``, of a function its name, without the address that ``repr`` adds."""
+    return str(value.__name__) if inspect.isfunction(value) else repr(value)
 
 
 _TRAITS = (("score", "order"), ("apply", "needs_relation"), ("due", "observes"), ("needs_inputs",))

@@ -7,12 +7,17 @@ from typing import Any, Callable, Iterable, Optional
 from torch import Tensor, nn
 
 from ._host.borrowing import borrowed
+from .distillation import Distillation
 from .errors import problem
+from .layers import LayerGrouping
 from .learner import CollaborativeLearner
-from .outputs import call_model
+from .outputs import Extract, call_model
+from .relation import Relation
 from .report import Report
-from .schedule import Schedule
-from .update import Guard, MaskedDistillation
+from .saliency import Probe, SaliencyEstimator, Threshold
+from .schedule import RoundSchedule, Schedule
+from .selection import Selection
+from .update import Guard, MaskedDistillation, Update
 
 __all__ = ["teach"]
 
@@ -25,7 +30,17 @@ def teach(
     batches: Iterable[Any],
     *,
     student_inputs: Optional[Callable[[Any], Any]] = None,
-    **strategies: Any,
+    saliency: Optional[SaliencyEstimator] = None,
+    threshold: Optional[Threshold] = None,
+    selection: Optional[Selection] = None,
+    relation: Optional[Relation] = None,
+    update: Optional[Update] = None,
+    distillation: Optional[Distillation] = None,
+    schedule: Optional[RoundSchedule] = None,
+    layers: Optional[LayerGrouping] = None,
+    probe: Optional[Probe] = None,
+    extract: Optional[Extract] = None,
+    keep_rounds: int = 1000,
 ) -> Report:
     """Let a trained student update the teacher's non-salient layers, one round a batch; nothing else is trained.
 
@@ -40,9 +55,18 @@ def teach(
         batches: Of target images without labels, each as the teacher is called: a tuple of arguments, a mapping of
             keyword arguments, or one argument. A few dozen batches suffice; see docs/turns.md.
         student_inputs: Makes of a batch what the student is called with, where that is something else.
-        strategies: Of :class:`~clda_core.CollaborativeLearner`, for example ``update=`` or ``selection=``. Unless you
-            pass others, its schedule makes a round every batch, observed every fifth time, and its update takes steps
-            ten times as long as the learner's own, since there are few and the student does not change.
+        saliency: As of :class:`~clda_core.CollaborativeLearner`, like all that follow.
+        threshold: The score above which a parameter is salient.
+        selection: Chooses the non-salient layers.
+        relation: Teacher layer to student layer.
+        update: What the student does to them; by default that of the learner, with steps ten times as long, since there
+            are few and the student does not change.
+        distillation: Says by its ``class_map`` which classes both models have; nothing is trained by it.
+        schedule: When rounds are made; by default after every batch, of which every fifth is observed.
+        layers: Regrouping for both models.
+        probe: Loss on the teacher's logits whose gradient is observed.
+        extract: Reads logits from what the models return.
+        keep_rounds: How many of the last rounds the report holds one by one.
 
     Returns:
         The rounds, as :meth:`CollaborativeLearner.report` gives them.
@@ -65,16 +89,29 @@ def teach(
             received=f"shape {tuple(batches.shape)}",
             fix="pass batches=images.split(32), or a list of batches",
         )
-    strategies.setdefault("schedule", Schedule(warmup=0, interval=1))
-    strategies.setdefault("update", Guard(MaskedDistillation(learning_rate=_LEARNING_RATE)))
-    learner = CollaborativeLearner(teacher, student, **strategies)
+    learner = CollaborativeLearner(
+        teacher,
+        student,
+        saliency=saliency,
+        threshold=threshold,
+        selection=selection,
+        relation=relation,
+        update=Guard(MaskedDistillation(learning_rate=_LEARNING_RATE)) if update is None else update,
+        distillation=distillation,
+        schedule=Schedule(warmup=0, interval=1) if schedule is None else schedule,
+        layers=layers,
+        probe=probe,
+        extract=extract,
+        keep_rounds=keep_rounds,
+    )
+    learner._teaches = True
     empty = True
     for inputs in batches:
         empty = False
         with borrowed(student, doing="distill"):
             its = inputs if student_inputs is None else student_inputs(inputs)
             of_student = None if student_inputs is None else its
-            learner._distill(call_model(student, its), inputs, None, None, of_student, of_step=True)
+            learner.distill(call_model(student, its), inputs, student_inputs=of_student)
         learner.step(step_fn=lambda: None)
     if empty:
         raise problem(

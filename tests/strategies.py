@@ -144,6 +144,7 @@ NOT_STRATEGIES = {
     "UpdateResult": "data",
     "atomically": "a context for files: test_checkpoint.py",
     "check_values": "a check",
+    "checkpoint": "a module: test_checkpoint.py",
     "derivatives": "a function on models: saliency/test_base.py",
     "distillation_loss": "calls a loss",
     "group_layers": "a function on models: test_layers.py",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum, dist_distillation, kl_distillation
-from clda_core.relation import RelatedLayers
+from clda_core.relation import BySimilarity, RelatedLayers
 from clda_core.saliency import (
     Hessian,
     Magnitude,
@@ -762,3 +762,32 @@ def test_a_round_of_strength_zero_changes_nothing_and_says_so(update: Any) -> No
     assert set(last.skipped.values()) == {"the schedule's strength is 0"}
     assert values(teacher) == before
     assert bits(learner.state_dict()["update"]) == state
+
+
+def test_repr_says_in_a_few_lines_what_the_learner_is_made_of() -> None:
+    teacher, student = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), nn.Sequential(nn.Linear(4, 3))
+    learner = CollaborativeLearner(teacher, student, schedule=Schedule(warmup=0, interval=1), update=Average())
+    assert (
+        repr(learner)
+        == """CollaborativeLearner(
+  teacher: Sequential of 67 parameters in 2 layers, 2 of them related
+  student: Sequential of 15 parameters in 1 layer
+  saliency: Taylor()
+  threshold: MeanThreshold(multiple=1.0)
+  selection: LowestFraction(fraction=0.3)
+  relation: ByRelativeDepth()
+  update: Average(decay=0.99, buffers='keep')
+  distillation: DISTDistillation(temperature=1.0, inter=1.0, intra=1.0, class_map=None)
+  schedule: Schedule(warmup=0, interval=1, observations=1, observe_every=5, decay='constant', total=None)
+  probe: PseudoLabelCrossEntropy()
+  so far: 0 steps, 0 rounds
+)"""
+    )
+    images = torch.randn(4, 4)
+    learner.distill(student(images), images)
+    learner.step(step_fn=lambda: None)
+    assert "so far: 1 steps, 1 rounds" in repr(learner)
+    shown = repr(make_learner(*networks(), relation=BySimilarity(), enabled=False))
+    assert "to be related in the first round" in shown
+    assert "criterion=consensus" in repr(CollaborativeLearner(teacher, student))
+    assert "0 rounds, not enabled" in shown
