@@ -30,7 +30,7 @@ def test_what_a_user_writes_passes_mypy_strict(tmp_path: Path) -> None:
     for page in EXTEND:
         files.append(tmp_path / f"extend_{page.stem}.py")
         files[-1].write_text(code_of(page), encoding="utf-8")
-    # From the repository, with its configuration and cache: `make types` has looked at the package and at torch already.
+    # From the repository, with its configuration and its cache: `make types` has read the package and torch before.
     command = [sys.executable, "-m", "mypy", "--strict", *map(str, files)]
     done = subprocess.run(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = done.stdout.decode().replace(f"{tmp_path}/extend_", "docs/extend/").replace(".py:", ".md:")
