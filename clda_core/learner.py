@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Literal
 
 from ._host.accelerate import accelerated
-from ._host.plain import plain
+from ._host.plain import copied, plain
 from ._host.ranks import world_size
 from ._host.stepping import check_steppable, make_step, unscale
 from ._host.undo import settled
@@ -33,7 +33,6 @@ from .strategy import check_apart, check_strategies, describe
 from .update import Guard, MaskedDistillation, Update
 from .update.base import check_teacher, load_state, state_of
 from .update.writable import writable_layers
-from .update.writing import copied
 
 __all__ = ["CollaborativeLearner"]
 

@@ -333,7 +333,7 @@ class WithParameter(nn.Module):
 
     @staticmethod
     def moments(learner: CollaborativeLearner) -> List[float]:
-        (state,) = learner.state_dict()["projectors"]["optimizer"]["state"].values()
+        (state,) = learner.state_dict()["projectors"]["optimizer"]["optimizer"]["state"].values()
         return [float(state["exp_avg"]), float(state["exp_avg_sq"])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import numbers
 import os
@@ -39,6 +40,19 @@ def plain(value: Any, name: str) -> Any:
             message names the entry.
     """
     return _plain(value, name, frozenset())
+
+
+def copied(state: Any) -> Any:
+    """Return a state of tensors and plain Python types with tensors of its own, faster than ``copy.deepcopy``."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if type(state) is dict:
+        return {key: copied(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)([copied(value) for value in state])
+    if state is None or type(state) in (bool, int, float, str):
+        return state
+    return copy.deepcopy(state)
 
 
 def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:

@@ -11,6 +11,7 @@ from typing_extensions import Literal
 
 from .._host.activations import LEAST_ROWS, capturing, positions, rows, watching
 from .._host.names import named_tensors
+from .._host.plain import copied
 from .._host.ranks import sum_across_ranks
 from .._host.shards import local, part_for, whole
 from ..errors import check_choice, check_number
@@ -20,7 +21,7 @@ from .base import RoundContext, UpdateResult
 from .classes import MAY_BE_CLASSES, Classes, is_logits
 from .module_pairs import ModulePair, paired_modules
 from .statistics import running_statistics
-from .writing import blend, copied
+from .writing import blend
 
 __all__ = ["AlignedAverage"]
 

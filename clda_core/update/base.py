@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import Protocol, runtime_checkable
 
 from .._host.borrowing import borrowed
+from .._host.plain import copied
 from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned
-from .writing import Snapshot, copied
+from .writing import Snapshot
 
 __all__ = ["RoundContext", "Update", "UpdateResult"]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._host.borrowing import borrowed
 from .._host.compat import has_float64, norms
 from .._host.layout import strided
+from .._host.own_optimizer import OptimizerFactory, OwnOptimizer
 from .._host.ranks import mean_where_seen
 from .._host.shards import gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
@@ -17,7 +18,6 @@ from ..errors import check_number, problem
 from ..layers import canonical_parameters
 from ..strategy import Strategy
 from .base import RoundContext, UpdateResult
-from .own_optimizer import OptimizerFactory, OwnOptimizer
 
 __all__ = ["MaskedDistillation"]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
-from typing import AbstractSet, Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
+from typing import AbstractSet, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from ..layers import Layer, local_names
 from .classes import MAY_BE_CLASSES, Classes
 from .statistics import NO_STATISTIC
 
-__all__ = ["Snapshot", "blend", "copied", "pair_tensors", "tensors_of", "undone_on_error"]
+__all__ = ["Snapshot", "blend", "pair_tensors", "tensors_of", "undone_on_error"]
 
 
 class Snapshot:
@@ -42,19 +41,6 @@ class Snapshot:
     def go_halfway_back(self) -> None:
         """Write the mean of the copies and the present values, in place."""
         halve_towards_([tensor for tensor, _ in self._copies], [kept for _, kept in self._copies])
-
-
-def copied(state: Any) -> Any:
-    """Return a state of tensors and plain Python types with tensors of its own, faster than ``copy.deepcopy``."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if type(state) is dict:
-        return {key: copied(value) for key, value in state.items()}
-    if type(state) in (list, tuple):
-        return type(state)([copied(value) for value in state])
-    if state is None or type(state) in (bool, int, float, str):
-        return state
-    return copy.deepcopy(state)
 
 
 @contextmanager

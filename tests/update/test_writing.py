@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from clda_core._host.plain import copied
 from clda_core.layers import group_layers
 from clda_core.update.statistics import running_statistics
-from clda_core.update.writing import Snapshot, blend, copied, pair_tensors, tensors_of, undone_on_error
+from clda_core.update.writing import Snapshot, blend, pair_tensors, tensors_of, undone_on_error
 from tests._host.test_layout import LAYOUTS
 from tests.helpers import no_traces
 from tests.models import CNN, ResNet

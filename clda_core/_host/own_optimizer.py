@@ -1,4 +1,4 @@
-"""The optimizer with which an update changes a teacher: its state belongs to parameters by name."""
+"""Optimizers of our own, of updates and of projectors: their state belongs to parameters by name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 import torch
 from torch import Tensor, nn
 
-from .._host.borrowing import requiring_grad
-from .._host.compat import adam
-from .._host.layout import is_dense, laid_out_like
-from .._host.shards import as_sharded, is_sharded, local
-from .._host.undo import without_gradients
 from ..errors import CldaError, problem
-from .writing import copied
+from .borrowing import requiring_grad
+from .compat import adam
+from .layout import is_dense, laid_out_like
+from .plain import copied
+from .shards import as_sharded, is_sharded, local
+from .undo import without_gradients
 
 __all__ = ["OptimizerFactory", "OwnOptimizer"]
 
@@ -25,19 +25,24 @@ _LOAD = torch.optim.Optimizer.load_state_dict
 
 
 class OwnOptimizer:
-    """An optimizer of all of a teacher's parameters, built when the teacher is first at hand.
+    """An optimizer of all of a model's parameters, built when the model is first at hand.
 
     Gradients and moments are brought to the memory layout of their parameter before every step, since fused kernels
-    pair elements by memory. The state is saved by canonical parameter name.
+    pair elements by memory. The state is saved by parameter name.
 
     Args:
         learning_rate: Of Adam.
         factory: Builds another optimizer instead.
+        grows: Whether parameters may come and go between steps: those that stay keep their moments. Else it is an
+            error. Not with a ``factory``.
     """
 
-    def __init__(self, learning_rate: float, factory: Optional[OptimizerFactory]) -> None:
+    def __init__(
+        self, learning_rate: float, factory: Optional[OptimizerFactory] = None, *, grows: bool = False
+    ) -> None:
         self._learning_rate = learning_rate
         self._factory = factory
+        self._grows = grows
         self._optimizer: Optional[torch.optim.Optimizer] = None
         self._names: List[str] = []
         self._base_rates: List[float] = []
@@ -55,13 +60,13 @@ class OwnOptimizer:
 
         Args:
             model: Whose parameters these are.
-            parameters: All of them, by canonical name.
+            parameters: All of them, by name.
 
         Raises:
             CldaError: If the optimizer holds other parameters, or the state does not fit these.
         """
         if self._optimizer is not None and not _holds(self._optimizer, parameters):
-            if self._model is None or self._model() is not model:
+            if not self._grows and (self._model is None or self._model() is not model):
                 raise _other_parameters(self._optimizer, parameters)
             self._restored, self._optimizer = self.state_dict(), None
         if self._optimizer is None:
@@ -158,6 +163,8 @@ class OwnOptimizer:
             raise _other_parameters(optimizer, parameters)
         base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._restored is not None:
+            if self._grows:
+                self._restored = _of_these(self._restored, parameters)
             kernels = [{key: group[key] for key in _KERNELS if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(_by_position(self._restored, optimizer, parameters))
             for group, ours in zip(optimizer.param_groups, kernels):
@@ -247,6 +254,15 @@ def _by_position(
         "state": state,
         "param_groups": [{**group, "params": ours["params"]} for group, ours in zip(groups, own)],
     }
+
+
+def _of_these(saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Dict[str, Any]:
+    """Return a saved state of one group for these parameters, with the moments of those that it was saved of."""
+    shapes = {name: list(local(parameter).shape) for name, parameter in parameters.items()}
+    former, optimizer = saved["shapes"], saved["optimizer"]
+    state = {name: of_one for name, of_one in optimizer["state"].items() if former[name] == shapes.get(name)}
+    groups = [{**group, "params": list(shapes)} for group in optimizer["param_groups"]]
+    return {**saved, "optimizer": {"state": state, "param_groups": groups}, "shapes": shapes}
 
 
 def _is_by_name(saved: Mapping[str, Any]) -> bool:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clda_core._host.layout import is_dense
+from clda_core._host.own_optimizer import OwnOptimizer
 from clda_core.distillation import kl_distillation
 from clda_core.errors import CldaError
 from clda_core.update import MaskedDistillation
-from clda_core.update.own_optimizer import OwnOptimizer
 from tests._host.test_layout import LAYOUTS
 from tests.helpers import bits
 from tests.reference_update import Adam, float64
