@@ -29,15 +29,14 @@ from .schedule import RoundSchedule, Schedule, makes_rounds
 from .selection import LowestFraction, Selection
 from .state import STATE_VERSION, restore
 from .step import Step
-from .strategy import check_apart, check_strategies, describe
+from .strategy import ROLES, check_apart, check_strategies, describe
 from .update import Guard, MaskedDistillation, Update
 from .update.base import check_teacher, load_state, state_of
 from .update.writable import writable_layers
 
 __all__ = ["CollaborativeLearner"]
 
-_ROLES = ("saliency", "threshold", "selection", "relation", "update", "distillation", "schedule", "probe")
-_FIXED = frozenset({"teacher", "student", "extract", *_ROLES})
+_FIXED = frozenset({"teacher", "student", "extract", *ROLES})
 
 
 class CollaborativeLearner:
@@ -132,8 +131,8 @@ class CollaborativeLearner:
         self.extract = extract
         self.ignore_index = ignore_index
         self.keep_rounds = keep_rounds
-        check_strategies({role: getattr(self, role) for role in _ROLES})
-        for role in _ROLES:
+        check_strategies({role: getattr(self, role) for role in ROLES})
+        for role in ROLES:
             check_apart(role, getattr(self, role), (teacher, student))
         whole = ModelView(teacher, group_layers(teacher, layers))
         # Relations are between whole models; observed and written is what the host has not frozen.
@@ -183,7 +182,7 @@ class CollaborativeLearner:
         parts = {
             "teacher": f"{_described(self._writable)}, {relation}",
             "student": _described(self._student_view),
-            **{role: repr(getattr(self, role)) for role in _ROLES},
+            **{role: repr(getattr(self, role)) for role in ROLES},
             "so far": f"{self._steps} steps, {self.report().made} rounds{'' if self.enabled else ', not enabled'}",
         }
         return "\n".join([f"{type(self).__name__}(", *(f"  {name}: {part}" for name, part in parts.items()), ")"])
@@ -472,7 +471,7 @@ class CollaborativeLearner:
 
     def _config(self) -> Dict[str, Any]:
         return {
-            **{role: describe(getattr(self, role)) for role in _ROLES},
+            **{role: describe(getattr(self, role)) for role in ROLES},
             "teacher_layers": [[layer.name, layer.numel] for layer in self._writable.layers],
             "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
         }

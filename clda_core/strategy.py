@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 import reprlib
-from typing import Any, FrozenSet, Hashable, List, Mapping, Sequence, Tuple
+from typing import Any, FrozenSet, Hashable, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,25 @@ def _shown(value: Any) -> str:
     return str(value.__name__) if inspect.isfunction(value) else repr(value)
 
 
-_TRAITS = (("score", "order"), ("apply", "needs_relation"), ("due", "observes"), ("needs_inputs",))
-"""What tells a strategy that does not derive from ours from anything else that it may hold."""
+class Role(NamedTuple):
+    """What the learner asks of a strategy: the methods and attributes that it must have, and one of ours."""
+
+    methods: Tuple[str, ...]
+    example: str
+    attributes: Tuple[str, ...] = ()
+
+
+ROLES: Mapping[str, Role] = {
+    "saliency": Role(("score",), "Taylor()", ("order",)),
+    "threshold": Role(("__call__",), "MeanThreshold()"),
+    "selection": Role(("__call__",), "LowestFraction()"),
+    "relation": Role(("__call__",), "ByRelativeDepth()", ("needs_inputs",)),
+    "update": Role(("apply",), "Guard(MaskedDistillation())"),
+    "distillation": Role(("__call__",), "DISTDistillation()"),
+    "schedule": Role(("due", "observes", "strength"), "Schedule(warmup=1000)"),
+    "probe": Role(("__call__",), "PseudoLabelCrossEntropy()"),
+}
+"""By the learner's argument that takes the strategy."""
 
 
 def describe(strategy: Any) -> Any:
@@ -64,9 +81,7 @@ def _describe(value: Any, whole: bool, outer: FrozenSet[int]) -> Any:
     if isinstance(value, numbers.Real):  # NumPy's too, which a checkpoint must not hold
         number = int(value) if isinstance(value, numbers.Integral) else float(value)
         return "nan" if math.isnan(number) else number  # which equals itself
-    if isinstance(value, os.PathLike):
-        return str(value)
-    if isinstance(value, (torch.dtype, torch.device)):
+    if isinstance(value, (os.PathLike, torch.dtype, torch.device)):
         return str(value)
     if id(value) in outer:
         return "..."
@@ -91,11 +106,11 @@ def _describe(value: Any, whole: bool, outer: FrozenSet[int]) -> Any:
 
 
 def _is_strategy(value: Any) -> bool:
-    if isinstance(value, Strategy):
-        return True
-    return not isinstance(value, torch.nn.Module) and any(
-        all(hasattr(type(value), name) for name in traits) for traits in _TRAITS
-    )
+    """Return whether a value is a strategy, by its base or by what it has, of which being called is not enough."""
+    if isinstance(value, (Strategy, nn.Module)):
+        return isinstance(value, Strategy)
+    asked = [(*role.methods, *role.attributes) for role in ROLES.values()]
+    return any(names != ("__call__",) and all(hasattr(type(value), name) for name in names) for names in asked)
 
 
 def _kept_arguments(value: Any) -> List[str]:
@@ -124,33 +139,17 @@ def _is_ours(value: Any) -> bool:
     return str(value.__module__).partition(".")[0] == PACKAGE
 
 
-_STRATEGIES: Mapping[str, Tuple[Sequence[str], Sequence[str], str]] = {
-    "saliency": (("score",), ("order",), "Taylor()"),
-    "threshold": (("__call__",), (), "MeanThreshold()"),
-    "selection": (("__call__",), (), "LowestFraction()"),
-    "relation": (("__call__",), ("needs_inputs",), "ByRelativeDepth()"),
-    "update": (("apply",), (), "Guard(MaskedDistillation())"),
-    "distillation": (("__call__",), (), "DISTDistillation()"),
-    "schedule": (("due", "observes", "strength"), (), "Schedule(warmup=1000)"),
-    "probe": (("__call__",), (), "PseudoLabelCrossEntropy()"),
-}
-"""By role: the methods a strategy must have, its attributes, and an example."""
-
-
 def check_strategies(strategies: Mapping[str, Any]) -> None:
     """Raise unless there is an instance of a strategy for every role."""
     for role, strategy in strategies.items():
-        methods, attributes, example = _STRATEGIES[role]
+        methods, example, attributes = ROLES[role]
         missing = [name for name in methods if not callable(getattr(strategy, name, None))]
         missing += [name for name in attributes if not hasattr(strategy, name)]
         if missing or isinstance(strategy, type):
-            received = (
-                repr(strategy) if isinstance(strategy, type) or not missing else f"{strategy!r} without {missing}"
-            )
             raise problem(
                 f"{role}= is no {role} strategy",
                 expected=f"an object with {', '.join([*methods, *attributes])}",
-                received=received,
+                received=repr(strategy) if isinstance(strategy, type) else f"{strategy!r} without {missing}",
                 fix=f"pass an instance, for example {role}={example}",
             )
     if strategies["saliency"].order not in (0, 1, 2):

@@ -639,16 +639,18 @@ WRONG_STATES: Dict[str, Any] = {
     "history of a wrong form": (lambda: changed(state_after(), "history", [{"step": 1}]), "cannot be loaded"),
     "observations of another size": (
         lambda: with_observer(
-            observations={
+            averages={
                 "sums": {"target": torch.zeros(3)},
                 "counts": {"target": torch.zeros(3)},
+                "known": None,
                 "reference": None,
                 "reference_frozen": False,
+                "last": None,
             },
         ),
         "observations do not fit",
     ),
-    "observations cut": (lambda: with_observer(observations={}), "cannot be loaded.*KeyError"),
+    "observations cut": (lambda: with_observer(averages={}), "cannot be loaded.*KeyError"),
     "a generator cut": (lambda: with_observer(generator=torch.zeros(3, dtype=torch.uint8)), "cannot be loaded"),
     "another relation": (lambda: changed(state_after(), "relation", {"pairs": {}, "unrelated": {}}), "relation"),
     "an update cut": (lambda: changed(state_after(), "update", 3), "cannot be loaded"),

@@ -13,6 +13,18 @@ from tests.helpers import batch, every_step, host_loss, make_sam, networks, sgd,
 accelerate = pytest.importorskip("accelerate", reason="a recipe for Accelerate needs Accelerate")
 
 
+@pytest.fixture(autouse=True)
+def anew() -> Any:
+    """Let every test have an Accelerator of its own, which else shares its settings with those before it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 def training(**options: Any) -> Any:
     teacher, student = networks()
     accelerator = accelerate.Accelerator(cpu=True, **options)
