@@ -9,6 +9,7 @@ from .layers import Layer, group_layers
 from .learner import CollaborativeLearner
 from .outputs import Outputs
 from .report import Report, RoundRecord
+from .saliency import saliency_rates
 from .schedule import Never, Schedule
 from .teaching import teach
 from .update import init_student
@@ -27,6 +28,7 @@ __all__ = [
     "checkpoint",
     "group_layers",
     "init_student",
+    "saliency_rates",
     "teach",
 ]
 

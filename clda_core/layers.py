@@ -332,20 +332,21 @@ def _stage(layer: str, modules: Mapping[str, nn.Module]) -> Optional[str]:
 
 
 def check_models(teacher: nn.Module, student: nn.Module) -> None:
-    """Raise unless both are models whose parameters have a shape, sharded in a way that can be read if at all."""
-    for whose, model in (("teacher", teacher), ("student", student)):
-        if not isinstance(model, nn.Module):
-            raise problem(
-                f"the {whose} is no model",
-                expected="a torch.nn.Module",
-                received=type(model).__name__,
-                fix="call CollaborativeLearner(teacher, student)",
-            )
-        _check_initialised(whose, model)
-        check_sharding(whose, model)
+    """Raise unless both are models that can be read, see :func:`check_model`."""
+    check_model("teacher", teacher)
+    check_model("student", student)
 
 
-def _check_initialised(whose: str, model: nn.Module) -> None:
+def check_model(whose: str, model: nn.Module) -> None:
+    """Raise unless it is a model whose parameters have a shape, sharded in a way that can be read if at all."""
+    if not isinstance(model, nn.Module):
+        raise problem(
+            f"the {whose} is no model",
+            expected="a torch.nn.Module",
+            received=type(model).__name__,
+            fix="pass the network itself, the teacher before the student where there are two",
+        )
+    check_sharding(whose, model)
     names = [name for name, parameter in model.named_parameters() if uninitialized(parameter)]
     if names:
         raise problem(

@@ -11,10 +11,9 @@ from torch import nn
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.runs import trained_teacher, versions
 from benchmarks.evidence.task import Host, Task
-from benchmarks.evidence.training import probing, train, train_on_source
-from clda_core.layers import ModelView, group_layers
-from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, ReferenceThreshold, Taylor, Threshold
-from clda_core.saliency.observer import Observer
+from benchmarks.evidence.training import train, train_on_source
+from clda_core.layers import group_layers
+from clda_core.saliency import MeanThreshold, ReferenceThreshold, Threshold, saliency_rates
 
 BATCHES = 20
 TRAININGS = ("source", "uda")
@@ -41,28 +40,26 @@ def observe(task: Task, seed: int, network: str, training: str) -> Record:
             "metric": task.metric,
             "target": task.evaluate(model),
             "sizes": {layer.name: layer.numel for layer in group_layers(model)},
-            "own_threshold": saliency_rates(model, host, MeanThreshold()),
-            "source_threshold": saliency_rates(model, host, ReferenceThreshold()),
+            "own_threshold": _rates(model, host, MeanThreshold()),
+            "source_threshold": _rates(model, host, ReferenceThreshold()),
             "versions": versions(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 
-def saliency_rates(model: nn.Module, host: Host, threshold: Threshold) -> Dict[str, Dict[str, float]]:
+def _rates(model: nn.Module, host: Host, threshold: Threshold) -> Dict[str, Dict[str, float]]:
     """Return each layer's LSR on ``target`` and on ``source`` images, over the same number of batches.
 
-    Taylor saliency of the cross-entropy against the network's own pseudo-labels, on both domains.
+    Taylor saliency of the cross-entropy against the network's own pseudo-labels, on both domains. A threshold that
+    refers to the source sees its batches up to the one in question.
     """
-    view = ModelView(model, group_layers(model))
-    observer = Observer(view, Taylor(), threshold, PseudoLabelCrossEntropy(), model)
-    for step in range(BATCHES):
-        batch = host.loss(step, BATCHES)
-        observer.observe(probing(batch.source), "source", None, None, elements=False)
-        observer.observe(None, "target", batch.images, None, elements=False)
-        observer.commit()
-        observer.forget_step()
-    target_rates, source_rates = observer.rates()
-    return {"target": _rounded(target_rates), "source": _rounded(source_rates)}
+    batches = [host.loss(step, BATCHES) for step in range(BATCHES)]
+    images = {"target": [batch.images for batch in batches], "source": [batch.source for batch in batches]}
+    source = images["source"] if isinstance(threshold, ReferenceThreshold) else None
+    return {
+        domain: _rounded(saliency_rates(model, of_domain, threshold=threshold, source=source))
+        for domain, of_domain in images.items()
+    }
 
 
 def overall(rates: Dict[str, float], sizes: Dict[str, int]) -> float:

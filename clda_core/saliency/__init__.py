@@ -6,6 +6,7 @@ from .hessian import Hessian
 from .histogram import Histogram
 from .magnitude import Magnitude
 from .probe import PseudoLabelCrossEntropy
+from .rates import saliency_rates
 from .taylor import Taylor
 from .threshold import (
     FixedThreshold,
@@ -33,4 +34,5 @@ __all__ = [
     "Threshold",
     "derivatives",
     "layer_saliency_rates",
+    "saliency_rates",
 ]
