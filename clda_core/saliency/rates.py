@@ -7,8 +7,7 @@ from typing import Any, Dict, Iterable, Optional
 
 from torch import Tensor, nn
 
-from .._host.compat import uncompiled
-from .._host.rng import keeping_rng
+from .._host.borrowing import borrowed
 from ..errors import problem
 from ..layers import LayerGrouping, ModelView, check_model, group_layers
 from ..outputs import Extract, as_outputs, call_model, check_extract
@@ -94,7 +93,7 @@ def saliency_rates(
     observer = Observer(ModelView(model, group_layers(model, layers)), saliency, threshold, chosen, logits)
 
     def observe(domain: str, inputs: Any) -> Any:
-        with keeping_rng("saliency rates", model), uncompiled(model):
+        with borrowed(model, doing="saliency rates", passes=False):
             return observer.observe(lambda _: chosen(logits(inputs), None), domain, None, None)
 
     empty = True
