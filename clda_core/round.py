@@ -25,7 +25,7 @@ from .schedule import RoundSchedule, makes_rounds
 from .selection import Selection, check_selected
 from .step import Step
 from .update import RoundContext, Update, UpdateResult
-from .update.base import check_result, needs_relation, rehearse
+from .update.base import check_result, check_update, needs_relation, rehearse
 from .update.writable import check_memory, check_precision, check_writable, written_now
 
 
@@ -68,6 +68,7 @@ class Rounds:
         schedule: RoundSchedule,
         keep: int,
     ) -> None:
+        check_update(update)
         self.history = History()
         self.related: Optional[RelatedLayers] = None
         self.owed: Optional[int] = None
@@ -86,7 +87,7 @@ class Rounds:
         self._keep = keep
         self._checked = False
         self._warned = False
-        self._teacher_shapes, self._student_shapes = _shapes(teacher), _shapes(student)
+        self._shapes = {"teacher": (teacher, _shapes(teacher)), "student": (student, _shapes(student))}
 
     # ------------------------------------------------------------------------------------------------------- when
 
@@ -255,9 +256,18 @@ class Rounds:
 
     def _check_as_built(self) -> None:
         """Raise if the teacher, or the student where its layers matter, is not what the learner was built with."""
-        _compare("teacher", self._teacher_shapes, _shapes(self._teacher))
-        if needs_relation(self._update):
-            _compare("student", self._student_shapes, _shapes(self._student))
+        for whose in ("teacher", "student") if needs_relation(self._update) else ("teacher",):
+            view, built = self._shapes[whose]
+            now = canonical_parameters(view.model)
+            for name, shape in built.items():
+                if name not in now or now[name].shape != shape:
+                    raise problem(
+                        f"the {whose}'s parameters were renamed, resized or replaced after the learner was built",
+                        expected=f"{name!r} of shape {tuple(shape)}",
+                        received=f"shape {tuple(now[name].shape)}" if name in now else "no such parameter",
+                        fix="prune, parametrize (weight_norm, spectral_norm), add or merge adapters before you build "
+                        "the learner, or build a new one afterwards",
+                    )
 
     def _relation_on(self, step: Step, *, needed: bool) -> RelatedLayers:
         student = self._student._replace(inputs=step.student_inputs)
@@ -355,21 +365,7 @@ class Rounds:
         self.owed, self.history, self.related = owed, history, related
 
 
-def _shapes(view: ModelView) -> Dict[str, Tuple[int, ...]]:
-    """Return the shape of every parameter of the layers by canonical name; what the model lacks is absent."""
+def _shapes(view: ModelView) -> Dict[str, torch.Size]:
+    """Return the shape of every parameter of the layers by canonical name."""
     parameters = canonical_parameters(view.model)
-    names = [name for layer in view.layers for name in layer.parameters]
-    return {name: tuple(parameters[name].shape) for name in names if name in parameters}
-
-
-def _compare(whose: str, built: Mapping[str, Tuple[int, ...]], now: Mapping[str, Tuple[int, ...]]) -> None:
-    """Raise if a model's parameters have other names or shapes than when the learner was built."""
-    for name, shape in built.items():
-        if now.get(name) != shape:
-            raise problem(
-                f"the {whose}'s parameters were renamed, resized or replaced after the learner was built",
-                expected=f"{name!r} of shape {shape}",
-                received=f"shape {now[name]}" if name in now else "no such parameter",
-                fix="prune, parametrize (weight_norm, spectral_norm), add or merge adapters before you build the "
-                "learner, or build a new one afterwards",
-            )
+    return {name: parameters[name].shape for layer in view.layers for name in layer.parameters}

@@ -457,6 +457,25 @@ class Answer:
         return self._answer("strength", 1.0)
 
 
+class HalfAState:
+    """An update that saves and cannot restore."""
+
+    def apply(self, context: Any) -> Any:
+        """Not called."""
+
+    def state_dict(self) -> Any:
+        return {"moments": torch.zeros(1)}
+
+
+def test_an_update_with_half_a_state_is_refused() -> None:
+    with pytest.raises(CldaError, match=r"update= is no update.*without \['load_state_dict'\]"):
+        make_learner(*networks(), update=HalfAState())
+    with pytest.raises(CldaError, match=r"update= is no update.*without \['load_state_dict'\]"):
+        Guard(HalfAState())
+    with pytest.raises(CldaError, match=r"update= is no update.*Average.*pass an instance"):
+        Guard(Average)
+
+
 RAISED = ZeroDivisionError("theirs")
 WRONG_ANSWERS: Dict[str, Any] = {
     "extract: a dict": (lambda: {"extract": lambda output: {"logits": output}}, "dict from extract="),

@@ -1,4 +1,4 @@
-"""The first step with target data rehearses a round: what fails in a round fails there, and nothing is written."""
+"""Rounds: whole or not at all, by one copy of what they change; their rehearsal in the first step with target data."""
 
 from typing import Any, Dict, List
 
@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule
+from clda_core.layers import group_layers
 from clda_core.relation import BySimilarity
 from clda_core.saliency import Hessian, Magnitude
-from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation
+from clda_core.selection import AllLayers
+from clda_core.step import Step
+from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, RoundContext, UpdateResult, base
 from tests.helpers import (
     Net,
     batch,
@@ -187,3 +190,126 @@ def test_an_update_of_a_users_own_rehearses_if_it_can() -> None:
 
     fails(make_learner(*networks(), schedule=LATER, update=Own()), batch(), "a round would fail.*ZeroDivisionError")
     assert calls == ["rehearse"]
+
+
+# ---------------------------------------------------------------------------------------------- one copy, and undo
+
+
+@pytest.mark.parametrize("update", [Guard(MaskedDistillation()), MaskedDistillation(), Guard(Average()), Average()])
+def test_a_round_copies_what_it_changes_once(update: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: List[str] = []
+
+    class Counted(base.Snapshot):
+        def __init__(self, *arguments: Any) -> None:
+            copies.append("layers")
+            super().__init__(*arguments)
+
+    def copied(state: Any) -> Any:
+        copies.append("state")
+        return state
+
+    monkeypatch.setattr(base, "Snapshot", Counted)
+    monkeypatch.setattr(base, "copied", copied)
+    learner = make_learner(*networks(), update=update)
+    train(learner, sgd(learner.student), 1)
+    assert (len(learner.report().rounds), copies) == (1, ["layers", "state"])
+
+
+class AddOne:
+    """No more than an update must have."""
+
+    def __init__(self, *, error: Any = None) -> None:
+        self.error = error
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        parameters = dict(context.teacher.named_parameters())
+        with torch.no_grad():
+            for layer in context.layers:
+                for name in layer.parameters:
+                    parameters[name].add_(1)
+        if self.error is not None:
+            raise self.error
+        return UpdateResult(tuple(layer.name for layer in context.layers))
+
+
+class Memory(AddOne):
+    """The same, remembering how often it was applied."""
+
+    rounds = 0
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        self.rounds += 1
+        return super().apply(context)
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.rounds = state["rounds"]
+
+
+def better(teacher: Tensor, original: Tensor, student: Tensor) -> Tensor:
+    return (teacher - original).abs().sum()
+
+
+def worse(teacher: Tensor, original: Tensor, student: Tensor) -> Tensor:
+    return -better(teacher, original, student)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_an_update_needs_apply_alone(guarded: bool) -> None:
+    teacher, student = networks()
+    update = Guard(AddOne(), criterion=better) if guarded else AddOne()
+    learner = make_learner(teacher, student, update=update, selection=AllLayers())
+    before = values(teacher)
+    train(learner, sgd(student), 1)
+    assert values(teacher) != before
+    assert learner.report().rounds[0].updated
+    assert learner.state_dict()["update"] == {}
+    learner.load_state_dict(learner.state_dict())
+    broken = AddOne(error=ValueError("mine"))
+    failing = make_learner(teacher, student, update=Guard(broken) if guarded else broken)
+    failing.distill(student(batch()), batch()).backward()
+    with no_traces(teacher, student, values_too=True), pytest.raises(CldaError, match="mine.*as it was before"):
+        failing.step(step_fn=lambda: None)
+
+
+class Both(Memory):
+    """Two updates, one after the other."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        self.rounds += 1
+        first = self.first.apply(context)
+        return UpdateResult(first.updated, accepted=self.second.apply(context).accepted)
+
+
+def test_a_guard_within_an_update_takes_back_its_own_part_alone() -> None:
+    teacher, student = networks()
+    inner = Memory()
+    both = Both(AddOne(), Guard(inner, criterion=worse, backtracks=0))
+    learner = make_learner(teacher, student, update=both, selection=AllLayers())
+    before = {name: parameter.detach().clone() for name, parameter in teacher.named_parameters()}
+    train(learner, sgd(student), 1)
+    assert learner.report().rounds[0].accepted is False
+    assert (both.rounds, inner.rounds) == (1, 0)
+    (record,) = learner.report().rounds
+    moved = {name for layer in group_layers(teacher) if layer.name in record.selected for name in layer.parameters}
+    for name, parameter in teacher.named_parameters():
+        assert torch.equal(parameter, before[name] + (name in moved)), name
+
+
+def test_dropping_a_step_is_dropping_its_value() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student)
+    for stepped in (False, True):
+        learner.distill(student(batch()), batch()).backward()
+        learner.observe()
+        assert learner._step.pending
+        assert learner._step.observed == {"target"}
+        learner.after_step(stepped=stepped)
+        assert learner._step == Step()
+    assert learner.report().made == 1

@@ -200,6 +200,20 @@ class KnowsTeacher(Protocol):
         ...
 
 
+def check_update(update: Any) -> None:
+    """Raise unless this is an update that saves what it restores."""
+    state = ("state_dict", "load_state_dict")
+    wanted = ("apply", *state) if any(hasattr(update, name) for name in state) else ("apply",)
+    missing = [name for name in wanted if not callable(getattr(update, name, None))]
+    if missing or isinstance(update, type):
+        raise problem(
+            "update= is no update",
+            expected="an object with apply(), and with both or none of state_dict() and load_state_dict()",
+            received=repr(update) if isinstance(update, type) else f"{update!r} without {missing}",
+            fix="pass an instance, for example MaskedDistillation(), or write the method that is missing",
+        )
+
+
 def needs_relation(update: Update) -> bool:
     """Return whether an update needs related layers."""
     return isinstance(update, NeedsRelation) and update.needs_relation

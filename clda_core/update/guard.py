@@ -22,6 +22,7 @@ from .base import (
     Update,
     UpdateResult,
     check_teacher,
+    check_update,
     load_state,
     needs_relation,
     rehearse,
@@ -165,6 +166,7 @@ class Guard(Strategy):
     def __init__(
         self, update: Update, *, criterion: Criterion = consensus, tolerance: float = 0.0, backtracks: int = 2
     ) -> None:
+        check_update(update)
         check_number("tolerance", tolerance, at_least=0)
         check_number("backtracks", backtracks, at_least=0, integer=True)
         _check_criterion(criterion)

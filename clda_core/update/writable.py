@@ -34,13 +34,16 @@ def restricted(layers: Sequence[Layer], to: Collection[str], model: nn.Module) -
         to: Names of parameters.
         model: The model.
     """
+    kept_whole = [all(name in to for name in layer.parameters) for layer in layers]
+    if all(kept_whole):
+        return tuple(layers)
     parameters = canonical_parameters(model)
     owners = {_owner(name) for name in parameters}
     kept = {_owner(name) for name in to}
     found: List[Layer] = []
-    for layer in layers:
+    for layer, whole in zip(layers, kept_whole):
         names = tuple(name for name in layer.parameters if name in to)
-        if names == layer.parameters:
+        if whole:
             found.append(layer)
         elif names:
             buffers = tuple(name for name in layer.buffers if _owner(name) in kept or _owner(name) not in owners)
