@@ -19,7 +19,7 @@ from ._host.restoring import fitted, restore
 from .errors import CldaError, problem
 from .learner import CollaborativeLearner
 
-__all__ = ["atomically", "load", "pack", "read", "save", "unpack"]
+__all__ = ["LearnerAndTeacher", "atomically", "load", "pack", "read", "save", "unpack"]
 
 
 def pack(learner: CollaborativeLearner, **beside: Any) -> Dict[str, Any]:
@@ -60,6 +60,25 @@ def unpack(learner: CollaborativeLearner, packed: Any, **beside: Any) -> Dict[st
         CldaError: As :func:`load` does.
     """
     return _unpacked("the checkpoint", learner, packed, beside)
+
+
+class LearnerAndTeacher:
+    """Learner and teacher as one object with a state, for what saves such objects: Accelerate's ``save_state()``.
+
+    Args:
+        learner: The learner.
+    """
+
+    def __init__(self, learner: CollaborativeLearner) -> None:
+        self.learner = learner
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what :func:`pack` returns."""
+        return pack(self.learner)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore both, or neither, as :func:`unpack` does."""
+        unpack(self.learner, state)
 
 
 def save(path: Union[str, Path], learner: CollaborativeLearner, **beside: Any) -> None:

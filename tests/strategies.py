@@ -121,6 +121,7 @@ CASES: Dict[str, List[Case]] = {
 }
 
 NOT_STRATEGIES = {
+    "LearnerAndTeacher": "an object with a state: integrations/test_accelerate.py",
     "CldaError": "the error",
     "CollaborativeLearner": "the learner: test_learner.py",
     "teach": "a function: test_teaching.py",

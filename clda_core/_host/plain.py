@@ -57,16 +57,22 @@ def copied(state: Any) -> Any:
 
 def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:
     kind = type(value)
-    if kind in _LEAVES:
+    if kind in _LEAVES or isinstance(value, torch.dtype):
         return value
     if isinstance(value, Tensor):
-        return _plain_tensor(value, name)
-    if isinstance(value, torch.dtype):
-        return value
+        if kind in (Tensor, nn.Parameter) or kind.__module__.partition(".")[0] == "torch":
+            return value.detach()
+        raise _not_plain(value, name, fix=f"save {name}.as_subclass(torch.Tensor)")
     if isinstance(value, torch.device):
         return str(value)
-    if isinstance(value, (str, numbers.Real)) and not _loses_by_conversion(value):
-        return _plain_scalar(value, name)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):
+        if float(value) != value and value == value:
+            raise _not_plain(value, name)
+        return float(value)
     if isinstance(value, os.PathLike):
         return _plain(os.fspath(value), name, outer)
     if kind.__module__ == "numpy" and hasattr(value, "dtype"):
@@ -110,28 +116,6 @@ def _plain_mapping(value: Mapping[Any, Any], name: str, outer: FrozenSet[int]) -
     return found
 
 
-def _plain_tensor(value: Tensor, name: str) -> Tensor:
-    kind = type(value)
-    if kind in (Tensor, nn.Parameter) or kind.__module__.partition(".")[0] == "torch":
-        return value.detach()
-    raise _not_plain(value, name, fix=f"save {name}.as_subclass(torch.Tensor)")
-
-
-def _plain_scalar(value: Any, name: str) -> Any:
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if float(value) != value and value == value:
-        raise _not_plain(value, name)
-    return float(value)
-
-
-def _loses_by_conversion(value: Any) -> bool:
-    """Return whether a number is exact where a float is not: a ``Fraction``."""
-    return isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
-
-
 def _plain_array(value: Any, name: str, outer: FrozenSet[int]) -> Any:
     """Return a NumPy array as a tensor of its own, and one of its scalars as Python's."""
     if value.ndim == 0:
@@ -147,18 +131,18 @@ def _plain_array(value: Any, name: str, outer: FrozenSet[int]) -> Any:
 
 def _not_plain(value: Any, name: str, fix: Optional[str] = None) -> CldaError:
     kind = type(value)
-    if fix is None:
-        fix = f"save {_ADVICE.get(kind.__name__) or _advice(value)}, and make it anew after load()"
+    instead = "its name" if isinstance(value, enum.Enum) else _INSTEAD.get(kind.__name__, _PARTS)
     return problem(
         f"{name} cannot be saved",
         expected="tensors, numbers, strings, None, and lists, tuples and dicts of these, which every torch loads with "
         "weights_only=True",
         received=f"{kind.__module__}.{kind.__qualname__}",
-        fix=fix,
+        fix=fix or f"save {instead}, and make it anew after load()",
     )
 
 
-_ADVICE = {
+_PARTS = "the tensors, numbers and strings that it is made of"
+_INSTEAD = {
     "set": "sorted(...) of it",
     "frozenset": "sorted(...) of it",
     "Namespace": "vars(...) of it",
@@ -171,10 +155,4 @@ _ADVICE = {
     "Generator": "its state",
     "complex": "[its real part, its imaginary part]",
 }
-"""By type, what to save instead."""
-
-
-def _advice(value: Any) -> str:
-    if isinstance(value, enum.Enum):
-        return "its name"
-    return "the tensors, numbers and strings that it is made of"
+"""By type, what to save."""

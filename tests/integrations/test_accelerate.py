@@ -1,14 +1,16 @@
 """Accelerate needs nothing of ours: what its optimizer skips or accumulates, the learner notices."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from clda_core import CldaError, CollaborativeLearner
+from clda_core.checkpoint import LearnerAndTeacher
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import batch, every_step, host_loss, make_sam, networks, sgd, values
+from tests.helpers import batch, bits, every_step, host_loss, make_sam, networks, sgd, values
 
 accelerate = pytest.importorskip("accelerate", reason="a recipe for Accelerate needs Accelerate")
 
@@ -99,3 +101,28 @@ def test_batches_of_source_or_target_only_are_counted_and_make_rounds() -> None:
             learner.step(optimizer)
     assert learner.report().steps == 8
     assert [record.step for record in learner.report().rounds] == [3, 5, 7]
+
+
+def test_learner_and_teacher_go_with_the_engines_state_both_or_neither(tmp_path: Path) -> None:
+    accelerator, optimizer, learner = training()
+    accelerator.register_for_checkpointing(LearnerAndTeacher(learner))
+
+    def train(steps: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            accelerator.backward(learner.distill(learner.student(batch(step)), batch(step)))
+            learner.step(optimizer)
+
+    train(3)
+    accelerator.save_state(str(tmp_path))
+    before = bits(learner.state_dict()), values(learner.teacher), values(learner.student)
+    train(2)
+    accelerator.load_state(str(tmp_path))
+    assert (bits(learner.state_dict()), values(learner.teacher), values(learner.student)) == before
+    (file,) = tmp_path.glob("custom_checkpoint_*")
+    torch.save({**torch.load(str(file)), "teacher": networks()[1].state_dict()}, str(file))
+    train(2)
+    before = bits(learner.state_dict()), values(learner.teacher)
+    with pytest.raises(CldaError, match="the saved teacher is of another architecture"):
+        accelerator.load_state(str(tmp_path))
+    assert (bits(learner.state_dict()), values(learner.teacher)) == before
