@@ -42,17 +42,24 @@ def plain(value: Any, name: str) -> Any:
     return _plain(value, name, frozenset())
 
 
-def copied(state: Any) -> Any:
-    """Return a state of tensors and plain Python types with tensors of its own, faster than ``copy.deepcopy``."""
+def copied(state: Any, device: Optional[str] = None) -> Any:
+    """Return a state of tensors and plain Python types with tensors of its own, faster than ``copy.deepcopy``.
+
+    Args:
+        state: The state; with that of a module go the versions that PyTorch keeps beside it.
+        device: Where the tensors are to be; where they are if ``None``.
+    """
     if isinstance(state, Tensor):
-        return state.detach().clone()
+        return state.detach().clone() if device is None else state.detach().to(device, copy=True)
     if type(state) is dict:
-        return {key: copied(value) for key, value in state.items()}
+        return {key: copied(value, device) for key, value in state.items()}
+    if type(state) is OrderedDict:
+        of_module = OrderedDict((key, copied(value, device)) for key, value in state.items())
+        vars(of_module).update(vars(state))
+        return of_module
     if type(state) in (list, tuple):
-        return type(state)([copied(value) for value in state])
-    if state is None or type(state) in (bool, int, float, str):
-        return state
-    return copy.deepcopy(state)
+        return type(state)([copied(value, device) for value in state])
+    return state if type(state) in _LEAVES else copy.deepcopy(state)
 
 
 def _plain(value: Any, name: str, outer: FrozenSet[int]) -> Any:

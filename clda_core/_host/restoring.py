@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, Dict, List, Mapping, Tuple, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CldaError, problem
 from .names import paired_names
+from .plain import copied
 
 
 def restore(parts: List[Tuple[str, Any, Any]]) -> None:
@@ -27,7 +28,8 @@ def restore(parts: List[Tuple[str, Any, Any]]) -> None:
     try:
         for name, part, state in parts:
             try:
-                before.append((part, _copy(part.state_dict()) if hasattr(part, "state_dict") else None))
+                # On the CPU, where it costs no memory of a device.
+                before.append((part, copied(part.state_dict(), "cpu") if hasattr(part, "state_dict") else None))
                 part.load_state_dict(state)
             except CldaError:
                 raise
@@ -83,21 +85,6 @@ def _renamed(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
 
 def _shapes(tensors: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-
-
-def _copy(state: Any) -> Any:
-    """Return a state with tensors of its own, on the CPU, where they cost no memory of a device."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, OrderedDict):
-        copied = OrderedDict((key, _copy(value)) for key, value in state.items())
-        vars(copied).update(vars(state))  # the versions of a module's state
-        return copied
-    if type(state) is dict:
-        return {key: _copy(value) for key, value in state.items()}
-    if type(state) in (list, tuple):
-        return type(state)([_copy(value) for value in state])
-    return state
 
 
 def _give_back(part: Any, state: Any) -> None:
