@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Protocol
 
-from ._host.activations import LEAST_ROWS, capturing, positions, rows, watching, wide
+from ._host.activations import LEAST_ROWS, capturing, positions, rows, wide
+from ._host.borrowing import borrowed
 from ._host.names import canonical_modules
 from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
@@ -195,7 +196,7 @@ class BySimilarity(Strategy):
                 received="None",
                 fix="pass inputs= to distill(), or choose ByRelativeDepth()",
             )
-        with watching(teacher.model, student.model):
+        with borrowed(teacher.model, student.model, doing="watch", hooked=True):
             ours, reasons = _features(teacher, inputs, self.samples)
             theirs, _ = _features(student, inputs, self.samples)
             table = _similarities(ours, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Set, Tuple
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .borrowing import borrowed
 from .compat import has_float64
 from .undo import undoing
 
@@ -20,11 +20,7 @@ _SPATIAL = {
     3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d),
 }
 _FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
-_POOL: Mapping[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
+_POOLS: Tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 LEAST_ROWS = 32
 """Samples (images x positions) below which nothing is read from how channels vary together.
@@ -39,41 +35,27 @@ Read = Callable[[str, nn.Module, Tuple[Any, ...], Any], None]
 
 @contextmanager
 def capturing(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
-    """Hand each module's first call to ``read`` while the context is open; leave no hook behind."""
+    """Hand each module's first call to ``read`` while the context is open; leave no hook behind.
+
+    The models are borrowed for that with ``borrowed(..., hooked=True)``.
+    """
     seen: Set[str] = set()
-    handles: List[Any] = []
     hooks: List[Any] = []
 
-    def hook_for(name: str) -> Callable[[nn.Module, Tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
-            if name not in seen:
-                seen.add(name)
-                read(name, module, inputs, output)
+    def first_call(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+        if name not in seen:
+            seen.add(name)
+            read(name, module, inputs, output)
 
-        return hook
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-        for module in modules.values():  # a hook whose handle an interrupt kept from us
+    def remove() -> None:  # by what was registered: an interrupt may have kept a handle from us
+        for module in modules.values():
             for key in [key for key, hook in module._forward_hooks.items() if hook in hooks]:
                 del module._forward_hooks[key]
 
     with undoing(remove):
         for name, module in modules.items():
-            hooks.append(hook_for(name))
-            handles.append(module.register_forward_hook(hooks[-1]))
-        yield
-
-
-@contextmanager
-def watching(*models: nn.Module) -> Iterator[None]:
-    """Let models be run in eval mode without gradients, and give the random state back even if they draw.
-
-    Compiled models run uncompiled meanwhile and Transformer encoders part by part, so that hooks are called and nothing
-    is compiled anew for them.
-    """
-    with borrowed(*models, doing="watch", hooked=True):
+            hooks.append(functools.partial(first_call, name))
+            module.register_forward_hook(hooks[-1])
         yield
 
 
@@ -92,8 +74,9 @@ def positions(value: Any, module: Optional[nn.Module], samples: int) -> Optional
     if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point() or value.numel() == 0:
         return None
     batch = value.detach()
-    if batch.shape[0] > samples:
-        batch = batch[_evenly(batch.shape[0], samples, batch.device)]
+    items = batch.shape[0]
+    if items > samples:
+        batch = batch[torch.tensor([index * items // samples for index in range(samples)], device=batch.device)]
     channel = channel_dim(batch, module)
     grid = batch.movedim(channel, 1).float()
     if batch.dim() == 3 and channel == 2:
@@ -148,10 +131,6 @@ def wide(value: Tensor) -> Tensor:
     return value.double() if has_float64(value.device) else value.float()
 
 
-def _evenly(total: int, count: int, device: torch.device) -> Tensor:
-    return torch.tensor([index * total // count for index in range(count)], device=device)
-
-
 def _square(value: Tensor) -> Tensor:
     length = value.shape[2]
     for skipped in (0, 1):
@@ -162,7 +141,7 @@ def _square(value: Tensor) -> Tensor:
 
 
 def _pool(value: Tensor, grid: List[int]) -> Tensor:
-    return value if list(value.shape[2:]) == grid else _POOL[len(grid)](value, grid)
+    return value if list(value.shape[2:]) == grid else _POOLS[len(grid) - 1](value, grid)
 
 
 def _matrix(value: Tensor) -> Tensor:

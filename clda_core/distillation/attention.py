@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .._host.compat import autocast_off
 from ..errors import check_number, problem
 from ..strategy import Strategy
-from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
-from .positions import align_features, computing_dtype
+from .chunked import in_chunks, mean_computed, narrowed, only_first_derivatives, shares
+from .positions import Features, align_features, computing_dtype
 
 __all__ = ["AttentionTransfer", "attention_transfer"]
 
@@ -20,8 +19,8 @@ _LEAST = 1e-36
 
 
 def attention_transfer(
-    student_features: Union[Tensor, Sequence[Tensor]],
-    teacher_features: Union[Tensor, Sequence[Tensor]],
+    student_features: Features,
+    teacher_features: Features,
     mask: Optional[Tensor] = None,
     *,
     power: float = 2.0,
@@ -38,8 +37,7 @@ def attention_transfer(
     Args:
         student_features: One tensor ``(N, C, ...)`` with spatial dimensions, or several, paired in order.
         teacher_features: As many; of two grids in a pair the smaller one is taken.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
-            matter. With ``ignore_index`` also an integer label map.
+        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
         power: Exponent ``p`` >= 1; larger ones concentrate on the strongest activations.
         ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
@@ -72,10 +70,7 @@ def attention_transfer(
                 received=f"shape {tuple(features.shape)}",
                 fix="take features before the pooling, or use FeatureDistillation",
             )
-    with autocast_off(pairs[0].student.device.type):
-        losses = [_Attention.apply(*pair, power) for pair in pairs]  # type: ignore[no-untyped-call]
-        mean: Tensor = sum(losses) / len(losses)
-    return mean
+    return mean_computed(_Attention, pairs, power)
 
 
 class AttentionTransfer(Strategy):
@@ -98,12 +93,7 @@ class AttentionTransfer(Strategy):
         check_number("power", power, at_least=1)
         self.power = power
 
-    def __call__(
-        self,
-        student_features: Union[Tensor, Sequence[Tensor]],
-        teacher_features: Union[Tensor, Sequence[Tensor]],
-        mask: Optional[Tensor] = None,
-    ) -> Tensor:
+    def __call__(self, student_features: Features, teacher_features: Features, mask: Optional[Tensor] = None) -> Tensor:
         """Return the loss of features, paired in order."""
         return attention_transfer(student_features, teacher_features, mask, power=self.power)
 
@@ -130,8 +120,8 @@ class _Attention(torch.autograd.Function):
         only_first_derivatives()
         student, slope, inverse, weights = ctx.saved_tensors
         gradient, slope = torch.empty_like(student), slope * upstream
-        for chunk in chunks(student):
-            x = values_in(chunk, student, weights) * inverse[chunk[0]].unsqueeze(1)
+        for chunk, (x,) in in_chunks((student,), weights):
+            x.mul_(inverse[chunk[0]].unsqueeze(1))
             gradient[chunk] = x.sign() * x.abs().pow(ctx.power - 1) * slope[chunk[0], chunk[2]].unsqueeze(1)
         return gradient, None, None, None
 
@@ -143,14 +133,11 @@ def _maps(features: Tensor, weights: Optional[Tensor], weight: Tensor, power: fl
     """
     samples, _, positions = features.shape
     largest, energies = weight.new_zeros(samples, 1), weight.new_zeros(samples, positions)
-    for chunk in chunks(features):
-        largest[chunk[0]] = torch.max(
-            largest[chunk[0]], values_in(chunk, features, weights).abs().amax((1, 2))[:, None]
-        )
+    for chunk, (x,) in in_chunks((features,), weights):
+        largest[chunk[0]] = torch.max(largest[chunk[0]], x.abs_().amax((1, 2))[:, None])
     inverse = _inverse(largest, largest <= _LEAST)
-    for chunk in chunks(features):
-        scaled = values_in(chunk, features, weights) * inverse[chunk[0]].unsqueeze(1)
-        energies[chunk[0], chunk[2]] = scaled.abs_().pow_(power).mean(1)
+    for chunk, (x,) in in_chunks((features,), weights):
+        energies[chunk[0], chunk[2]] = x.mul_(inverse[chunk[0]].unsqueeze(1)).abs_().pow_(power).mean(1)
     norm = (weight * energies * energies).sum(1, keepdim=True).sqrt()
     inverse_norm = _inverse(norm, norm == 0)
     return energies * inverse_norm, inverse, inverse_norm

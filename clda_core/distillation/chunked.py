@@ -1,4 +1,4 @@
-"""What the losses share: they work in chunks, each in float64, and keep little between forward and backward pass.
+"""How the losses compute: in chunks, each in float64, and with little kept between forward and backward pass.
 
 In float32 the squares of rare classes' probabilities underflow, differences of large values overflow, and the
 difference of two nearly equal distributions is rounding. A chunk is small, so float64 costs hardly any memory.
@@ -6,26 +6,26 @@ difference of two nearly equal distributions is rounding. A chunk is small, so f
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
 
+from .._host.compat import autocast_off, has_float64
 from ..errors import problem
+from .positions import Aligned
 
 __all__ = [
     "Chunk",
-    "buffers",
-    "chunks",
-    "kept_gradient",
+    "KeepsGradient",
+    "computed",
+    "in_chunks",
+    "mean_computed",
     "narrowed",
     "never",
     "only_first_derivatives",
-    "read_both",
     "shares",
     "to_exponentials",
-    "values_in",
-    "working_dtype",
 ]
 
 Chunk = Tuple[slice, slice, slice]
@@ -35,75 +35,60 @@ _ON_CPU, _ELSEWHERE = 1 << 17, 1 << 20
 allocator keeps the memory of larger ones; elsewhere each chunk costs the launch of its kernels."""
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """Return float64, or float32 on devices of which some have no float64."""
-    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32
+def computed(function: Type[torch.autograd.Function], pair: Aligned, *options: Any) -> Tensor:
+    """Return the loss that an autograd function computes from a pair, whatever autocast says."""
+    with autocast_off(pair.student.device.type):
+        loss: Tensor = function.apply(*pair, *options)  # type: ignore[no-untyped-call]
+    return loss
 
 
-def never(dtype: torch.dtype) -> float:
-    """Return a logit whose probability is 0 beside any other; finite, so that a difference of two is not NaN."""
-    return torch.finfo(dtype).min / 8
+def mean_computed(function: Type[torch.autograd.Function], pairs: Sequence[Aligned], *options: Any) -> Tensor:
+    """Return the mean of the losses of several pairs, each :func:`computed`."""
+    losses = [computed(function, pair, *options) for pair in pairs]
+    return sum(losses[1:], losses[0]) / len(losses)
 
 
-def chunks(tensor: Tensor, dim: int = 1) -> List[Chunk]:
-    """Return the parts of a tensor ``(N, A, B)`` to be worked on one by one, each whole along ``dim``."""
-    samples, width, others = tensor.shape[0], tensor.shape[dim], tensor.shape[3 - dim]
-    size = _ON_CPU if tensor.device.type == "cpu" else _ELSEWHERE
-    rows = max(1, size // (width * others))
-    columns = max(1, size // (width * rows))
-    everything, found = slice(None), []
-    for row in range(0, samples, rows):
-        for column in range(0, others, columns):
-            part = slice(column, column + columns)
-            picked = (everything, part) if dim == 1 else (part, everything)
-            found.append((slice(row, row + rows), *picked))
-    return found
+def in_chunks(
+    tensors: Sequence[Tensor], weights: Optional[Tensor], *, dim: int = 1, spare: int = 0
+) -> Iterator[Tuple[Chunk, Tensor]]:
+    """Go through tensors chunk by chunk, each chunk in the precision in which we compute.
+
+    Args:
+        tensors: All of one shape ``(N, A, B)``.
+        weights: Shape ``(N, B)``. Positions of weight 0 are read as zeros, so that no NaN gets out of them.
+        dim: The dimension along which every chunk is whole, 1 or 2.
+        spare: How many further tensors of a chunk's size are wanted to work in.
+
+    Yields:
+        Which part of the tensors it is; and these parts, then the spare memory, ``(len(tensors) + spare, n, a, b)``.
+        The next chunk overwrites them: to allocate memory for each would take longer than the arithmetic.
+    """
+    like, count = tensors[0], len(tensors)
+    parts = _parts(like, dim)
+    memory = like.new_empty(count + spare, like[parts[0]].numel(), dtype=_working_dtype(like.device))
+    for chunk in parts:
+        part = like[chunk]
+        values = memory[:, : part.numel()].view(-1, *part.shape)
+        for into, tensor in zip(values, tensors):
+            into.copy_(tensor[chunk])
+        if weights is not None:
+            values[:count].masked_fill_((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
+        yield chunk, values
 
 
 def shares(shape: Sequence[int], weights: Optional[Tensor], like: Tensor) -> Tensor:
     """Return each position's share of the mean, ``(N, P)`` as ``shape`` says: of sum 1, or 0 if all weights are 0."""
-    dtype = working_dtype(like)
+    dtype = _working_dtype(like.device)
     if weights is None:
-        return torch.full((1, 1), 1 / (shape[0] * shape[1]), dtype=dtype, device=like.device).expand(*shape)
+        return like.new_full((1, 1), 1 / (shape[0] * shape[1]), dtype=dtype).expand(*shape)
     weights = weights.to(dtype)
     valid = weights.sum()
     return weights / valid.masked_fill(valid == 0, 1.0)
 
 
-def values_in(chunk: Chunk, values: Tensor, weights: Optional[Tensor]) -> Tensor:
-    """Return a chunk of ``values``, with zeros where a position's weight is 0, so that no NaN gets out of it."""
-    part = values[chunk].to(working_dtype(values))
-    return part if weights is None else part.masked_fill((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
-
-
-def buffers(count: int, like: Tensor, part: Chunk) -> Tensor:
-    """Return memory ``(count, elements)`` for tensors of a chunk's size, which all chunks use in turn.
-
-    To allocate it anew for each takes longer than the arithmetic. ``part`` is the first chunk, which is the largest.
-    """
-    return torch.empty(count, like[part].numel(), dtype=working_dtype(like), device=like.device)
-
-
-def read_both(chunk: Chunk, student: Tensor, teacher: Tensor, weights: Optional[Tensor], memory: Tensor) -> Tensor:
-    """Copy a chunk of both models' logits into memory.
-
-    Args:
-        chunk: What to read.
-        student: Shape ``(N, C, P)``.
-        teacher: Likewise.
-        weights: Shape ``(N, P)``. Positions of weight 0 are read as zeros, so that no NaN gets out of them.
-        memory: From :func:`buffers`, at least two tensors.
-
-    Returns:
-        All the memory as ``(count, n, c, p)``: the chunk of the student, that of the teacher, and what is free.
-    """
-    part = student[chunk]
-    found = memory[:, : part.numel()].view(-1, *part.shape)
-    found[0].copy_(part)
-    found[1].copy_(teacher[chunk])
-    if weights is not None:
-        found[:2].masked_fill_((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
-    return found
+def never(dtype: torch.dtype) -> float:
+    """Return a logit whose probability is 0 beside any other; finite, so that a difference of two is not NaN."""
+    return torch.finfo(dtype).min / 8
 
 
 def to_exponentials(logits: Tensor, temperature: float, dim: int, out: Optional[Tensor] = None) -> Tensor:
@@ -122,16 +107,26 @@ def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isinf(value), value, value.clamp(max=torch.finfo(dtype).max)).to(dtype)
 
 
-def kept_gradient(ctx: Any, upstream: Tensor) -> Tensor:
-    """Return the student's gradient in a backward pass, from what the forward pass kept.
+class KeepsGradient(torch.autograd.Function):
+    """Keeps the gradient instead of the intermediate results, which are several times as large."""
 
-    Kept are ``ctx.saved_tensors``: the gradient without the positions' shares of the mean, which would make it vanish
-    in half precision, and these shares; and ``ctx.factor`` and ``ctx.dtype``.
-    """
-    only_first_derivatives()
-    gradient, share = ctx.saved_tensors
-    out = torch.empty_like(gradient, dtype=ctx.dtype)
-    return torch.mul(gradient, share * (ctx.factor * upstream), out=out)
+    @staticmethod
+    def keep(ctx: Any, gradient: Tensor, share: Tensor, factor: float, dtype: torch.dtype) -> None:
+        """Keep the student's gradient of this dtype, but for the factor and the positions' shares of the mean.
+
+        With these it would vanish in half precision.
+        """
+        ctx.save_for_backward(gradient, share)
+        ctx.factor, ctx.dtype = factor, dtype
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        """Return the student's gradient, and none for the other arguments."""
+        only_first_derivatives()
+        gradient, share = ctx.saved_tensors
+        out = torch.empty_like(gradient, dtype=ctx.dtype)
+        torch.mul(gradient, share * (ctx.factor * upstream), out=out)
+        return (out, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 def only_first_derivatives() -> None:
@@ -146,3 +141,17 @@ def only_first_derivatives() -> None:
             received="create_graph=True",
             fix="take second derivatives of the other losses alone, or of a plain function of the logits",
         )
+
+
+def _working_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def _parts(tensor: Tensor, dim: int) -> List[Chunk]:
+    samples, width, others = tensor.shape[0], tensor.shape[dim], tensor.shape[3 - dim]
+    size = _ON_CPU if tensor.device.type == "cpu" else _ELSEWHERE
+    rows = max(1, size // (width * others))
+    columns = max(1, size // (width * rows))
+    across = [slice(column, column + columns) for column in range(0, others, columns)]
+    picked = [(slice(None), some) if dim == 1 else (some, slice(None)) for some in across]
+    return [(slice(row, row + rows), *some) for row in range(0, samples, rows) for some in picked]

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._host.compat import autocast_off
-from ..errors import check_number, problem
-from .chunked import chunks, kept_gradient, narrowed, never, shares, values_in
-from .logit_distillation import LogitDistillation
+from ..errors import problem
+from .chunked import KeepsGradient, computed, in_chunks, narrowed, never, shares
+from .logit_distillation import LogitDistillation, check_options
 from .masks import nearest, per_position
 from .positions import align_logits, computing_dtype, smaller_grid
 
@@ -40,8 +39,7 @@ def decoupled_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
-            matter. With ``ignore_index`` also an integer label map.
+        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
         temperature: Softmax temperature, > 0, dimensionless.
         alpha: Weight of the target-class term, >= 0.
         beta: Weight of the non-target term, >= 0.
@@ -68,7 +66,7 @@ def decoupled_distillation(
     References:
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, §3. https://arxiv.org/abs/2203.08679
     """
-    _check_options(temperature, alpha, beta)
+    check_options(temperature, alpha=alpha, beta=beta)
     pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
     if labels is None:
         target = None
@@ -76,9 +74,7 @@ def decoupled_distillation(
         target, labelled = _targets(labels, student_logits, smaller_grid(student_logits, teacher_logits), ignore_index)
         labelled = labelled.to(pair.dtype)
         pair = pair._replace(weights=labelled if pair.weights is None else pair.weights * labelled)
-    with autocast_off(student_logits.device.type):
-        loss: Tensor = _Decoupled.apply(*pair, target, temperature, alpha, beta)  # type: ignore[no-untyped-call]
-    return loss
+    return computed(_Decoupled, pair, target, temperature, alpha, beta)
 
 
 class DecoupledDistillation(LogitDistillation):
@@ -107,7 +103,7 @@ class DecoupledDistillation(LogitDistillation):
         class_map: Optional[Sequence[int]] = None,
     ) -> None:
         super().__init__(temperature=temperature, class_map=class_map)
-        _check_options(temperature, alpha, beta)
+        check_options(temperature, alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
 
@@ -124,15 +120,7 @@ class DecoupledDistillation(LogitDistillation):
         )
 
 
-def _check_options(temperature: float, alpha: float, beta: float) -> None:
-    check_number("temperature", temperature, above=0)
-    check_number("alpha", alpha, at_least=0)
-    check_number("beta", beta, at_least=0)
-
-
-class _Decoupled(torch.autograd.Function):
-    """Works in chunks and keeps the gradient instead of the intermediate results, which are several times as large."""
-
+class _Decoupled(KeepsGradient):
     @staticmethod
     def forward(
         ctx: Any,
@@ -149,8 +137,8 @@ class _Decoupled(torch.autograd.Function):
         # Kept in [-1, 1], times what uses the whole range of half precision.
         scale = (2.0**15 if student.dtype == torch.float16 else 1.0) / ((alpha + beta) or 1.0)
         kept = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for chunk in chunks(student):
-            x, y = (values_in(chunk, values, weights) / temperature for values in (student, teacher))
+        for chunk, logits in in_chunks((student, teacher), weights):
+            x, y = logits.div_(temperature)
             k = y.argmax(1, keepdim=True) if target is None else target[chunk[0], :, chunk[2]]
             of_student, of_teacher = _Split.of(x, k), _Split.of(y, k)
             loss = alpha * of_student.target_divergence(of_teacher) + beta * of_student.rest_divergence(of_teacher)
@@ -162,13 +150,8 @@ class _Decoupled(torch.autograd.Function):
                 kept[chunk] = by_logits.mul_(scale)
         dtype = computing_dtype(student, teacher)
         if kept is not None:
-            ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
-            ctx.factor, ctx.dtype = temperature / scale, student.dtype
+            KeepsGradient.keep(ctx, kept, share.unsqueeze(1).to(dtype), temperature / scale, student.dtype)
         return narrowed(mean.clamp_(min=0) * temperature**2, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
-        return kept_gradient(ctx, upstream), None, None, None, None, None, None
 
 
 class _Split(NamedTuple):

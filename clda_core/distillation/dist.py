@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from .._host.compat import autocast_off
-from ..errors import check_number
-from .chunked import Chunk, buffers, chunks, kept_gradient, read_both, shares, to_exponentials
-from .logit_distillation import LogitDistillation
+from .chunked import Chunk, KeepsGradient, computed, in_chunks, shares, to_exponentials
+from .logit_distillation import LogitDistillation, check_options
 from .positions import align_logits, computing_dtype
 
 __all__ = ["DISTDistillation", "dist_distillation"]
@@ -42,8 +40,7 @@ def dist_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
-            matter. With ``ignore_index`` also an integer label map.
+        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
         temperature: Softmax temperature, > 0, dimensionless.
         inter: Weight of the relation between classes (β), >= 0.
         intra: Weight of the relation within a class (γ), >= 0.
@@ -70,11 +67,9 @@ def dist_distillation(
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, §4.
         https://arxiv.org/abs/2205.10536
     """
-    _check_options(temperature, inter, intra)
+    check_options(temperature, inter=inter, intra=intra)
     pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
-    with autocast_off(student_logits.device.type):
-        loss: Tensor = _DIST.apply(*pair, temperature, inter, intra)  # type: ignore[no-untyped-call]
-    return loss
+    return computed(_DIST, pair, temperature, inter, intra)
 
 
 class DISTDistillation(LogitDistillation):
@@ -103,7 +98,7 @@ class DISTDistillation(LogitDistillation):
         class_map: Optional[Sequence[int]] = None,
     ) -> None:
         super().__init__(temperature=temperature, class_map=class_map)
-        _check_options(temperature, inter, intra)
+        check_options(temperature, inter=inter, intra=intra)
         self.inter = inter
         self.intra = intra
 
@@ -120,13 +115,7 @@ class DISTDistillation(LogitDistillation):
         )
 
 
-def _check_options(temperature: float, inter: float, intra: float) -> None:
-    check_number("temperature", temperature, above=0)
-    check_number("inter", inter, at_least=0)
-    check_number("intra", intra, at_least=0)
-
-
-class _DIST(torch.autograd.Function):
+class _DIST(KeepsGradient):
     """Reads the logits twice, in chunks: for the moments of each class, and for the gradient, which is kept."""
 
     @staticmethod
@@ -139,23 +128,21 @@ class _DIST(torch.autograd.Function):
         inter: float,
         intra: float,
     ) -> Tensor:
-        dtype, classes, parts = computing_dtype(student, teacher), student.shape[1], chunks(student)
-        share, memory = shares((student.shape[0], student.shape[2]), weights, student), buffers(4, student, parts[0])
+        dtype, classes = computing_dtype(student, teacher), student.shape[1]
+        share = shares((student.shape[0], student.shape[2]), weights, student)
         least, even = _least_variance(dtype, share.dtype), share.new_full((2, 1, 1, 1), 1 / classes)
 
-        def read(chunk: Chunk) -> Tuple[Tensor, Tensor, Tensor]:
-            """Return both models' exponentials ``(2, n, C, p)``, memory like them, and the factors to probabilities."""
-            both = read_both(chunk, student, teacher, weights, memory)
-            pair, work = both[:2], both[2:]
-            to_exponentials(pair, temperature, 2)
-            return pair, work, pair.sum(2, keepdim=True).reciprocal_()
+        def chunks() -> Iterator[Tuple[Chunk, Tensor, Tensor, Tensor]]:
+            """Yield both models' exponentials ``(2, n, C, p)``, memory like them, and the factors to probabilities."""
+            for chunk, memory in in_chunks((student, teacher), weights, spare=2):
+                pair = to_exponentials(memory[:2], temperature, 2)
+                yield chunk, pair, memory[2:], pair.sum(2, keepdim=True).reciprocal_()
 
         # The means over positions of both models' probabilities, of their squares, and of the product of the two.
         mean, square, product = share.new_zeros(2, classes), share.new_zeros(2, classes), share.new_zeros(classes)
         distance = share.new_zeros(())
         across_q, across_p = share.new_empty(2, student.shape[0], 1, student.shape[2])  # slopes of each position
-        for chunk in parts:
-            pair, work, scale = read(chunk)
+        for chunk, pair, work, scale in chunks():
             part, scale_of_product = share[chunk[0], chunk[2]].unsqueeze(1), scale[0] * scale[1]
             scale_of_squares = scale * scale
             mean += _over_positions(pair, part * scale)
@@ -175,9 +162,7 @@ class _DIST(torch.autograd.Function):
             by_q, by_p = (intra / classes * slope.unsqueeze(1) for slope in (within.by_student, within.by_teacher))
             at_mean = by_q * mean[0].unsqueeze(1) + by_p * mean[1].unsqueeze(1)
             between = inter / classes if classes > 2 else 0.0  # of two, ρ is 1 or -1, whatever their values
-            for chunk in parts:
-                if len(parts) > 1:  # of a single chunk they are still there
-                    pair, work, scale = read(chunk)
+            for chunk, pair, work, scale in chunks():
                 q, p = pair.mul_(scale)
                 slope_q = torch.add(by_q, across_q[chunk], alpha=between, out=work[0])
                 slope_p = torch.add(by_p, across_p[chunk], alpha=between, out=work[1])
@@ -187,13 +172,8 @@ class _DIST(torch.autograd.Function):
                 if weights is not None:  # the slopes of a rare class may be beyond float32 where it is not rare
                     by_value.masked_fill_((weights[chunk[0], chunk[2]] == 0).unsqueeze(1), 0.0)
                 kept[chunk] = by_value
-            ctx.save_for_backward(kept, share.unsqueeze(1).to(dtype))
-            ctx.factor, ctx.dtype = temperature, student.dtype
+            KeepsGradient.keep(ctx, kept, share.unsqueeze(1).to(dtype), temperature, student.dtype)
         return (temperature**2 * (inter * distance + intra * within.distance.mean())).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
-        return kept_gradient(ctx, upstream), None, None, None, None, None, None
 
 
 class _Correlation(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Mapping, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,15 @@ from typing_extensions import Literal
 from .._host.compat import autocast_off, out_of_inference_mode
 from ..errors import problem
 from ..strategy import Strategy
-from .chunked import chunks, narrowed, only_first_derivatives, shares, values_in
-from .positions import Aligned, align_features, computing_dtype
+from .chunked import in_chunks, mean_computed, narrowed, only_first_derivatives, shares
+from .positions import Aligned, Features, align_features, computing_dtype
 
 __all__ = ["FeatureDistillation", "feature_distillation"]
 
 
 def feature_distillation(
-    student_features: Union[Tensor, Sequence[Tensor]],
-    teacher_features: Union[Tensor, Sequence[Tensor]],
+    student_features: Features,
+    teacher_features: Features,
     mask: Optional[Tensor] = None,
     *,
     ignore_index: Optional[int] = None,
@@ -35,8 +35,7 @@ def feature_distillation(
     Args:
         student_features: One tensor ``(N, C, ...)``, or several, paired in order.
         teacher_features: As many, of the same widths; of two grids in a pair the smaller one is taken.
-        mask: Bool or float weights ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, at any resolution; only their ratios
-            matter. With ``ignore_index`` also an integer label map.
+        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
         ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
@@ -93,12 +92,7 @@ class FeatureDistillation(Strategy, nn.Module):
         self.project = project
         self.projectors = nn.ModuleDict()
 
-    def forward(
-        self,
-        student_features: Union[Tensor, Sequence[Tensor]],
-        teacher_features: Union[Tensor, Sequence[Tensor]],
-        mask: Optional[Tensor] = None,
-    ) -> Tensor:
+    def forward(self, student_features: Features, teacher_features: Features, mask: Optional[Tensor] = None) -> Tensor:
         """Return the loss of features, paired in order; the first call makes the projectors."""
         pairs = align_features(student_features, teacher_features, mask)
         return _mean_loss([self._projected(pair, str(index)) for index, pair in enumerate(pairs)])
@@ -157,10 +151,7 @@ def _mean_loss(pairs: Sequence[Aligned]) -> Tensor:
                 received=f"{widths[0]} and {widths[1]}",
                 fix="use FeatureDistillation, which projects the student's",
             )
-    with autocast_off(pairs[0].student.device.type):
-        losses = [_MeanSquare.apply(*pair) for pair in pairs]  # type: ignore[no-untyped-call]
-        mean: Tensor = sum(losses) / len(losses)
-    return mean
+    return mean_computed(_MeanSquare, pairs)
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -170,8 +161,8 @@ class _MeanSquare(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Optional[Tensor]) -> Tensor:
         share = shares((student.shape[0], student.shape[2]), weights, student)
         mean = share.new_zeros(())
-        for chunk in chunks(student):
-            apart = values_in(chunk, student, weights) - values_in(chunk, teacher, weights)
+        for chunk, (apart, of_teacher) in in_chunks((student, teacher), weights):
+            apart.sub_(of_teacher)
             mean += (apart.pow_(2).mean(1) * share[chunk[0], chunk[2]]).sum()
         ctx.save_for_backward(student, teacher, weights, share)
         return narrowed(mean, computing_dtype(student, teacher))
@@ -181,7 +172,6 @@ class _MeanSquare(torch.autograd.Function):
         only_first_derivatives()
         student, teacher, weights, share = ctx.saved_tensors
         gradient, factor = torch.empty_like(student), share * (upstream * (2 / student.shape[1]))
-        for chunk in chunks(student):
-            apart = values_in(chunk, student, weights) - values_in(chunk, teacher, weights)
-            gradient[chunk] = apart.mul_(factor[chunk[0], chunk[2]].unsqueeze(1))
+        for chunk, (apart, of_teacher) in in_chunks((student, teacher), weights):
+            gradient[chunk] = apart.sub_(of_teacher).mul_(factor[chunk[0], chunk[2]].unsqueeze(1))
         return gradient, None, None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from .._host.compat import autocast_off
 from ..errors import check_number
-from .chunked import buffers, chunks, kept_gradient, narrowed, never, read_both, shares, to_exponentials
+from .chunked import KeepsGradient, computed, in_chunks, narrowed, never, shares, to_exponentials
 from .logit_distillation import LogitDistillation
 from .positions import Aligned, align_logits, computing_dtype
 
@@ -97,14 +96,10 @@ def mean_kl(pair: Aligned, *, temperature: float = 1.0, dim: int = 1) -> Tensor:
         dim: 1 for the distribution over classes at each position, which counts by its weight; 2 for that over positions
             of each class, in which a position counts by its weight and an image by its largest one.
     """
-    with autocast_off(pair.student.device.type):
-        loss: Tensor = _MeanKL.apply(*pair, temperature, dim)  # type: ignore[no-untyped-call]
-    return loss
+    return computed(_MeanKL, pair, temperature, dim)
 
 
-class _MeanKL(torch.autograd.Function):
-    """Works in chunks and keeps the gradient instead of the intermediate results, which are several times as large."""
-
+class _MeanKL(KeepsGradient):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weights: Optional[Tensor], temperature: float, dim: int
@@ -117,11 +112,8 @@ class _MeanKL(torch.autograd.Function):
         # In [-1, 1]; a factor uses the whole range of half precision, whose small end the share of a position is below.
         factor = 2.0**15 if student.dtype == torch.float16 else 1.0
         kept = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        parts = chunks(student, dim)
-        memory = buffers(4, student, parts[0])
-        for chunk in parts:
-            both = read_both(chunk, student, teacher, weights, memory)
-            logits, exponentials = both[:2], both[2:]
+        for chunk, memory in in_chunks((student, teacher), weights, dim=dim, spare=2):
+            logits, exponentials = memory[:2], memory[2:]
             if weights is not None and dim == 2:
                 offset = temperature * weights[chunk[0]].unsqueeze(1).to(logits.dtype).log()
                 logits.add_(offset).clamp_(min=min(1.0, temperature) * never(logits.dtype))
@@ -133,12 +125,7 @@ class _MeanKL(torch.autograd.Function):
             if kept is not None:
                 scale_x, scale_y = factor / totals
                 kept[chunk] = x.mul_(scale_x).addcmul_(y, scale_y, value=-1)
+        dtype = computing_dtype(student, teacher)
         if kept is not None:
-            dtype = computing_dtype(student, teacher)
-            ctx.save_for_backward(kept, share.unsqueeze(dim).to(dtype))
-            ctx.factor, ctx.dtype = temperature / factor, student.dtype
-        return narrowed(mean.clamp_(min=0) * temperature**2, computing_dtype(student, teacher))
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
-        return kept_gradient(ctx, upstream), None, None, None, None
+            KeepsGradient.keep(ctx, kept, share.unsqueeze(dim).to(dtype), temperature / factor, student.dtype)
+        return narrowed(mean.clamp_(min=0) * temperature**2, dtype)

@@ -12,7 +12,10 @@ from ..errors import problem
 from .class_map import check_classes, in_students_classes
 from .masks import mask_weights, nearest, valid_mask
 
-__all__ = ["Aligned", "align", "align_features", "align_logits", "computing_dtype", "smaller_grid"]
+__all__ = ["Aligned", "Features", "align", "align_features", "align_logits", "computing_dtype", "smaller_grid"]
+
+Features = Union[Tensor, Sequence[Tensor]]
+"""One tensor ``(N, C, ...)``, or several."""
 
 _RESIZE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -90,10 +93,7 @@ def align_logits(
 
 
 def align_features(
-    student: Union[Tensor, Sequence[Tensor]],
-    teacher: Union[Tensor, Sequence[Tensor]],
-    mask: Optional[Tensor],
-    ignore_index: Optional[int] = None,
+    student: Features, teacher: Features, mask: Optional[Tensor], ignore_index: Optional[int] = None
 ) -> List[Aligned]:
     """Pair features in their order, each pair on the same positions.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._host.activations import LEAST_ROWS, capturing, positions, rows, watching
+from .._host.activations import LEAST_ROWS, capturing, positions, rows
+from .._host.borrowing import borrowed
 from .._host.names import named_tensors
 from .._host.plain import copied
 from .._host.ranks import sum_across_ranks
@@ -233,7 +234,7 @@ def _channel_maps(
         if ours is not None and out is not None and (partners[name] in heads or may_be_classes(ours, out)):
             outputs[name] = ours
 
-    with watching(context.teacher, context.student):
+    with borrowed(context.teacher, context.student, doing="watch", hooked=True):
         with capturing({pair.other: pair.student() for pair in pairs}, keep):
             logits = positions(context.predict(context.student).logits, None, samples)
         heads = {name for name, (_, out) in student.items() if out is not None and is_logits(out, logits)}

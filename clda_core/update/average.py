@@ -7,7 +7,7 @@ from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, 
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._host.activations import watching
+from .._host.borrowing import borrowed
 from .._host.compat import lerp_
 from .._host.names import named_tensors
 from .._host.shards import local, part_for, whole
@@ -92,7 +92,7 @@ class Average(Strategy):
             return self._classes[1]
         if context.inputs is None:
             return Classes(class_map)
-        with watching(context.teacher, context.student):
+        with borrowed(context.teacher, context.student, doing="watch", hooked=True):
             found = find_classes(context.teacher, context.student, context.predict, class_map)
         if found is None:  # until a larger batch comes
             return Classes(class_map)

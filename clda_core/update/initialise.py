@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch import nn
 
-from .._host.activations import LEAST_ROWS, watching
+from .._host.activations import LEAST_ROWS
+from .._host.borrowing import borrowed
 from .._host.shards import local, part_for, whole
 from ..distillation.class_map import check_class_map, in_students_classes
 from ..errors import problem
@@ -136,7 +137,7 @@ def _classes(
     check_class_map(class_map)
     found = None
     if inputs is not None:
-        with watching(teacher, student):
+        with borrowed(teacher, student, doing="watch", hooked=True):
             found = find_classes(teacher, student, run, class_map)
     if found is None:
         raise problem(
