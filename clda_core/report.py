@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple, cast
 
 from .errors import CldaError
@@ -55,8 +55,7 @@ class RoundRecord:
         return cls(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
 
 
-@dataclass(frozen=True)
-class Earlier:
+class Earlier(NamedTuple):
     """What is known of rounds that are not kept one by one any more.
 
     Attributes:
@@ -72,10 +71,14 @@ class Earlier:
     rounds: int = 0
     judged: int = 0
     accepted: int = 0
-    first_rates: Mapping[str, float] = field(default_factory=dict)
-    last_rates: Mapping[str, float] = field(default_factory=dict)
-    selected: Mapping[str, int] = field(default_factory=dict)
-    updated: Mapping[str, int] = field(default_factory=dict)
+    first_rates: Mapping[str, float] = {}
+    last_rates: Mapping[str, float] = {}
+    selected: Mapping[str, int] = {}
+    updated: Mapping[str, int] = {}
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return everything as plain Python data, which shares nothing with this."""
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in self._asdict().items()}
 
     def and_then(self, record: RoundRecord) -> Earlier:
         """Return what is known with one more round, the next one."""
@@ -131,7 +134,7 @@ class Report:
     unrelated: Mapping[str, str]
     steps: int
     discarded: int
-    earlier: Earlier = field(default_factory=Earlier)
+    earlier: Earlier = Earlier()
 
     @property
     def made(self) -> int:
@@ -146,7 +149,7 @@ class Report:
             "unrelated": dict(self.unrelated),
             "steps": self.steps,
             "discarded": self.discarded,
-            "earlier": asdict(self.earlier),
+            "earlier": self.earlier.to_dict(),
         }
 
     @classmethod

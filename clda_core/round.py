@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
@@ -335,7 +334,7 @@ class Rounds:
         return {
             "owed": self.owed,
             "history": [record.to_dict() for record in self.history.rounds],
-            "earlier": asdict(self.history.earlier),
+            "earlier": self.history.earlier.to_dict(),
             "relation": None
             if related is None
             else {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Callable, Dict, Mapping, Tuple
 
 from .errors import CldaError, problem
@@ -62,7 +61,7 @@ def _observe_every(strategy: Description) -> Description:
 
 
 def _every_round_was_kept(state: State) -> State:
-    return {**state, "earlier": asdict(Earlier())}
+    return {**state, "earlier": Earlier().to_dict()}
 
 
 # ------------------------------------------------------------------------------------- what changed, from 2 to 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
@@ -13,7 +12,6 @@ from .outputs import Outputs, without_graph
 from .saliency.observer import Observation
 
 
-@dataclass
 class Step:
     """All that belongs to one optimizer step. Replacing the value drops the step.
 
@@ -30,17 +28,18 @@ class Step:
         unscaled: Whether the gradients of the KD loss's own parameters are unscaled.
     """
 
-    here: Optional[bool] = None
-    inputs: Any = None
-    student_inputs: Any = None
-    mask: Optional[Tensor] = None
-    shapes: Dict[str, Tuple[int, ...]] = field(default_factory=dict)
-    observed: Set[str] = field(default_factory=set)
-    pending: List[Observation] = field(default_factory=list)
-    loss_given: bool = False
-    missed: bool = False
-    unscaled: bool = False
-    _anywhere: bool = False
+    def __init__(self) -> None:
+        self.here: Optional[bool] = None
+        self.inputs: Any = None
+        self.student_inputs: Any = None
+        self.mask: Optional[Tensor] = None
+        self.shapes: Dict[str, Tuple[int, ...]] = {}
+        self.observed: Set[str] = set()
+        self.pending: List[Observation] = []
+        self.loss_given = False
+        self.missed = False
+        self.unscaled = False
+        self._anywhere = False
 
     @property
     def adds(self) -> bool:

@@ -18,7 +18,7 @@ from .writing import Snapshot
 __all__ = ["RoundContext", "Update", "UpdateResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RoundContext:
     """What an update may read in one round.
 
@@ -48,8 +48,8 @@ class RoundContext:
     strength: float = 1.0
     class_map: Optional[Sequence[int]] = None
     student_inputs: Any = None
-    _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
-    _before: Dict[int, Before] = field(default_factory=dict, repr=False, compare=False)
+    _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False)
+    _before: Dict[int, Before] = field(default_factory=dict, repr=False)
 
     def student_outputs(self) -> Outputs:
         """Return the student's outputs on ``inputs`` in eval mode, detached; computed once a round.
