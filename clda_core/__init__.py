@@ -32,11 +32,8 @@ __all__ = [
     "teach",
 ]
 
-_public = {
-    name: module
-    for name, module in _sys.modules.items()
-    if name.startswith(f"{__name__}.") and hasattr(module, "__all__")
-}
+_ours = {name: module for name, module in _sys.modules.items() if name.startswith("clda_core.")}
+_public = {name: module for name, module in _ours.items() if hasattr(module, "__all__")}
 for _module in _public.values():  # tab completion then shows what a module offers, not what it imports
     _module.__dir__ = _module.__all__.copy  # type: ignore[method-assign]
 
