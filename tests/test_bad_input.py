@@ -10,15 +10,11 @@ from clda_core import CldaError, CollaborativeLearner, Outputs, Schedule, group_
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.relation import ByName, BySimilarity, Explicit, RelatedLayers
 from clda_core.saliency import (
-    FixedThreshold,
-    Hessian,
     Magnitude,
-    MeanThreshold,
-    QuantileThreshold,
     ReferenceThreshold,
     Taylor,
 )
-from clda_core.selection import AllLayers, BelowRate, DomainShift, LowestFraction
+from clda_core.selection import AllLayers, DomainShift
 from clda_core.update import Average, Guard, MaskedDistillation, UpdateResult, agreement
 from tests.helpers import (
     INPUTS,
@@ -217,55 +213,6 @@ def test_a_model_that_fails_for_another_reason_fails_with_its_own_error() -> Non
     with nothing_changed(learner, optimizer), pytest.raises(RuntimeError, match="shape") as caught:
         learner.distill(output, torch.zeros(SAMPLES, INPUTS + 1))
     assert not isinstance(caught.value, CldaError)
-
-
-# ----------------------------------------------------------------------------------------------------------- numbers
-
-NUMBERS: Dict[str, Callable[[], Any]] = {
-    "temperature 0": lambda: KLDistillation(temperature=0.0),
-    "temperature negative": lambda: KLDistillation(temperature=-1.0),
-    "temperature NaN": lambda: KLDistillation(temperature=NAN),
-    "weight": lambda: WeightedSum([(-1.0, KLDistillation())]),
-    "fraction 0": lambda: LowestFraction(fraction=0.0),
-    "fraction above 1": lambda: LowestFraction(fraction=1.1),
-    "rate": lambda: BelowRate(rate=2.0),
-    "margin": lambda: DomainShift(margin=1.0),
-    "quantile": lambda: QuantileThreshold(quantile=1.0),
-    "multiple": lambda: MeanThreshold(multiple=0.0),
-    "value": lambda: FixedThreshold(-1.0),
-    "decay above 1": lambda: Average(decay=1.01),
-    "decay negative": lambda: Average(decay=-0.1),
-    "decay text": lambda: Average(decay="0.9"),
-    "learning_rate": lambda: MaskedDistillation(learning_rate=0.0),
-    "steps": lambda: MaskedDistillation(steps=0),
-    "tolerance": lambda: Guard(Average(), tolerance=-1.0),
-    "interval 0": lambda: Schedule(interval=0),
-    "interval fractional": lambda: Schedule(interval=1.5),
-    "warmup": lambda: Schedule(warmup=-1),
-    "observations 0": lambda: Schedule(observations=0),
-    "observations": lambda: Schedule(interval=2, observations=3),
-    "total": lambda: Schedule(decay="linear"),
-    "total in the warm-up": lambda: Schedule(decay="linear", warmup=10, total=10),
-    "samples": lambda: Hessian(samples=0),
-    "minimum": lambda: BySimilarity(minimum=1.5),
-}
-CHOICES: Dict[str, Callable[[], Any]] = {
-    "decay": lambda: Schedule(decay="exponential", total=10_000),
-    "buffers": lambda: Average(buffers="copy"),
-    "project": lambda: FeatureDistillation(project="never"),
-}
-
-
-@pytest.mark.parametrize("case", NUMBERS)
-def test_numbers_out_of_range(case: str) -> None:
-    with no_traces(), pytest.raises(CldaError, match=rf"{case.split()[0]}.*expected .*received .*Fix: "):
-        NUMBERS[case]()
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_choices_that_there_are_not(case: str) -> None:
-    with pytest.raises(CldaError, match=rf"{case} is unknown.*expected .*received .*Fix: "):
-        CHOICES[case]()
 
 
 # ----------------------------------------------------------------------------------------------------------- stepping
@@ -633,10 +580,6 @@ WRONG_STATES: Dict[str, Any] = {
     "a list": (lambda: [1], "cannot be read"),
     "empty": (dict, "cannot be read"),
     "of a model": (lambda: networks()[0].state_dict(), "cannot be read"),
-    "of a newer version": (
-        lambda: changed(state_after(), "version", 99),
-        "written by a newer clda-core.*from version 1 to version 3.*received version 99. Fix: pip install --upgrade",
-    ),
     "of version 0": (lambda: changed(state_after(), "version", 0), "cannot be read.*received version 0"),
     "of no version": (lambda: without(state_after(), "version"), "cannot be read.*received version None"),
     "of version 1, with nothing in it": (lambda: {"version": 1}, "cannot be read.*version 1.*KeyError: 'config'"),

@@ -488,19 +488,6 @@ def test_a_non_finite_gradient_does_not_stay_in_the_projectors() -> None:
     assert all(bool(torch.isfinite(parameter).all()) for parameter in distillation.parameters())
 
 
-def test_projectors_are_saved_before_and_after_the_first_step_of_a_resumed_run() -> None:
-    learner, optimizer, _ = featured()
-    train(learner, optimizer, 0)
-    for step in range(2):
-        learner.distill(learner.student(batch(step)), batch(step)).backward()
-        learner.step(optimizer)
-    state = loaded(saved(learner.state_dict()))
-    assert state["projectors"]
-    again, _, _ = featured()
-    again.load_state_dict(state)
-    assert bits(again.state_dict()) == bits(state), "also the optimizer, which is built at the next step"
-
-
 # ------------------------------------------------------------------------------------------------- report and metrics
 
 

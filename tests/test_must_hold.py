@@ -959,9 +959,3 @@ def called(node: Any) -> str:
     if not isinstance(node, ast.Call):
         return ""
     return node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-
-
-def test_15_a_message_has_all_four_parts() -> None:
-    teacher, student = networks()
-    with pytest.raises(CldaError, match=r"^.+: expected .+, received .+\. Fix: .+$"):
-        make_learner(teacher, student).distill(student(batch()))
