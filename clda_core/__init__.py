@@ -1,5 +1,7 @@
 """Collaborative learning between a big teacher and a small student for unsupervised domain adaptation."""
 
+from __future__ import annotations as _annotations
+
 import sys as _sys
 from typing import List as _List
 
