@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .buffers import Buffers
-from .names import canonical_parameters, modules_of
+from .names import canonical_parameters, looking_once, modules_of
 from .rng import keeping_rng
 from .shards import reshard
 from .undo import undoing
@@ -34,7 +34,8 @@ def borrowed(
                                              other ranks are given up; gradients are off, or on for ``grad_to`` alone,
                                              and ``requires_grad`` is restored
     around blocks (``passes=False``)         what is compiled runs as it was before, since the set of parameters that
-                                             require gradients changes from round to round
+                                             require gradients changes from round to round; whether a tensor was
+                                             replaced is looked at once
     with ``doing``                           the global random state is given back: :func:`~.rng.keeping_rng`
     with ``hooked``                          hooks of ours fire: what is compiled runs as it was before, and PyTorch's
                                              Transformer encoders run part by part
@@ -62,6 +63,8 @@ def borrowed(
             stack.enter_context(keeping_rng(doing, *every))
         if hooked or not passes:
             stack.enter_context(_uncompiled(every))
+        if not passes:
+            stack.enter_context(looking_once(*every))
         if hooked:
             stack.enter_context(_part_by_part(every))
         if passes:

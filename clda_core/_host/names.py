@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from itertools import chain, combinations
 from operator import attrgetter
 from typing import (
@@ -10,6 +11,7 @@ from typing import (
     Container,
     Dict,
     Iterable,
+    Iterator,
     List,
     Mapping,
     MutableMapping,
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from ..errors import problem
 from .compat import uninitialized
 from .shards import reshard
+from .undo import undoing
 
 _T = TypeVar("_T", bound=Tensor)
 
@@ -85,16 +88,28 @@ class NamedTensors(NamedTuple):
     Attributes:
         parameters: See :func:`canonical_parameters`.
         buffers: See :func:`canonical_buffers`.
-        state: The same object as long as the model holds the same tensors under the same names.
+        all: Both together.
+        state: The same object as long as the model holds the same tensors, in the same memory, under the same names.
     """
 
     parameters: Dict[str, nn.Parameter]
     buffers: Dict[str, Tensor]
+    all: Dict[str, Tensor]
     state: object
 
-    def all(self) -> Dict[str, Tensor]:
-        """Return both together."""
-        return {**self.parameters, **self.buffers}
+
+@contextmanager
+def looking_once(*models: nn.Module) -> Iterator[None]:
+    """Look at each model once, whatever is asked for inside the block, in which nobody may exchange its tensors."""
+    new = [model for model in models if id(model) not in _looks]
+
+    def forget() -> None:
+        for model in new:
+            _looks.pop(id(model), None)
+
+    with undoing(forget):
+        _looks.update({id(model): _Look() for model in new})
+        yield
 
 
 def named_tensors(model: nn.Module) -> NamedTensors:
@@ -104,6 +119,28 @@ def named_tensors(model: nn.Module) -> NamedTensors:
         CldaError: If two parameters, or two buffers, get the same canonical name, or one is of a lazy module and has
             no shape yet.
     """
+    look = _looks.get(id(model))
+    if look is not None and look.tensors is not None:
+        return look.tensors
+    found = _tensors_now(model)
+    if look is not None and model in _walks:
+        look.tensors = found
+    return found
+
+
+def modules_of(model: nn.Module) -> List[nn.Module]:
+    """Return the modules of a model, itself among them, each once."""
+    look = _looks.get(id(model))
+    if look is not None and look.modules is not None:
+        return look.modules
+    walk = _walks.get(model)
+    modules = None if walk is None else walk.modules()
+    if look is not None:
+        look.modules = modules
+    return list(model.modules()) if modules is None else modules
+
+
+def _tensors_now(model: nn.Module) -> NamedTensors:
     walk = _walks.get(model)
     found = None if walk is None else walk.tensors()
     if found is not None:
@@ -123,19 +160,12 @@ def named_tensors(model: nn.Module) -> NamedTensors:
             if own not in transient and buffer.is_floating_point():
                 name = _joined(prefix, own)
                 _insert(buffers, _of_tensor(name, unwrapped), name, buffer)
-    found = NamedTensors(parameters, buffers, object())
+    found = NamedTensors(parameters, buffers, {**parameters, **buffers}, object())
     if unsteady:
         _walks.pop(model, None)
     else:
         _walks[model] = _Walk(modules, found)
     return found
-
-
-def modules_of(model: nn.Module) -> List[nn.Module]:
-    """Return the modules of a model, itself among them, each once."""
-    walk = _walks.get(model)
-    modules = None if walk is None else walk.modules()
-    return list(model.modules()) if modules is None else modules
 
 
 def canonical_modules(model: nn.Module) -> Dict[str, nn.Module]:
@@ -250,11 +280,13 @@ class _Walk:
         self._parameters = [(name, places[id(tensor)]) for name, tensor in found.parameters.items()]
         self._buffers = [(name, places[id(tensor)]) for name, tensor in found.buffers.items()]
         self._state = found.state
+        self._memory = _memory(found)
 
     def modules(self) -> Optional[List[nn.Module]]:
         """Return the modules, or ``None`` if the model has changed."""
         modules = self._known()
-        return modules if _ids(_values(map(_children, modules))) == self._children else None
+        same = bool(modules) and _ids(_values(map(_children, modules))) == self._children
+        return modules if same else None
 
     def tensors(self) -> Optional[NamedTensors]:
         """Return the tensors, or ``None`` if the model has changed."""
@@ -262,7 +294,9 @@ class _Walk:
         if _ids(values) != self._ids or sizes != self._sizes or names != self._names:
             return None
         parameters = {name: values[place] for name, place in self._parameters}
-        return NamedTensors(parameters, {name: values[place] for name, place in self._buffers}, self._state)
+        buffers = {name: values[place] for name, place in self._buffers}
+        found = NamedTensors(parameters, buffers, {**parameters, **buffers}, self._state)
+        return found if _memory(found) == self._memory else None  # Module.to() keeps a Parameter and moves its values
 
     def _known(self) -> List[nn.Module]:
         """Return the modules that were found; none if anything found then is gone."""
@@ -287,7 +321,30 @@ def _ids(values: Iterable[Any]) -> List[int]:
     return list(map(id, values))
 
 
+def _memory(found: NamedTensors) -> List[int]:
+    """Return the addresses of all tensors; none where some have no memory of the usual kind."""
+    tensors = found.all.values()
+    try:
+        return list(map(Tensor.data_ptr, tensors)) if _PLAIN.issuperset(map(type, tensors)) else []
+    except RuntimeError:
+        return []
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
 _children = attrgetter("_modules")
 _tables = attrgetter("_modules", "_parameters", "_buffers")
 
 _walks: MutableMapping[nn.Module, _Walk] = weakref.WeakKeyDictionary()
+
+
+class _Look:
+    """What was found of a model inside :func:`looking_once`."""
+
+    def __init__(self) -> None:
+        self.tensors: Optional[NamedTensors] = None
+        self.modules: Optional[List[nn.Module]] = None
+
+
+_looks: Dict[int, _Look] = {}
+"""By ``id`` of the models of the blocks that are open."""

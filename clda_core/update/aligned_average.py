@@ -120,7 +120,7 @@ class AlignedAverage(Strategy):
             statistics = running_statistics(context.teacher) if self.buffers == "average" else None
             self._paired = _Paired(made_of, *paired_modules(context, statistics))
         maps = self._current_maps(context, self._paired.pairs)
-        of_teacher, skipped = tensors.all(), dict(self._paired.skipped)
+        of_teacher, skipped = tensors.all, dict(self._paired.skipped)
         targets: Dict[str, Tensor] = {}
         sources: Dict[str, Tensor] = {}
         updated: Dict[str, None] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from operator import itemgetter
+from typing import AbstractSet, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 from typing_extensions import Literal
@@ -19,6 +20,8 @@ from .statistics import running_statistics
 from .writing import blend, pair_tensors
 
 __all__ = ["Average"]
+
+_Chosen = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
 
 class Average(Strategy):
@@ -66,21 +69,15 @@ class Average(Strategy):
         related = [context.related.get(layer.name) for layer in context.layers]
         classes = self._where_classes_are(context, (of_teacher.state, of_student.state))
         made_of = (of_teacher.state, of_student.state, classes, context.layers, related)
-        ours, theirs = of_teacher.all(), of_student.all()
-        pairs = self._pairs
-        if pairs is None or pairs.made_of != made_of or not pairs.where_they_were(ours, theirs):
+        if self._pairs is None or self._pairs.made_of != made_of:
             statistics = running_statistics(context.teacher) if self.buffers == "average" else None
-            pairs = self._pairs = _pair(made_of, ours, theirs, statistics)
-        targets, sources = pairs.of(ours, theirs)
-        if classes is not None:
-            for index, (name, other) in enumerate(pairs.names.items()):
-                if classes.are_rows(name, targets[index].shape, other, sources[index].shape):
-                    sources[index] = classes.in_teachers(whole(targets[index]), whole(sources[index]))
-        if pairs.memory:
+            self._pairs = _pair(made_of, of_teacher.all, of_student.all, statistics)
+        pairs = self._pairs
+        targets, sources = pairs.targets(of_teacher.all), pairs.sources(of_student.all)
+        if pairs.alike:
             lerp_(targets, sources, weight, alike=True)
         else:
-            parts = {name: part_for(source, target) for name, source, target in zip(pairs.names, sources, targets)}
-            blend({name: local(target) for name, target in zip(pairs.names, targets)}, parts, weight)
+            blend(*_in_teachers_classes(pairs.names, targets, sources, classes), weight)
         return UpdateResult(pairs.updated, dict(pairs.skipped))
 
     def _where_classes_are(self, context: RoundContext, models: Tuple[Any, Any]) -> Optional[Classes]:
@@ -105,6 +102,10 @@ class Average(Strategy):
             context.predict(context.teacher)
             context.student_outputs()
 
+    def __getstate__(self) -> Dict[str, Any]:
+        """Leave what is known of two models out of a pickle."""
+        return {**self.__dict__, "_pairs": None, "_classes": None}
+
     def state_dict(self) -> Dict[str, Any]:
         """Return nothing: averaging has no state."""
         return {}
@@ -119,31 +120,26 @@ class _Pairs(NamedTuple):
     Attributes:
         made_of: The states of both models, where the classes are, the selected layers and the related ones.
         names: The student's names by the teacher's.
+        targets: Returns the teacher's tensors in this order from all of them by name.
+        sources: Returns the student's.
         updated: Names of the layers that have pairs.
         skipped: What has no pair, and why.
-        memory: Addresses of all tensors if each pair is of one dtype and device and none is sharded; else empty.
-            ``Module.to()`` keeps the parameters and gives them other memory.
+        alike: Whether the tensors can go to the kernel as they are: whole, and each pair of one dtype and device.
     """
 
     made_of: Tuple[Any, ...]
     names: Dict[str, str]
+    targets: _Chosen
+    sources: _Chosen
     updated: Tuple[str, ...]
     skipped: Dict[str, str]
-    memory: List[int]
-
-    def of(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
-        """Return the teacher's tensors, and the student's in the same order."""
-        return [ours[name] for name in self.names], [theirs[name] for name in self.names.values()]
-
-    def where_they_were(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-        """Return whether no tensor was given other memory."""
-        return bool(self.memory) and self.memory == _addresses(*self.of(ours, theirs))
+    alike: bool
 
 
 def _pair(
     made_of: Tuple[Any, ...],
-    ours: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
+    of_teacher: Mapping[str, Tensor],
+    of_student: Mapping[str, Tensor],
     statistics: Optional[AbstractSet[str]],
 ) -> _Pairs:
     """Pair the tensors of the selected layers with those of the related ones."""
@@ -155,17 +151,36 @@ def _pair(
         if related is None:
             skipped[layer.name] = "no related student layer"
             continue
-        pairs, unpaired = pair_tensors(ours, layer, theirs, related, statistics, classes=classes)
+        pairs, unpaired = pair_tensors(of_teacher, layer, of_student, related, statistics, classes=classes)
         names.update(pairs)
         skipped.update(unpaired)
         if pairs:
             updated.append(layer.name)
-    found = _Pairs(made_of, names, tuple(updated), skipped, [])
-    targets, sources = found.of(ours, theirs)
-    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*targets, *sources))
-    alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(targets, sources))
-    return found._replace(memory=_addresses(targets, sources)) if plain and alike else found
+    targets, sources = _chosen(list(names)), _chosen(list(names.values()))
+    # Rows of classes are put in the teacher's order first.
+    alike = classes is None and all(map(_are_alike, targets(of_teacher), sources(of_student)))
+    return _Pairs(made_of, names, targets, sources, tuple(updated), skipped, alike)
 
 
-def _addresses(*tensors: Sequence[Tensor]) -> List[int]:
-    return [address for some in tensors for address in map(Tensor.data_ptr, some)]
+def _are_alike(target: Tensor, source: Tensor) -> bool:
+    plain = type(target) in (Tensor, nn.Parameter) and type(source) in (Tensor, nn.Parameter)
+    return plain and target.dtype == source.dtype and target.device == source.device
+
+
+def _chosen(names: Sequence[str]) -> _Chosen:
+    """Return a function that picks the tensors of these names out of a model's, in C, for it runs in every round."""
+    if len(names) < 2:  # of which itemgetter makes no tuple
+        return lambda tensors: tuple(tensors[name] for name in names)
+    return itemgetter(*names)
+
+
+def _in_teachers_classes(
+    names: Mapping[str, str], targets: Sequence[Tensor], sources: Sequence[Tensor], classes: Optional[Classes]
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+    """Return this rank's parts of the targets and of what they move towards, by the teacher's name."""
+    parts: Tuple[Dict[str, Tensor], Dict[str, Tensor]] = {}, {}
+    for (name, other), target, source in zip(names.items(), targets, sources):
+        if classes is not None and classes.are_rows(name, target.shape, other, source.shape):
+            source = classes.in_teachers(whole(target), whole(source))
+        parts[0][name], parts[1][name] = local(target), part_for(source, target)
+    return parts

@@ -130,7 +130,7 @@ def check_memory(teacher: nn.Module, student: nn.Module, layers: Sequence[Layer]
     """
     written = {name for layer in layers for name in layer.parameters}
     ours = canonical_parameters(teacher)
-    theirs = named_tensors(student).all()
+    theirs = named_tensors(student).all
     both: Dict[str, Tensor] = {f"teacher {name}": tensor for name, tensor in ours.items()}
     both.update({f"student {name}": tensor for name, tensor in theirs.items()})
     shared: List[str] = []

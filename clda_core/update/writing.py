@@ -65,7 +65,7 @@ def blend(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], weight: 
 
 def tensors_of(model: nn.Module) -> Dict[str, Tensor]:
     """Return all parameters and persistent floating-point buffers by canonical name."""
-    return named_tensors(model).all()
+    return named_tensors(model).all
 
 
 def pair_tensors(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._host.names import canonical_modules, named_tensors, paired_names
+from clda_core._host.names import canonical_modules, looking_once, modules_of, named_tensors, paired_names
 from clda_core.errors import CldaError
 from clda_core.layers import ModelView, canonical_buffers, canonical_name, canonical_parameters, group_layers
 from clda_core.relation import ByName
@@ -189,26 +189,52 @@ def test_tensors_are_named_anew_when_the_model_has_changed(change: str) -> None:
     before = named_tensors(model)
     again = named_tensors(model)
     assert again.state is before.state
-    assert list(again.all()) == list(before.all())
+    assert list(again.all) == list(before.all)
     CHANGES[change](model)
     after = named_tensors(model)
     assert after.state is not before.state
     walked = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     floating = {name: tensor for name, tensor in walked.items() if tensor.is_floating_point()}
-    assert {name: id(tensor) for name, tensor in after.all().items()} == {
+    assert {name: id(tensor) for name, tensor in after.all.items()} == {
         name: id(tensor) for name, tensor in floating.items()
     }
 
 
-def test_values_may_change_without_naming_anew() -> None:
+def test_values_may_change_without_naming_anew_and_memory_may_not() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     before = named_tensors(model)
     with torch.no_grad():
         model[0].weight.zero_()
     model.load_state_dict(model.state_dict())
-    model.double()
     assert named_tensors(model).state is before.state
-    assert named_tensors(model).parameters["0.weight"].dtype == torch.float64
+    model.double()
+    after = named_tensors(model)
+    assert after.state is not before.state
+    assert after.parameters["0.weight"] is before.parameters["0.weight"], "Module.to() keeps it"
+    assert after.parameters["0.weight"].dtype == torch.float64
+
+
+def test_a_block_looks_at_a_model_once_and_the_next_one_again() -> None:
+    model, other = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+    with looking_once(model):
+        before, modules = named_tensors(model), modules_of(model)
+        with looking_once(model, other):
+            model.add_module("1", nn.Linear(2, 2))
+        assert named_tensors(model) is before
+        assert modules_of(model) == modules == [model, model[0]]
+        named_tensors(other)
+        other.add_module("part", nn.ReLU())
+        assert modules_of(other) == [other, other.part], "it is no model of this block"
+    assert list(named_tensors(model).parameters) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert len(modules_of(model)) == 3
+
+
+def test_a_module_alone_has_itself_after_its_parameter_was_exchanged() -> None:
+    model = nn.Linear(2, 2)
+    named_tensors(model)
+    model.weight = nn.Parameter(torch.ones(2, 2))
+    assert modules_of(model) == [model]
+    assert named_tensors(model).parameters["weight"] is model.weight
 
 
 def test_naming_keeps_nothing_alive() -> None:
