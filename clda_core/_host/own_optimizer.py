@@ -163,7 +163,7 @@ class OwnOptimizer:
             raise _other_parameters(optimizer, parameters)
         base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._restored is not None:
-            if self._grows:
+            if self._grows and _is_by_name(self._restored):
                 self._restored = _of_these(self._restored, parameters)
             kernels = [{key: group[key] for key in _KERNELS if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(_by_position(self._restored, optimizer, parameters))

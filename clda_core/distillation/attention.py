@@ -7,10 +7,10 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..errors import check_number, problem
+from ..errors import check_number
 from ..strategy import Strategy
 from .chunked import in_chunks, mean_computed, narrowed, only_first_derivatives, shares
-from .positions import Features, align_features, computing_dtype
+from .positions import Features, align_features, check_spatial, computing_dtype
 
 __all__ = ["AttentionTransfer", "attention_transfer"]
 
@@ -62,14 +62,7 @@ def attention_transfer(
     """
     check_number("power", power, at_least=1)
     pairs = align_features(student_features, teacher_features, mask, ignore_index)
-    for features in [student_features] if isinstance(student_features, Tensor) else student_features:
-        if features.dim() < 3:
-            raise problem(
-                "attention transfer needs spatial dimensions",
-                expected="features (N, C, ...) of an image or sequence",
-                received=f"shape {tuple(features.shape)}",
-                fix="take features before the pooling, or use FeatureDistillation",
-            )
+    check_spatial(student_features, "attention transfer", "use features before the pooling, or FeatureDistillation")
     return mean_computed(_Attention, pairs, power)
 
 

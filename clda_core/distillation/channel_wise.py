@@ -6,10 +6,10 @@ from typing import Optional, Sequence
 
 from torch import Tensor
 
-from ..errors import check_number, problem
+from ..errors import check_number
 from .kl import mean_kl
 from .logit_distillation import LogitDistillation
-from .positions import align_logits
+from .positions import align_logits, check_spatial
 
 __all__ = ["ChannelWiseDistillation", "channel_wise_distillation"]
 
@@ -61,13 +61,7 @@ def channel_wise_distillation(
     """
     check_number("temperature", temperature, above=0)
     pair = align_logits(student_logits, teacher_logits, mask, class_map, ignore_index)
-    if student_logits.dim() < 3:
-        raise problem(
-            "channel-wise distillation needs spatial dimensions",
-            expected="logits (N, C, ...) of an image or sequence",
-            received=f"shape {tuple(student_logits.shape)}",
-            fix="use KLDistillation for classification",
-        )
+    check_spatial(student_logits, "channel-wise distillation", "use KLDistillation for classification")
     return mean_kl(pair, temperature=temperature, dim=2)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Literal
 
 from .._host.compat import autocast_off, out_of_inference_mode
-from ..errors import problem
+from ..errors import check_choice, problem
 from ..strategy import Strategy
 from .chunked import in_chunks, mean_computed, narrowed, only_first_derivatives, shares
 from .positions import Aligned, Features, align_features, computing_dtype
@@ -82,13 +82,7 @@ class FeatureDistillation(Strategy, nn.Module):
 
     def __init__(self, *, project: Literal["always", "mismatched"] = "always") -> None:
         super().__init__()
-        if project not in ("always", "mismatched"):
-            raise problem(
-                "project is unknown",
-                expected="'always' or 'mismatched'",
-                received=repr(project),
-                fix="pass one of the two",
-            )
+        check_choice("project", project, ("always", "mismatched"))
         self.project = project
         self.projectors = nn.ModuleDict()
 

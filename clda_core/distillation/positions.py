@@ -12,7 +12,16 @@ from ..errors import problem
 from .class_map import check_classes, in_students_classes
 from .masks import mask_weights, nearest, valid_mask
 
-__all__ = ["Aligned", "Features", "align", "align_features", "align_logits", "computing_dtype", "smaller_grid"]
+__all__ = [
+    "Aligned",
+    "Features",
+    "align",
+    "align_features",
+    "align_logits",
+    "check_spatial",
+    "computing_dtype",
+    "smaller_grid",
+]
 
 Features = Union[Tensor, Sequence[Tensor]]
 """One tensor ``(N, C, ...)``, or several."""
@@ -112,6 +121,18 @@ def align_features(
         )
     pairs = enumerate(zip(students, teachers))
     return [align(s, t, mask, what=f"features[{index}]") for index, (s, t) in pairs]
+
+
+def check_spatial(tensors: Features, loss: str, fix: str) -> None:
+    """Raise :class:`CldaError` unless every tensor has positions beside samples and channels."""
+    for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
+        if tensor.dim() < 3:
+            raise problem(
+                f"{loss} needs spatial dimensions",
+                expected="tensors (N, C, ...) of an image or sequence",
+                received=f"shape {tuple(tensor.shape)}",
+                fix=fix,
+            )
 
 
 def computing_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

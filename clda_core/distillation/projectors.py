@@ -11,8 +11,6 @@ from .._host.layout import strided
 from .._host.own_optimizer import OwnOptimizer
 from .._host.plain import copied
 from .._host.ranks import mean_where_seen
-from .._host.shards import local
-from ..errors import problem
 from ..strategy import check_apart
 from .protocol import Distillation
 
@@ -57,10 +55,7 @@ class Projectors:
         parameters = self._parameters()
         if not parameters:
             return
-        found = [
-            strided(parameter.grad) if parameter.requires_grad and parameter.grad is not None else None
-            for parameter in parameters.values()
-        ]
+        found = [None if parameter.grad is None else strided(parameter.grad) for parameter in parameters.values()]
         gradients = {
             # One non-finite gradient would stay in Adam's moments for good.
             name: torch.where(torch.isfinite(gradient), gradient, torch.zeros_like(gradient))
@@ -85,9 +80,11 @@ class Projectors:
         children = [(module, dict(module._modules)) for module in self.module.modules()]
         try:
             self.module.load_state_dict(state["module"])
-            optimizer, moments = OwnOptimizer(_LEARNING_RATE, grows=True), self._by_name(state["optimizer"])
+            optimizer, moments = OwnOptimizer(_LEARNING_RATE, grows=True), state["optimizer"]
             if moments:
-                optimizer.load_state_dict(moments)
+                by_position = "param_groups" in moments  # the state of the bare optimizer, up to version 2
+                former = {"optimizer": moments, "base_rates": [_LEARNING_RATE]}
+                optimizer.load_state_dict(former if by_position else moments)
                 optimizer.prepare(self.module, self._parameters())
         except Exception:
             for module, modules in children:
@@ -98,35 +95,10 @@ class Projectors:
         self._optimizer = optimizer
 
     def _parameters(self) -> Dict[str, nn.Parameter]:
-        """Return what can be trained, by name; those that are frozen today too."""
-        parameters = {
-            name: value
-            for name, value in self.module.named_parameters()
-            if value.is_floating_point() or value.is_complex()
-        }
+        """Return what is trained, by name."""
+        parameters = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
         identities = tuple(map(id, parameters.values()))
         if identities != self._checked:
             check_apart("distillation", self.module, self._models)
             self._checked = identities
         return parameters
-
-    def _by_name(self, state: Any) -> Mapping[str, Any]:
-        """Return the optimizer's state by name; up to version 2 of the learner's state it counted the parameters."""
-        if not state or "shapes" in state:
-            return state or {}
-        trained = {name: value for name, value in self._parameters().items() if value.requires_grad}
-        names = list(trained)
-        (group,) = state["param_groups"]
-        if len(group["params"]) != len(names):
-            raise problem(
-                "the saved state of the projectors' optimizer is of other parameters",
-                expected=f"moments of {names}",
-                received=f"moments of {len(group['params'])} parameters",
-                fix="build the KD loss as it was built when the state was saved",
-            )
-        moments = {names[index]: of_one for index, of_one in state["state"].items()}
-        return {
-            "optimizer": {"state": moments, "param_groups": [{**group, "params": names}]},
-            "base_rates": [_LEARNING_RATE],
-            "shapes": {name: list(local(parameter).shape) for name, parameter in trained.items()},
-        }

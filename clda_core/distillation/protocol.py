@@ -7,7 +7,7 @@ from typing import Any, Optional, Sequence
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from ..errors import problem
+from ..errors import check_choice, problem
 from ..outputs import Outputs
 
 __all__ = ["Distillation", "distillation_loss"]
@@ -90,17 +90,9 @@ def distillation_loss(
     """
     teacher = Outputs(teacher.logits.detach(), tuple(feature.detach() for feature in teacher.features))
     reads = reads_of(distillation)
-    if reads == "outputs":
-        loss = distillation(student, teacher, mask)
-    elif reads in Outputs._fields:
-        loss = distillation(getattr(student, reads), getattr(teacher, reads), mask)
-    else:
-        raise problem(
-            f"{type(distillation).__name__}.reads is unknown",
-            expected="'logits', 'features' or 'outputs'",
-            received=repr(reads),
-            fix="correct the class attribute",
-        )
+    check_choice(f"{type(distillation).__name__}.reads", reads, (*Outputs._fields, "outputs"))
+    given = [outputs if reads == "outputs" else getattr(outputs, reads) for outputs in (student, teacher)]
+    loss = distillation(given[0], given[1], mask)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
         raise problem(
             "the distillation loss is no scalar",

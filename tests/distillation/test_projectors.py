@@ -171,7 +171,7 @@ def test_a_former_state_of_other_parameters_is_refused_and_changes_nothing() -> 
     step(projectors, 2)
     former = by_position(projectors, [loss.scales["layer0"]])
     before = bits(projectors.state_dict())
-    with pytest.raises(CldaError, match="projectors' optimizer is of other parameters.*moments of 1 param"):
+    with pytest.raises(CldaError, match="optimizer is of other parameters.*moments of 1"):
         projectors.load_state_dict(former)
     assert bits(projectors.state_dict()) == before
 
