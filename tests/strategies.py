@@ -155,7 +155,7 @@ NOT_STRATEGIES = {
     "pack": "the states of learner and teacher: test_checkpoint.py",
     "read": "reads a file: test_checkpoint.py",
     "unpack": "restores learner and teacher: test_checkpoint.py",
-    "linear_cka": "a function of features: test_relation.py",
+    "linear_cka": "a function of features: test_similarity.py",
     "saliency_rates": "a function on models: saliency/test_rates.py",
     "save": "writes a file: test_checkpoint.py",
 }

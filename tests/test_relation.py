@@ -1,4 +1,3 @@
-import itertools
 from typing import Any, List
 
 import pytest
@@ -7,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clda_core import relation
+from clda_core import similarity
 from clda_core.errors import CldaError
 from clda_core.layers import ModelView, group_layers
-from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit, RelatedLayers, linear_cka
+from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit, RelatedLayers
 from tests import reference_relation as reference
 from tests.helpers import no_traces
 from tests.models import CNN, ResNet, SegFormer, ViT, mlp
@@ -120,48 +119,6 @@ def test_explicit_refuses_what_is_no_mapping_of_names(mapping: Any) -> None:
         Explicit(mapping)
 
 
-@given(st.integers(2, 12), st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**20))
-@quick
-def test_linear_cka_equals_the_oracle_and_its_invariances(n: int, p: int, q: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (p, q))
-    value = linear_cka(x, y).item()
-    assert value == pytest.approx(reference.linear_cka(x.numpy(), y.numpy()), rel=1e-9, abs=1e-12)
-    assert -1e-12 <= value <= 1 + 1e-12
-    assert linear_cka(y, x).item() == pytest.approx(value, rel=1e-9)
-    assert linear_cka(3e9 * x + 5, y.flip(1)).item() == pytest.approx(value, rel=1e-6)
-    assert linear_cka(x, x).item() == pytest.approx(1)
-
-
-def test_linear_cka_keeps_the_dtype_and_is_0_for_constants() -> None:
-    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    assert linear_cka(x, x).dtype == torch.float32
-    assert linear_cka(x.half(), x).dtype == torch.float16
-    assert linear_cka(x, torch.full((6, 2), 0.1)).item() == 0
-    assert torch.isnan(linear_cka(x, torch.full((6, 2), float("nan"))))
-
-
-@pytest.mark.parametrize("shapes", [((4, 2), (5, 2)), ((1, 2), (1, 2)), ((4,), (4,)), ((4, 2, 2), (4, 2, 2))], ids=str)
-def test_linear_cka_refuses_other_shapes(shapes: Any) -> None:
-    with pytest.raises(CldaError, match=r"expected two floating-point tensors \(n, p\) and \(n, q\) with n >= 2"):
-        linear_cka(*[torch.zeros(shape) for shape in shapes])
-
-
-def test_linear_cka_refuses_integers() -> None:
-    with pytest.raises(CldaError, match=r"received torch.int64 of shape \(4, 2\)"):
-        linear_cka(torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2))
-
-
-@pytest.mark.parametrize(("p", "q"), [(3, 2), (9, 4)])
-def test_chance_is_the_mean_over_all_pairings_of_the_rows(p: int, q: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(5, width, generator=generator, dtype=torch.float64).exp() for width in (p, q))
-    _, chance = relation._cka_and_chance(x, y)
-    every = [reference.linear_cka(x.numpy(), y[list(order)].numpy()) for order in itertools.permutations(range(5))]
-    assert chance.item() == pytest.approx(sum(every) / len(every), rel=1e-9)
-    assert relation._cka_and_chance(3 * x, y - 7)[1].item() == pytest.approx(chance.item(), rel=1e-9)
-
-
 @pytest.mark.parametrize(("rows", "channels", "related"), [
     (31, 2, False),
     (32, 2, True),
@@ -191,7 +148,7 @@ def test_a_rank_with_too_few_rows_leaves_the_decision_to_the_others(monkeypatch:
             given.append(tensors[0])
             return [tensors[0] if others is None else tensors[0] + others]
 
-        monkeypatch.setattr(relation, "sum_across_ranks", reduced)
+        monkeypatch.setattr(similarity, "sum_across_ranks", reduced)
         teacher, student = Features(first[:count], second[:count]), Features(second[:count], first[:count])
         return BySimilarity(minimum=0.9)(view(teacher), view(student), torch.zeros(1))
 
@@ -282,8 +239,8 @@ def test_similarity_takes_keyword_and_positional_inputs() -> None:
 @pytest.mark.parametrize("samples", [32, 77, 200])
 def test_similarity_bounds_its_rows(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    compare = relation._cka_and_chance
-    monkeypatch.setattr(relation, "_cka_and_chance", lambda x, y: seen.append(x.shape[0]) or compare(x, y))
+    compare = similarity.cka_and_chance
+    monkeypatch.setattr(similarity, "cka_and_chance", lambda x, y: seen.append(x.shape[0]) or compare(x, y))
     model = view(ResNet((1, 1)))
     BySimilarity(samples=samples)(model, model, images(count=50))
     assert seen
