@@ -869,14 +869,6 @@ STANDARD = getattr(sys, "stdlib_module_names", None)
 INTEGRATIONS = PACKAGE / "integrations"
 
 
-def test_14_no_integration_is_imported_with_the_package() -> None:
-    for path, tree in sources():
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert INTEGRATIONS in path.parents or not any("integrations" in name for name in names), path
-
-
 @pytest.mark.skipif(STANDARD is None, reason="Python 3.10 and newer know the names of the standard library")
 def test_14_only_torch_numpy_typing_extensions_and_the_standard_library_are_imported() -> None:
     for path, tree in sources():
