@@ -214,8 +214,10 @@ def restore(
     _check_fits(state, {**own, "relation": None} if relation_may_differ else own)
     try:
         load(state)
-    except Exception as error:
+    except BaseException as error:
         load(own)
+        if not isinstance(error, Exception):
+            raise
         raise CldaError(
             f"the state cannot be loaded: {type(error).__name__}: {error}. The learner is as before. Fix: load an "
             "unchanged state_dict() of a learner with the same models and strategies, into a learner just built"

@@ -284,6 +284,27 @@ def test_the_granularity_of_an_update_of_another_package_is_its_own() -> None:
     assert migrated(state)["config"]["update"] == state["config"]["update"]
 
 
+def test_an_interrupt_while_a_state_is_loaded_takes_all_of_it_back() -> None:
+    class Interrupted(Average):
+        armed = False
+
+        def state_dict(self) -> Dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: Any) -> None:
+            if Interrupted.armed:
+                Interrupted.armed = False
+                raise KeyboardInterrupt
+
+    learner = make_learner(*networks(), update=Interrupted(decay=0.9), selection=AllLayers())
+    optimizer = sgd(learner.student)
+    state = learner.state_dict()
+    train(learner, optimizer, 2)
+    Interrupted.armed = True
+    with nothing_changed(learner, optimizer), pytest.raises(KeyboardInterrupt):
+        learner.load_state_dict(state)
+
+
 # -------------------------------------------------------------------------------------------- how much history
 
 

@@ -1,6 +1,7 @@
 """Real runs of Lightning's Trainer, on the CPU."""
 
 import signal
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -222,6 +223,24 @@ def test_an_optimizer_that_evaluates_the_loss_several_times_makes_one_step(kind:
     optimizer = trainer.optimizers[0]
     for each in (optimizer, getattr(optimizer, "base_optimizer", optimizer)):
         assert "step" not in vars(each)
+
+
+def test_a_scheduler_of_the_host_sees_the_steps(tmp_path: Path) -> None:
+    """It watches the optimizer's step() as well, and warns if it does not see one before its own."""
+
+    def scheduled(student: nn.Module) -> Any:
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    learner = learner_for()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lr_scheduler.step")
+        trainer = fit_with(learner, tmp_path, WithOptimizers(learner, scheduled))
+        (optimizer,) = trainer.optimizers
+        assert learner.report().steps == 6
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+        trainer.lr_scheduler_configs[0].scheduler.step()  # would warn, had its own watch of the step been lost
 
 
 def test_an_optimizer_that_holds_part_of_the_student_counts(tmp_path: Path) -> None:
