@@ -10,7 +10,6 @@ from typing_extensions import Literal
 
 from ._host.accelerate import accelerated
 from ._host.plain import copied, plain
-from ._host.ranks import world_size
 from ._host.stepping import check_steppable, make_step, unscale
 from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
@@ -18,18 +17,18 @@ from .distillation.masks import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, ModelView, check_models, group_layers, size, warn_if_swapped
-from .outputs import Extract, as_outputs, check_extract, check_trainable, emptied, stand_in, zero_loss
+from .outputs import Extract, check_extract, check_trainable, zero_loss
 from .relation import ByRelativeDepth, Relation
 from .report import Report
 from .round import Rounds
-from .running import Runner, has_samples, takes_classes
+from .running import Runner, takes_classes
 from .saliency import MeanThreshold, Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor, Threshold
 from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import RoundSchedule, Schedule, makes_rounds
 from .selection import LowestFraction, Selection
-from .state import STATE_VERSION, restore
+from .state import STATE_VERSION, configuration, restore
 from .step import Step
-from .strategy import ROLES, check_apart, check_strategies, describe
+from .strategy import ROLES, check_apart, check_strategies
 from .update import Guard, MaskedDistillation, Update
 from .update.base import check_teacher, load_state, state_of
 from .update.writable import writable_layers
@@ -131,9 +130,10 @@ class CollaborativeLearner:
         self.extract = extract
         self.ignore_index = ignore_index
         self.keep_rounds = keep_rounds
-        check_strategies({role: getattr(self, role) for role in ROLES})
-        for role in ROLES:
-            check_apart(role, getattr(self, role), (teacher, student))
+        self._strategies = {role: getattr(self, role) for role in ROLES}
+        check_strategies(self._strategies)
+        for role, strategy in self._strategies.items():
+            check_apart(role, strategy, (teacher, student))
         whole = ModelView(teacher, group_layers(teacher, layers))
         # Relations are between whole models; observed and written is what the host has not frozen.
         self._writable = ModelView(teacher, writable_layers(whole))
@@ -182,7 +182,7 @@ class CollaborativeLearner:
         parts = {
             "teacher": f"{_described(self._writable)}, {relation}",
             "student": _described(self._student_view),
-            **{role: repr(getattr(self, role)) for role in ROLES},
+            **self._strategies,
             "so far": f"{self._steps} steps, {self.report().made} rounds{'' if self.enabled else ', not enabled'}",
         }
         return "\n".join([f"{type(self).__name__}(", *(f"  {name}: {part}" for name, part in parts.items()), ")"])
@@ -234,34 +234,27 @@ class CollaborativeLearner:
         if not self.enabled:
             reference = student_output if isinstance(student_output, Tensor) else torch.zeros(())
             return torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
-        mask = valid_mask(mask, self.ignore_index)
-        student = as_outputs(student_output, self.extract, "student", may_be_empty=True)
         of_step = torch.is_grad_enabled() or self._teaches
-        in_round = of_step and self._rounds.concern(self._steps + 1)
-        has_data = has_samples(student, mask, wait=in_round)
         step = self._step if of_step else Step()
-        step.here = has_data or bool(step.here)
-        if not has_data and world_size() == 1:
-            check_trainable(student)
-            loss = zero_loss(student)
-            self._kd_loss = loss.detach()
-            return loss
-        # The other ranks' backward() waits for this one's, so one without data makes all their calls and adds nothing.
-        if not has_data:
-            student, mask = stand_in(emptied(student)), None
-            inputs, student_inputs = stand_in(inputs), stand_in(student_inputs)
-        teacher = self._runner.teacher_outputs(inputs, teacher_output, student_output, student, has_data)
-        check_values(student.logits, teacher.logits, mask)
-        loss = distillation_loss(self.distillation, student, teacher, mask)
-        check_trainable(student)
-        if not has_data:
-            loss = loss * 0
+        in_round = of_step and self._rounds.concern(self._steps + 1)
+        mask = valid_mask(mask, self.ignore_index)
+        pair = self._runner.pair(student_output, inputs, teacher_output, mask, student_inputs, wait=in_round)
+        step.here = pair.has_data or bool(step.here)
+        if pair.teacher is None:  # nothing to distil
+            loss = zero_loss(pair.student)
+        else:
+            check_values(pair.student.logits, pair.teacher.logits, pair.mask)
+            loss = distillation_loss(self.distillation, pair.student, pair.teacher, pair.mask)
+        check_trainable(pair.student)
+        if not pair.has_data:
+            loss = loss * 0  # with its graph: the backward() of ranks with data waits for this one's
         if of_step:
             self._kd_loss = loss.detach()
-            self._rounds.take_inputs |= inputs is not None
+            self._rounds.take_inputs |= pair.inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
-        if inputs is not None and (in_round or not self._rounds.rehearsed) and (has_data or step.inputs is None):
-            step.keep(inputs, student_inputs, mask, {"student": student, "teacher": teacher} if has_data else {})
+        keeps = in_round or not self._rounds.rehearsed
+        if keeps and pair.inputs is not None and (pair.has_data or step.inputs is None):
+            step.keep(pair)
         return loss
 
     @settled
@@ -399,7 +392,7 @@ class CollaborativeLearner:
         """
         state = {
             "version": STATE_VERSION,
-            "config": self._config(),
+            "config": configuration(self._strategies, self._writable, self._student_view),
             "steps": self._steps,
             **self._rounds.state_dict(),
             "observer": self._observer.state_dict(),
@@ -457,24 +450,14 @@ class CollaborativeLearner:
             self._step.unscaled = self._projectors.unscale(scaler)
 
     def _drop_step(self) -> None:
+        """Drop the step in the making: it is made, skipped, or was interrupted."""
         self._step = Step()
         self._observer.drop_leftover()
         self._projectors.drop_gradients()
 
-    def _broken_off(self) -> None:
-        """Drop the step in the making, which an interrupt ended."""
-        self._drop_step()
-
     def _logits(self, inputs: Any) -> Tensor:
         """Return the teacher's logits in its own classes, for the probe."""
         return self._runner.outputs(self._step, self.teacher, inputs).logits
-
-    def _config(self) -> Dict[str, Any]:
-        return {
-            **{role: describe(getattr(self, role)) for role in ROLES},
-            "teacher_layers": [[layer.name, layer.numel] for layer in self._writable.layers],
-            "student_layers": [[layer.name, layer.numel] for layer in self._student_view.layers],
-        }
 
 
 def _described(view: ModelView) -> str:

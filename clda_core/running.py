@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence, cast
+from typing import Any, Optional, Sequence
 
 from torch import Tensor, nn
 
 from ._host.borrowing import borrowed
+from ._host.ranks import world_size
 from .distillation import Distillation
 from .distillation.class_map import in_students_classes
 from .distillation.masks import leaves_nothing
@@ -25,7 +26,7 @@ from .outputs import (
     stand_in,
 )
 from .saliency import PseudoLabelCrossEntropy
-from .step import Step
+from .step import Pair, Step
 
 
 class Runner:
@@ -37,9 +38,6 @@ class Runner:
         extract: Reads what they return.
         distillation: The KD loss, whose ``class_map`` says which classes both have.
         of_classes: Whether a strategy takes the logits for those of classes that exclude each other.
-
-    Attributes:
-        class_map: The KD loss's.
     """
 
     def __init__(
@@ -64,33 +62,49 @@ class Runner:
         """The KD loss's."""
         return class_map_of(self._distillation)
 
-    def teacher_outputs(self, inputs: Any, raw: Any, student_raw: Any, student: Outputs, has_data: bool) -> Outputs:
+    def pair(
+        self,
+        student_output: Any,
+        inputs: Any,
+        teacher_output: Any,
+        mask: Optional[Tensor],
+        student_inputs: Any,
+        *,
+        wait: bool,
+    ) -> Pair:
         """Return the teacher's outputs beside the student's; the first are checked to be what the library is for.
 
         Args:
+            student_output: What the student returned.
             inputs: What the teacher is called with.
-            raw: What it returned, where the host has called it.
-            student_raw: What the student returned.
-            student: What was read from it.
-            has_data: Whether they are of any sample; otherwise stand-ins for one come back.
+            teacher_output: What it returned, where the host has called it.
+            mask: What counts, bool or float weights.
+            student_inputs: What the student is called with, where that is something else.
+            wait: Whether a mask on a device may be waited for, to see if it leaves anything.
 
         Raises:
-            CldaError: If there are neither inputs nor an output, or the outputs of either model do not fit.
+            CldaError: If there are neither inputs nor the teacher's output, or the outputs of either model do not fit.
         """
-        ours = raw is None
-        if ours:
-            raw = self._run_teacher(inputs, student)
+        student = as_outputs(student_output, self._extract, "student", may_be_empty=True)
+        has_data = _has_samples(student, mask, wait=wait)
+        if not has_data:
+            if world_size() == 1:
+                return Pair(student, None, None, None, None, has_data)
+            # The other ranks wait for this one, so it makes all the calls that they make.
+            student, mask = stand_in(emptied(student)), None
+            inputs, student_inputs = stand_in(inputs), stand_in(student_inputs)
+        raw = self._run_teacher(inputs, student) if teacher_output is None else teacher_output
         teacher = as_outputs(raw, self._extract, "teacher", may_be_empty=not has_data)
-        if ours:
+        if teacher_output is None:
             teacher = owned(teacher)
         if not has_data:
-            return cast(Outputs, stand_in(emptied(teacher)))
-        if not self._checked:
-            check_fits(self._student, student_raw, student, "student", of_classes=self._of_classes)
+            teacher = stand_in(emptied(teacher))
+        elif not self._checked:
+            check_fits(self._student, student_output, student, "student", of_classes=self._of_classes)
             check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
             self._own_graph = check_graph(self._student, student)
             self._checked = True
-        return teacher
+        return Pair(student, teacher, inputs, student_inputs, mask, has_data)
 
     def in_common_classes(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
         """Run the teacher or the student in a round; the teacher's logits come in the student's classes."""
@@ -161,7 +175,7 @@ class Runner:
             ) from error
 
 
-def has_samples(student: Outputs, mask: Optional[Tensor], *, wait: bool) -> bool:
+def _has_samples(student: Outputs, mask: Optional[Tensor], *, wait: bool) -> bool:
     """Return whether a batch counts; a mask on a device is looked at only if one may ``wait`` for the device."""
     if student.logits.numel() == 0:
         return False

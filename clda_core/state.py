@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Mapping, Tuple
 
 from .errors import CldaError, problem
+from .layers import ModelView
 from .report import Earlier
-from .strategy import PACKAGE
+from .strategy import PACKAGE, describe
 
 State = Dict[str, Any]
 Description = Dict[str, Any]
 
 STATE_VERSION = 3
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
+
+
+def configuration(strategies: Mapping[str, Any], teacher: ModelView, student: ModelView) -> Dict[str, Any]:
+    """Return what must be equal for a state to be loaded: the strategies by role, and the layers of both models."""
+    return {
+        **{role: describe(strategy) for role, strategy in strategies.items()},
+        "teacher_layers": [[layer.name, layer.numel] for layer in teacher.layers],
+        "student_layers": [[layer.name, layer.numel] for layer in student.layers],
+    }
 
 
 def migrated(state: Any) -> Dict[str, Any]:

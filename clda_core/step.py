@@ -1,8 +1,8 @@
-"""The optimizer step in the making."""
+"""The optimizer step in the making, and what was distilled in it."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,26 @@ from torch import Tensor
 from ._host.ranks import adding, sum_across_ranks, world_size
 from .outputs import Outputs, without_graph
 from .saliency.observer import Observation
+
+
+class Pair(NamedTuple):
+    """What both models put out for one batch, and what they are run on in a round.
+
+    Attributes:
+        student: The student's outputs.
+        teacher: The teacher's; ``None``, like all that follows, where the only process has no data.
+        inputs: What the teacher is run on.
+        student_inputs: What the student is run on, where that is something else.
+        mask: What counts.
+        has_data: Whether this process has any of it; all the others are stand-ins otherwise.
+    """
+
+    student: Outputs
+    teacher: Optional[Outputs]
+    inputs: Any
+    student_inputs: Any
+    mask: Optional[Tensor]
+    has_data: bool
 
 
 class Step:
@@ -46,10 +66,12 @@ class Step:
         """Whether this process adds to what the processes average."""
         return self.here is not False
 
-    def keep(self, inputs: Any, student_inputs: Any, mask: Optional[Tensor], outputs: Mapping[str, Outputs]) -> None:
+    def keep(self, pair: Pair) -> None:
         """Keep a batch for the round, without the graph of a network that made it: no round needs that."""
-        self.inputs, self.student_inputs, self.mask = map(without_graph, (inputs, student_inputs, mask))
-        self.shapes = {whose: tuple(of.logits.shape[1:]) for whose, of in outputs.items()}
+        batch = (pair.inputs, pair.student_inputs, pair.mask)
+        self.inputs, self.student_inputs, self.mask = map(without_graph, batch)
+        both = {"student": pair.student, "teacher": pair.teacher} if pair.has_data else {}
+        self.shapes = {whose: tuple(of.logits.shape[1:]) for whose, of in both.items() if of is not None}
 
     def anywhere(self, device: torch.device) -> bool:
         """Return whether any process has target data; all of them must ask, and all get the same answer."""

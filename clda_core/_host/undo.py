@@ -71,7 +71,7 @@ def settled(method: _Method) -> _Method:
 
     ``finally`` blocks and the ``__exit__`` of context managers, those of ``torch.no_grad`` among them, can themselves
     be interrupted. What they left undone is made up for here, the latest first. If a ``KeyboardInterrupt`` or the like
-    ended the call, the learner's ``_broken_off`` is called as well.
+    ended the call, the learner's step in the making is dropped as well.
     """
 
     @functools.wraps(method)
@@ -84,7 +84,7 @@ def settled(method: _Method) -> _Method:
             if torch.is_grad_enabled() != with_gradients:
                 torch.set_grad_enabled(with_gradients)
             if not isinstance(error, Exception):
-                self._broken_off()
+                self._drop_step()
             raise
 
     return cast(_Method, call)

@@ -154,7 +154,7 @@ def test_a_context_that_an_interrupt_left_open_is_settled_once_and_not_again_whe
         def __init__(self) -> None:
             self.value, self.broken_off = 0, 0
 
-        def _broken_off(self) -> None:
+        def _drop_step(self) -> None:
             self.broken_off += 1
 
         @settled
