@@ -6,7 +6,7 @@ import warnings
 import weakref
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class _Known:
         self.theirs: Set[int] = set()
 
 
-_known: MutableMapping[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 class Buffers:
@@ -96,7 +96,7 @@ class Buffers:
         return list(chain.from_iterable([table.values() for table in filter(None, self._tables)]))
 
     def _layout(self) -> List[List[str]]:
-        return list(map(list, self._tables))
+        return [list(table.keys()) for table in self._tables]
 
     def _put_back(self, complete: bool) -> None:
         known = self._known
@@ -143,10 +143,10 @@ class Buffers:
                 doubtful[place] = (tensor, copy)
         return written | {place for place, flag in zip(doubtful, _differ(list(doubtful.values()))) if flag}
 
-    def _restore_table(
-        self, index: int, table: Dict[str, Optional[Tensor]], before: Mapping[str, Optional[Tensor]]
-    ) -> bool:
+    def _restore_table(self, index: int, table: Any, before: Mapping[str, Optional[Tensor]]) -> bool:
         """Put the same tensors under the same names; return whether any was not there."""
+        if not isinstance(table, dict):  # of a scripted module, whose buffers cannot be exchanged
+            return False
         if len(table) == len(before) and all(table.get(name, self) is tensor for name, tensor in before.items()):
             return False
         for name in [name for name in table if name not in before]:

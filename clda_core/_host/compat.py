@@ -61,13 +61,11 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.float().to(tensors[0].device) for norm in found])
 
 
+@functools.lru_cache(maxsize=None)
 def has_float64(device: torch.device) -> bool:
     """Return whether a device has float64, which MPS has not."""
-    return device.type in ("cpu", "cuda") or _makes_float64(device)
-
-
-@functools.lru_cache(maxsize=None)
-def _makes_float64(device: torch.device) -> bool:
+    if device.type in ("cpu", "cuda"):
+        return True
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except TypeError:

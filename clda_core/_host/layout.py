@@ -5,7 +5,7 @@ A fused optimizer pairs the elements of parameter, gradient and moments by their
 
 from __future__ import annotations
 
-from typing import Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Iterator, List, Mapping, Tuple
 
 import torch
 from torch import Tensor
@@ -59,14 +59,8 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=values.dtype, device=values.device).copy_(values)
 
 
-class _Memory(NamedTuple):
-    """The memory of one tensor: a device and a range of addresses in bytes, of which it may use a part."""
-
-    name: str
-    tensor: Tensor
-    device: str
-    start: int
-    end: int
+_Memory = Tuple[str, int, int, str, Tensor]
+"""Device and range of addresses in bytes, of which a tensor may use a part; its name and the tensor."""
 
 
 def overlaps(tensors: Mapping[str, Tensor]) -> List[Tuple[str, str]]:
@@ -77,40 +71,43 @@ def overlaps(tensors: Mapping[str, Tensor]) -> List[Tuple[str, str]]:
     """
     found: List[Tuple[str, str]] = []
     active: List[_Memory] = []
-    everything = [memory for memory in (_memory(name, tensor) for name, tensor in tensors.items()) if memory]
-    for memory in sorted(everything, key=lambda one: (one.device, one.start, one.end)):
-        active = [other for other in active if other.device == memory.device and other.end > memory.start]
-        found += [(other.name, memory.name) for other in active if _share(other.tensor, memory.tensor)]
-        if _overlaps_itself(memory.tensor):
-            found.append((memory.name, memory.name))
+    for memory in sorted(_memories(tensors), key=lambda one: one[:3]):
+        device, start, _, name, tensor = memory
+        active = [other for other in active if other[0] == device and other[2] > start]
+        found += [(other, name) for *_, other, its in active if _share(its, tensor)]
+        if _overlaps_itself(tensor):
+            found.append((name, name))
         active.append(memory)
     return found
 
 
-def _memory(name: str, tensor: Tensor) -> Optional[_Memory]:
-    part = local(tensor)
-    if part.device.type == "meta" or part.layout != torch.strided or not part.numel():
-        return None
-    try:
-        start = part.data_ptr()
-    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
-        return None
-    extent = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride())) + 1
-    return _Memory(name, part, str(part.device), start, start + extent * part.element_size()) if start else None
+def _memories(tensors: Mapping[str, Tensor]) -> Iterator[_Memory]:
+    for name, tensor in tensors.items():
+        part = local(tensor)
+        if part.device.type == "meta" or part.layout != torch.strided or not part.numel():
+            continue
+        try:
+            start = part.data_ptr()
+        except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+            continue
+        extent = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride())) + 1
+        if start:
+            yield str(part.device), start, start + extent * part.element_size(), name, part
 
 
 def _share(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors whose ranges of addresses meet have an element in common."""
     if is_dense(first) and is_dense(second) or first.element_size() != second.element_size():
         return True
-    return _repeated(torch.cat([_distinct(_places(first)), _distinct(_places(second))]))
+    both = torch.cat([torch.unique(_places(first)), torch.unique(_places(second))])
+    return len(torch.unique(both)) < len(both)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     extent = 1
     for stride, size in sorted(_dimensions(tensor)):
         if stride < extent:
-            return _repeated(_places(tensor))
+            return len(torch.unique(_places(tensor))) < tensor.numel()
         extent += (size - 1) * stride
     return False
 
@@ -126,12 +123,3 @@ def _places(tensor: Tensor) -> Tensor:
         steps = torch.arange(size, dtype=torch.int64, device="cpu") * (stride * tensor.element_size())
         places = (places[:, None] + steps).reshape(-1)
     return places
-
-
-def _distinct(places: Tensor) -> Tensor:
-    ordered = places.sort()[0]
-    return torch.cat([ordered[:1], ordered[1:][ordered[1:] != ordered[:-1]]])
-
-
-def _repeated(places: Tensor) -> bool:
-    return len(_distinct(places)) < len(places)

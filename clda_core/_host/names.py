@@ -6,21 +6,7 @@ import weakref
 from contextlib import contextmanager
 from itertools import chain, combinations
 from operator import attrgetter
-from typing import (
-    Any,
-    Container,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    MutableMapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    TypeVar,
-)
+from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +15,6 @@ from ..errors import problem
 from .compat import uninitialized
 from .shards import reshard
 from .undo import undoing
-
-_T = TypeVar("_T", bound=Tensor)
 
 _PRIVATE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 """What compile, FSDP, activation checkpointing and Lightning's Fabric call the module that they wrap."""
@@ -244,7 +228,7 @@ def _without_wrappers(name: str, known: Container[str]) -> str:
     return name
 
 
-def _insert(named: Dict[str, _T], short: str, name: str, tensor: _T) -> None:
+def _insert(named: Dict[str, Any], short: str, name: str, tensor: Tensor) -> None:
     if uninitialized(tensor):
         raise problem(
             "the model has lazy modules that have not been run yet",
@@ -335,7 +319,7 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 _children = attrgetter("_modules")
 _tables = attrgetter("_modules", "_parameters", "_buffers")
 
-_walks: MutableMapping[nn.Module, _Walk] = weakref.WeakKeyDictionary()
+_walks: weakref.WeakKeyDictionary[nn.Module, _Walk] = weakref.WeakKeyDictionary()
 
 
 class _Look:

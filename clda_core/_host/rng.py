@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterator, List, MutableMapping, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .compat import noting_draws
 from .undo import undoing
 
-_draws: MutableMapping[nn.Module, Dict[str, bool]] = weakref.WeakKeyDictionary()
+_draws: weakref.WeakKeyDictionary[nn.Module, Dict[str, bool]] = weakref.WeakKeyDictionary()
 """By model and by what is done with it, whether that draws random numbers."""
 
 

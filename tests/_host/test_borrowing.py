@@ -84,6 +84,27 @@ def test_a_pass_keeps_statistics_and_draws_nothing() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_modes_are_changed_past_the_slow_setter_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, slow = mixed(), []
+    setter = nn.Module.__setattr__
+    monkeypatch.setattr(nn.Module, "__setattr__", lambda *arguments: slow.append(setter(*arguments)))
+    with borrowed(model):
+        assert not any(modes(model))
+    assert not slow
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_lent_in_eval_mode_too() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())).train()
+    before = bits(model.state_dict())
+    for _ in range(3):
+        with borrowed(model):
+            assert torch.equal(model(torch.ones(2, 2)), model(torch.ones(2, 2)))
+            assert not any(modes(model))
+        assert all(modes(model))
+        assert bits(model.state_dict()) == before
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_requiring_grad_restores_flags_and_grad_mode(fails: bool, enabled: bool) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from clda_core._host import compat as _compat
 from clda_core._host.compat import adam, has_complex_adam, has_float64, norms
 
 FEW = {
@@ -48,9 +47,9 @@ def test_a_device_without_float64_is_known(monkeypatch: pytest.MonkeyPatch) -> N
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    _compat._makes_float64.cache_clear()
+    has_float64.cache_clear()
     assert not has_float64(torch.device("xla"))
-    _compat._makes_float64.cache_clear()
+    has_float64.cache_clear()
 
 
 def test_norms_of_no_tensor_and_of_empty_ones() -> None:
