@@ -37,7 +37,7 @@ def attention_transfer(
     Args:
         student_features: One tensor ``(N, C, ...)`` with spatial dimensions, or several, paired in order.
         teacher_features: As many; of two grids in a pair the smaller one is taken.
-        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
+        mask: Bool or float weights or labels, as for :func:`~clda_core.distillation.kl_distillation`.
         power: Exponent ``p`` >= 1; larger ones concentrate on the strongest activations.
         ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 

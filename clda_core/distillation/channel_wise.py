@@ -32,7 +32,7 @@ def channel_wise_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)`` with at least one spatial dimension, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
+        mask: Bool or float weights or labels, as for :func:`~clda_core.distillation.kl_distillation`.
         temperature: Softmax temperature, > 0, dimensionless.
         class_map: For each student class the index of the teacher's class.
         ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.

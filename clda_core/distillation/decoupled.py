@@ -39,7 +39,7 @@ def decoupled_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
+        mask: Bool or float weights or labels, as for :func:`~clda_core.distillation.kl_distillation`.
         temperature: Softmax temperature, > 0, dimensionless.
         alpha: Weight of the target-class term, >= 0.
         beta: Weight of the non-target term, >= 0.

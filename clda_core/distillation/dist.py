@@ -40,7 +40,7 @@ def dist_distillation(
     Args:
         student_logits: Shape ``(N, C, ...)``, float, unnormalised.
         teacher_logits: Shape ``(N, C', ...)``; another grid is resized to the smaller of the two.
-        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
+        mask: Bool or float weights or labels, as for :func:`~clda_core.distillation.kl_distillation`.
         temperature: Softmax temperature, > 0, dimensionless.
         inter: Weight of the relation between classes (β), >= 0.
         intra: Weight of the relation within a class (γ), >= 0.

@@ -35,7 +35,7 @@ def feature_distillation(
     Args:
         student_features: One tensor ``(N, C, ...)``, or several, paired in order.
         teacher_features: As many, of the same widths; of two grids in a pair the smaller one is taken.
-        mask: Bool or float weights of the positions, or a label map, as for :func:`kl_distillation`.
+        mask: Bool or float weights or labels, as for :func:`~clda_core.distillation.kl_distillation`.
         ignore_index: The label of positions to leave out, in an integer mask; so is every negative label.
 
     Returns:
