@@ -36,22 +36,16 @@ class WeightedSum(Strategy, nn.Module):
     def __init__(self, terms: Sequence[Tuple[float, Distillation]]) -> None:
         super().__init__()
         terms = list(terms)
-        if not terms or not all(isinstance(term, (tuple, list)) and len(term) == 2 for term in terms):
+        pairs = all(isinstance(term, (tuple, list)) and len(term) == 2 and callable(term[1]) for term in terms)
+        if not terms or not pairs:
             raise problem(
                 "the terms are of a wrong form",
-                expected="at least one pair (weight, loss)",
+                expected="at least one pair (weight, loss), the loss a function of student, teacher and mask",
                 received=repr(terms),
                 fix="pass for example WeightedSum([(1.0, KLDistillation())])",
             )
-        for weight, loss in terms:
+        for weight, _ in terms:
             check_number("the weight of a term", weight, at_least=0)
-            if not callable(loss):
-                raise problem(
-                    "a term's loss is not callable",
-                    expected="a function or an object of student, teacher and mask",
-                    received=repr(loss),
-                    fix="pass pairs (weight, loss), in this order",
-                )
         maps = [of for of in (class_map_of(loss) for _, loss in terms) if of is not None]
         if any(list(of) != list(maps[0]) for of in maps):
             raise problem(
