@@ -156,7 +156,7 @@ class BySimilarity(Strategy):
 
     Args:
         minimum: Least similarity, in [0, 1], of layers to be related; the rest is unrelated. Our choice, 0.5.
-        samples: Most rows to compare, >= 32; bounds memory to ``samples`` x channels floats a layer.
+        samples: Most rows to compare, >= 32; bounds memory to ``samples`` x channels floats per layer.
 
     Raises:
         CldaError: If an argument is out of range, or (when called) no inputs are given.

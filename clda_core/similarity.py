@@ -28,7 +28,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     permuted, scaled by one number, or shifted.
 
     Args:
-        x: Shape ``(n, p)``, float; one row a sample.
+        x: Shape ``(n, p)``, float; one row per sample.
         y: Shape ``(n, q)``, float; rows of the same samples.
 
     Returns:
@@ -55,7 +55,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
             "linear CKA cannot compare these features",
             expected="two floating-point tensors (n, p) and (n, q) with n >= 2",
             received=f"{x.dtype} of shape {tuple(x.shape)} and {y.dtype} of shape {tuple(y.shape)}",
-            fix="flatten to one row a sample and pass the same samples in the same order",
+            fix="flatten to one row per sample and pass the same samples in the same order",
         )
     return cka_and_chance(x, y)[0].to(x.dtype)
 

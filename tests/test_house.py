@@ -1,9 +1,11 @@
-"""The house: where a file stands and what it may import."""
+"""The house: where a file stands, what it may import, and how long it may be."""
 
 import ast
 import functools
 from pathlib import Path
 from typing import Dict, Iterator, List, Set, Tuple
+
+import pytest
 
 import clda_core
 
@@ -22,6 +24,10 @@ FLOORS = [
     {"checkpoint", "integrations", "teaching"},
 ]
 """Files and folders of the package from the ground up: each imports from its own floor and from those below."""
+
+MOST_LINES = 400
+LONGER = {"learner": 500}
+"""A third of the learner's are docstrings: they say what its methods promise."""
 
 
 def floor_of(module: str) -> int:
@@ -107,6 +113,12 @@ def test_every_module_has_a_floor() -> None:
     assert not homeless
     empty = [name for names in FLOORS for name in names if name not in graph()]
     assert not empty
+
+
+@pytest.mark.parametrize("module", files())
+def test_no_file_is_longer_than_a_reader_follows(module: str) -> None:
+    lines = len(files()[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGER.get(module, MOST_LINES)
 
 
 def test_the_parser_sees_imports_of_every_kind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Check CLDA against a real checkout of MIC in this environment, on a tiny data set drawn here: a line a check.
+"""Check CLDA against a real checkout of MIC in this environment, on a tiny data set drawn here: one line per check.
 
     python -m examples.mic.cls.verify --host PATH/TO/MIC/cls
 

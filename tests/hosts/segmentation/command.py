@@ -45,7 +45,7 @@ def main(host: Host, program: str, arguments: Optional[List[str]] = None) -> int
 
 
 def verify(lab: Laboratory, names: List[str], check: Callable[[str, Laboratory], Result] = run_check) -> int:
-    """Run checks in their order, print one line each and a summary; return the exit status."""
+    """Run checks in their order, print one line each, and a summary; return the exit status."""
     started = time.time()
     commit, warnings = version_of(lab.host, lab.root)
     python, where = platform.python_version(), torch.cuda.get_device_name() if lab.device == "cuda" else "CPU"

@@ -65,14 +65,14 @@ class Run:
 
     @property
     def log(self) -> List[Dict[str, Any]]:
-        """The host's log, one entry an iteration; where it evaluated, an entry holds these figures too or instead."""
+        """The host's log, one entry per iteration; where it evaluated, an entry holds these figures too or instead."""
         files = sorted(self.folder.glob("*.log.json"))
         entries = [json.loads(line) for path in files for line in path.read_text().splitlines()]
         return [entry for entry in entries if "mode" in entry]
 
     @property
     def losses(self) -> List[Dict[str, float]]:
-        """The host's own losses, one entry an iteration."""
+        """The host's own losses, one entry per iteration."""
         own = [
             {name: value for name, value in entry.items() if "loss" in name and not name.startswith("clda")}
             for entry in self.log
