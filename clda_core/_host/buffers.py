@@ -135,7 +135,7 @@ class Buffers:
             copy = self._copies.get(place)
             if tensor is None:
                 continue
-            if _version(tensor) != version or (copy is not None and copy.shape != tensor.shape):
+            if version_of(tensor) != version or (copy is not None and copy.shape != tensor.shape):
                 written.add(place)
             elif copy is not None and place in self._known.ours:
                 written.add(place)  # perhaps through .data, which no version shows
@@ -195,10 +195,11 @@ def _stamps(tensors: Sequence[Optional[Tensor]]) -> _Stamps:
     try:
         return list(map(id, tensors)), list(map(_versions, tensors))
     except (RuntimeError, AttributeError):
-        return list(map(id, tensors)), list(map(_version, tensors))
+        return list(map(id, tensors)), list(map(version_of, tensors))
 
 
-def _version(tensor: Optional[Tensor]) -> int:
+def version_of(tensor: Optional[Tensor]) -> int:
+    """Return how often a tensor was written in place; -1 where that is not counted."""
     try:
         return -1 if tensor is None else int(tensor._version)
     except RuntimeError:  # a tensor of inference mode, which counts none

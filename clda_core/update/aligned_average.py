@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Literal
 
-from .._host.activations import LEAST_ROWS, capturing, positions, rows
+from .._host.activations import LEAST_ROWS, capturing, channel_dim, positions, rows
 from .._host.borrowing import borrowed
+from .._host.buffers import version_of
 from .._host.names import named_tensors
 from .._host.plain import copied
 from .._host.ranks import sum_across_ranks
@@ -211,66 +213,106 @@ def _channel_maps(
     Returns:
         By the teacher module's name its maps, or why there are none; a module that is not called is absent.
     """
-    student: Dict[str, Tuple[Optional[Tensor], Optional[Tensor]]] = {}
+    activations: Dict[int, Optional[Tensor]] = {}
+    student: Dict[str, Tuple[int, int]] = {}
+    matches: Dict[Tuple[int, int], Union[List[int], str]] = {}
     maps: Dict[str, Union[ChannelMaps, str]] = {}
     outputs: Dict[str, Tensor] = {}
     partners = {pair.name: pair.other for pair in pairs}
     classes = None if context.class_map is None else Classes(tuple(context.class_map))
-
-    def may_be_classes(ours: Tensor, theirs: Tensor) -> bool:
-        return classes is not None and classes.concern(ours.shape[1:2], theirs.shape[1:2])
+    number_in_student, number_in_teacher = _numbering(), _numbering()
 
     def keep(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
-        student[name] = (positions(inputs, module, samples), positions(output, module, samples))
+        into, out = (number_in_student(value, module) for value in (inputs, output))
+        for number, value in ((into, inputs), (out, output)):
+            if number not in activations:
+                activations[number] = positions(value, module, samples)
+        student[name] = into, out
+
+    def matched(value: Any, module: nn.Module, partner: int) -> Union[List[int], str]:
+        key = number_in_teacher(value, module), partner
+        if key not in matches:
+            matches[key] = _matched(positions(value, module, samples), activations[partner], minimum)
+        return matches[key]
 
     def match(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
         if partners[name] not in student:
             return
         into, out = student[partners[name]]
-        ours = positions(output, module, samples)
-        found = [_matched(ours, out, minimum), _matched(positions(inputs, module, samples), into, minimum)]
+        found = matched(output, module, out), matched(inputs, module, into)
         reason = next((one for one in found if isinstance(one, str)), None)
         maps[name] = ChannelMaps(found[1], found[0]) if reason is None else reason  # type: ignore[arg-type]
-        if ours is not None and out is not None and (partners[name] in heads or may_be_classes(ours, out)):
-            outputs[name] = ours
+        partner = activations[out]
+        if partner is not None and (partners[name] in heads or classes is not None):
+            own = positions(output, module, samples)
+            unclear = own is not None and classes is not None and classes.concern(own.shape[1:2], partner.shape[1:2])
+            if own is not None and (partners[name] in heads or unclear):
+                outputs[name] = own
 
     with borrowed(context.teacher, context.student, doing="watch", hooked=True):
         with capturing({pair.other: pair.student() for pair in pairs}, keep):
             logits = positions(context.predict(context.student).logits, None, samples)
-        heads = {name for name, (_, out) in student.items() if out is not None and is_logits(out, logits)}
+        outs = {name: activations[out] for name, (_, out) in student.items()}
+        heads = {name for name, out in outs.items() if out is not None and is_logits(out, logits)}
         with capturing({pair.name: pair.teacher() for pair in pairs}, match):
             logits = positions(context.predict(context.teacher).logits, None, samples)
-    for name, ours in outputs.items():
-        maps[name] = _by_class(maps[name], ours, logits, classes, partners[name] in heads)
+    for name, own in outputs.items():
+        maps[name] = _by_class(maps[name], own, logits, classes, partners[name] in heads)
     return maps
 
 
+def _numbering() -> Callable[[Any, nn.Module], int]:
+    """Return a function that numbers the activations of one forward pass as :func:`positions` reads them.
+
+    What one module puts out and others take in gets one number, so that its channels need not be matched again.
+    """
+    seen: Dict[Tuple[int, int], Tuple[Any, int, int]] = {}
+    fresh = itertools.count()
+
+    def number(value: Any, module: nn.Module) -> int:
+        value = value[0] if isinstance(value, (tuple, list)) and value else value
+        version = version_of(value) if isinstance(value, Tensor) else -1
+        if version < 0:
+            return next(fresh)
+        place = id(value), channel_dim(value, module)
+        known = seen.get(place)
+        if known is None or known[0]() is not value or known[1] != version:
+            known = seen[place] = weakref.ref(value), version, next(fresh)
+        return known[2]
+
+    return number
+
+
 def _by_class(
-    maps: Union[ChannelMaps, str], ours: Tensor, logits: Optional[Tensor], classes: Optional[Classes], theirs_are: bool
+    maps: Union[ChannelMaps, str],
+    output: Tensor,
+    logits: Optional[Tensor],
+    classes: Optional[Classes],
+    makes_students: bool,
 ) -> Union[ChannelMaps, str]:
     """Return maps whose output channels are matched by their classes where both modules' outputs are the logits.
 
     Args:
         maps: What was matched by activations.
-        ours: The teacher's output.
+        output: The teacher module's.
         logits: The teacher's, in the student's classes.
         classes: Where the student's classes are in the teacher, if their places differ.
-        theirs_are: Whether the student's output is its logits.
+        makes_students: Whether the student module's output is its logits.
     """
     if isinstance(maps, str) or logits is None:
         return maps
     chosen = list(range(logits.shape[1])) if classes is None else list(classes.class_map)
-    both = theirs_are and max(chosen) < ours.shape[1] and is_logits(ours[:, chosen], logits)
-    if not both:
-        unclear = len(chosen) == ours.shape[1] if classes is None else classes.concern(ours.shape[1:2], (len(chosen),))
+    width = output.shape[1]
+    if not (makes_students and max(chosen) < width and is_logits(output[:, chosen], logits)):
+        unclear = len(chosen) == width if classes is None else classes.concern((width,), (len(chosen),))
         return MAY_BE_CLASSES if unclear else maps
     places = {index: index for index in chosen} if classes is None else classes.places
-    return ChannelMaps(maps.into.match, [places.get(channel, -1) for channel in range(ours.shape[1])])
+    return ChannelMaps(maps.into.match, [places.get(channel, -1) for channel in range(width)])
 
 
-def _matched(ours: Optional[Tensor], theirs: Optional[Tensor], minimum: float) -> Union[List[int], str]:
+def _matched(teacher: Optional[Tensor], student: Optional[Tensor], minimum: float) -> Union[List[int], str]:
     """Return the student channel of every teacher channel, or why they cannot be matched; equal on every rank."""
-    both = None if ours is None or theirs is None else rows(ours, theirs)
+    both = None if teacher is None or student is None else rows(teacher, student)
     if both is None:
         return _UNLIKE
     sums = CorrelationSums(*sum_across_ranks(CorrelationSums.of(*both)))

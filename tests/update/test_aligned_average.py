@@ -443,6 +443,48 @@ def test_mlp() -> None:
     assert result.updated == ("0", "2", "5")
 
 
+class Written(nn.Module):
+    """What the second module reads is what the first put out, but for what was written into it in between."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(5, 6), nn.Linear(6, 3), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.between is not None:
+            self.between(x)
+        return self.second(x)
+
+
+def _negated_in_part(x: Tensor) -> Tensor:
+    return x.mul_(torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]))
+
+
+@pytest.mark.parametrize("between", [None, _negated_in_part], ids=["nothing", "in place"])
+def test_what_one_module_puts_out_and_the_next_takes_in_is_matched_once(
+    between: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matched: List[Any] = []
+    module = inspect.getmodule(AlignedAverage)
+    whole = module._matched
+
+    def counting(*arguments: Any) -> Any:
+        matched.append(whole(*arguments))
+        return matched[-1]
+
+    monkeypatch.setattr(module, "_matched", counting)
+    teacher, student = randomise(Written(between), 0), randomise(Written(None), 1)
+    inputs = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    related = {layer.name: layer for layer in group_layers(student)}
+    update = AlignedAverage(decay=0.0)
+    assert update.apply(round_context(teacher, student, inputs=inputs, related=related)).updated == ("first", "second")
+    assert len(matched) == (3 if between is None else 4), "of the inputs, the hidden channels, the logits"
+    maps = {name: (into.tolist(), out.tolist()) for name, (into, out) in update.state_dict()["maps"].items()}
+    same = maps["second <- second"][0] == maps["first <- first"][1]
+    assert same is (between is None)
+
+
 class Ranks:
     """Two ranks in two threads, whose sums wait for one another."""
 
