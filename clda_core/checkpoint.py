@@ -15,7 +15,7 @@ from torch import nn
 
 from ._host.compat import load_plain
 from ._host.plain import plain
-from ._host.restoring import fitted, restore
+from ._host.restoring import fitted, load_all
 from .errors import CldaError, problem
 from .learner import CollaborativeLearner
 
@@ -58,6 +58,12 @@ def unpack(learner: CollaborativeLearner, packed: Any, **beside: Any) -> Dict[st
 
     Raises:
         CldaError: As :func:`load` does.
+
+    Example:
+        >>> learner = CollaborativeLearner(nn.Linear(4, 3), nn.Linear(4, 3))
+        >>> engines_checkpoint = {"epoch": 3, "clda": pack(learner)}
+        >>> unpack(learner, engines_checkpoint["clda"])
+        {}
     """
     return _unpacked("the checkpoint", learner, packed, beside)
 
@@ -156,7 +162,7 @@ def _unpacked(what: str, learner: CollaborativeLearner, packed: Any, beside: Map
         name: fitted(name, part, packed[name]) if isinstance(part, nn.Module) else packed[name]
         for name, part in parts.items()
     }
-    restore([(name, part, states[name]) for name, part in parts.items()])
+    load_all([(name, part, states[name]) for name, part in parts.items()])
     return {name: value for name, value in packed.items() if name not in parts}
 
 

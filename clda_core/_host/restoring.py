@@ -12,7 +12,7 @@ from .names import paired_names
 from .plain import copied
 
 
-def restore(parts: List[Tuple[str, Any, Any]]) -> None:
+def load_all(parts: List[Tuple[str, Any, Any]]) -> None:
     """Call ``load_state_dict`` of every part; if one raises, those that were called get their former state again.
 
     Args:
