@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +105,13 @@ def _has_fused_adam() -> bool:
     return True
 
 
-def leading_bits(values: Tensor, bits: int) -> Tensor:
+def leading_bits(values: Tensor, bits: int, *, overwrite: bool = False) -> Tensor:
     """Return the leading ``bits`` bits of each float32 value as a non-negative integer: sign, exponent, top mantissa.
 
     Args:
         values: Shape ``(n,)``, float32, without a gradient.
         bits: 9 to 31.
+        overwrite: Whether their memory may be used for the result, which saves most of the time.
     """
     try:
         pattern = values.view(torch.int32)
@@ -120,7 +121,18 @@ def leading_bits(values: Tensor, bits: int) -> Tensor:
         import numpy
 
         pattern = torch.from_numpy(values.numpy().view(numpy.int32))
-    return (pattern >> (32 - bits)).bitwise_and_((1 << bits) - 1)
+    if not overwrite:
+        pattern = pattern.clone()
+    shift, mask = _shift_and_mask(bits)
+    pattern >>= shift
+    return pattern.bitwise_and_(mask)
+
+
+@functools.lru_cache(maxsize=4)
+def _shift_and_mask(bits: int) -> Tuple[Tensor, Tensor]:
+    """Return the operands as tensors, with which integer operations take half the time that they take with numbers."""
+    shift, mask = torch.tensor([32 - bits, (1 << bits) - 1], dtype=torch.int32, device="cpu").unbind()
+    return shift, mask
 
 
 def leading_bits_by_search(values: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Mapping, Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .._host.shards import is_sharded, local, sum_over_shards
 from ..errors import problem
 from ..layers import Layer
 from .base import SaliencyEstimator
-from .histogram import CHUNK, Histogram
+from .histogram import Counting, Histogram
 
 __all__ = ["score_layers"]
 
@@ -22,54 +22,39 @@ def score_layers(
     parameters: Mapping[str, Tensor],
     found: Mapping[str, Optional[Tensor]],
 ) -> Histogram:
-    """Score every parameter whose derivative is known, and summarise the scores layer by layer.
+    """Score every parameter whose derivative is known, and count the scores layer by layer.
+
+    Args:
+        estimator: Gives the scores; one of order 0 scores every parameter.
+        layers: The model's layers.
+        parameters: Its parameters by name; of sharded ones every rank scores its part, and all get all counts.
+        found: Derivative by parameter name, ``None`` where it is unknown.
 
     Raises:
         CldaError: If the estimator returns something else than scores.
     """
     device = next(iter(parameters.values())).device
-    sharded = [parameter for parameter in parameters.values() if is_sharded(parameter)]
-    of_whole, of_shards = _Gathering(len(layers), device), _Gathering(len(layers), device)
+    sharded = {name: parameter for name, parameter in parameters.items() if is_sharded(parameter)}
+    histogram = Histogram.empty(len(layers), device)
+    parts = Histogram.empty(len(layers), device) if sharded else histogram
+    of_whole, of_parts = Counting(histogram), Counting(parts)
     for index, layer in enumerate(layers):
         for name in layer.parameters:
-            if found[name] is not None or estimator.order == 0:
-                scores = _scores(estimator, name, parameters[name], found[name]).to(device)
-                (of_shards if sharded and is_sharded(parameters[name]) else of_whole).add(index, scores)
-    histogram = of_whole.finish()
+            derivative = found[name]
+            if derivative is None and estimator.order > 0:
+                continue
+            own = local if name in sharded else Tensor.detach
+            scores = _scores(estimator, name, own(parameters[name]), None if derivative is None else own(derivative))
+            (of_parts if name in sharded else of_whole).add(index, scores.to(device))
+    of_whole.finish()
     if sharded:
-        parts = of_shards.finish()
-        histogram.merge(Histogram(sum_over_shards(parts.counts, sharded), sum_over_shards(parts.sums, sharded)))
+        of_parts.finish()
+        counts, sums = (sum_over_shards(part, list(sharded.values())) for part in (parts.counts, parts.sums))
+        histogram.merge(Histogram(counts, sums))
     return histogram
 
 
-class _Gathering:
-    """Counts scores layer after layer, those of several small parameters at once."""
-
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self._histogram = Histogram.empty(layers, device)
-        self._layer = 0
-        self._scores: List[Tensor] = []
-        self._size = 0
-
-    def add(self, layer: int, scores: Tensor) -> None:
-        """Take the scores of one parameter."""
-        if layer != self._layer or self._size + scores.numel() > CHUNK:
-            self.finish()
-        self._layer = layer
-        self._scores.append(scores)
-        self._size += scores.numel()
-
-    def finish(self) -> Histogram:
-        """Count what was gathered."""
-        if self._scores:
-            self._histogram.add(self._layer, *self._scores)
-        self._scores, self._size = [], 0
-        return self._histogram
-
-
 def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
-    parameter = local(parameter)
-    derivative = None if derivative is None else local(derivative)
     if parameter.dtype != torch.float32 or (derivative is not None and derivative.dtype != torch.float32):
         wide = torch.promote_types(parameter.dtype, torch.float32)
         parameter, derivative = parameter.to(wide), None if derivative is None else derivative.to(wide)
