@@ -18,7 +18,7 @@ from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, ModelView, check_models, group_layers, size, warn_if_swapped
 from .outputs import Extract, check_extract, check_trainable, zero_loss
-from .relation import ByRelativeDepth, Relation
+from .relation import ByRelativeDepth, Relation, needs_inputs
 from .report import Report
 from .round import Rounds
 from .running import Runner, takes_classes
@@ -159,7 +159,7 @@ class CollaborativeLearner:
         self._steps = 0
         self._kd_loss: Optional[Tensor] = None
         self._teaches = False  # set by teach(), which makes steps without gradients
-        if not self.relation.needs_inputs:
+        if not needs_inputs(self.relation):
             self._rounds.relate(self._step)
         self._rounds.check_teacher(written=enabled)
 
@@ -412,7 +412,7 @@ class CollaborativeLearner:
                 then.
         """
         # A relation by similarity depends on the batch it was made on, so the saved one replaces ours.
-        restore(state, self.state_dict(), self._load, relation_may_differ=self.relation.needs_inputs)
+        restore(state, self.state_dict(), self._load, relation_may_differ=needs_inputs(self.relation))
         self._drop_step()
 
     def _load(self, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
-from typing_extensions import Protocol
+from typing_extensions import Protocol, runtime_checkable
 
 from ._host.activations import LEAST_ROWS
 from ._host.borrowing import borrowed
@@ -20,6 +20,7 @@ __all__ = [
     "ByRelativeDepth",
     "BySimilarity",
     "Explicit",
+    "NeedsInputs",
     "RelatedLayers",
     "Relation",
     "linear_cka",
@@ -40,17 +41,30 @@ class RelatedLayers:
 
 
 class Relation(Protocol):
-    """Relates teacher layers to student layers; it only reads the models.
+    """Relates teacher layers to student layers; it only reads the models. A plain function will do."""
 
-    Attributes:
-        needs_inputs: Whether a batch of inputs is needed; if so the learner relates at the first round.
-    """
+    def __call__(self, teacher: ModelView, student: ModelView, inputs: Any, /) -> RelatedLayers:
+        """Relate every teacher layer to a student layer, or say by name why it is unrelated.
 
-    needs_inputs: bool
-
-    def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
-        """Relate every teacher layer to a student layer, or say by name why it is unrelated."""
+        ``inputs`` is the target batch as it was given to ``distill``, for a relation that needs it
+        (:class:`NeedsInputs`), and ``None`` otherwise.
+        """
         ...
+
+
+@runtime_checkable
+class NeedsInputs(Protocol):
+    """What a relation has that needs a batch: it relates at the first round, others when the learner is built."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a batch is needed."""
+        ...
+
+
+def needs_inputs(relation: Relation) -> bool:
+    """Return whether a relation needs a batch."""
+    return isinstance(relation, NeedsInputs) and relation.needs_inputs
 
 
 class ByName(Strategy):
@@ -67,8 +81,6 @@ class ByName(Strategy):
         >>> sorted(related.pairs), sorted(related.unrelated)
         (['0'], ['1'])
     """
-
-    needs_inputs: bool = False
 
     def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
         """Relate by name; ``inputs`` is not read."""
@@ -97,8 +109,6 @@ class ByRelativeDepth(Strategy):
         ['blocks.0', 'blocks.0', 'blocks.1', 'blocks.1']
     """
 
-    needs_inputs: bool = False
-
     def __call__(self, teacher: ModelView, student: ModelView, inputs: Any = None) -> RelatedLayers:
         """Relate by stage and depth, else by name; ``inputs`` is not read."""
         chosen = {layer.name: layer.name for layer in teacher.layers}
@@ -123,8 +133,6 @@ class Explicit(Strategy):
         >>> Explicit({"layer3.0": "layer2.0"})
         Explicit(mapping={'layer3.0': 'layer2.0'})
     """
-
-    needs_inputs: bool = False
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
         valid = isinstance(mapping, Mapping) and all(isinstance(name, str) for pair in mapping.items() for name in pair)
@@ -173,7 +181,7 @@ class BySimilarity(Strategy):
         <https://arxiv.org/abs/1905.00414>
     """
 
-    needs_inputs: bool = True
+    needs_inputs = True
 
     def __init__(self, *, minimum: float = 0.5, samples: int = 2048) -> None:
         check_number("minimum", minimum, at_least=0, at_most=1)

@@ -14,7 +14,7 @@ from ._host.ranks import adding
 from ._host.undo import undoing
 from .errors import CldaError, check_number, problem
 from .layers import Layer, ModelView, canonical_parameters
-from .relation import RelatedLayers, Relation, check_related
+from .relation import RelatedLayers, Relation, check_related, needs_inputs
 from .report import Earlier, History, RoundRecord
 from .running import Runner
 from .saliency import SaliencyEstimator
@@ -237,7 +237,7 @@ class Rounds:
             if probed:
                 self._observer.rehearse(step.inputs, step.mask)
             context = self._context(step, self._writable.layers, 1.0)
-            if self._relation.needs_inputs:
+            if needs_inputs(self._relation):
                 context.predict(context.teacher)
                 context.student_outputs()
                 self._relation_on(step, needed=False)
@@ -352,7 +352,7 @@ class Rounds:
         rounds = tuple(RoundRecord.from_dict(record) for record in state["history"])
         history = History(rounds, Earlier(**state["earlier"])).last(self._keep)
         related, saved = self.related, state["relation"]
-        if self._relation.needs_inputs:
+        if needs_inputs(self._relation):
             students = {layer.name: layer for layer in self._student.layers}
             related = (
                 None

@@ -46,7 +46,7 @@ ROLES: Mapping[str, Role] = {
     "saliency": Role(("score",), "Taylor()", ("order",)),
     "threshold": Role(("__call__",), "MeanThreshold()"),
     "selection": Role(("__call__",), "LowestFraction()"),
-    "relation": Role(("__call__",), "ByRelativeDepth()", ("needs_inputs",)),
+    "relation": Role(("__call__",), "ByRelativeDepth()"),
     "update": Role(("apply",), "Guard(MaskedDistillation())"),
     "distillation": Role(("__call__",), "DISTDistillation()"),
     "schedule": Role(("due", "observes", "strength"), "Schedule(warmup=1000)"),

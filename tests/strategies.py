@@ -129,6 +129,7 @@ NOT_STRATEGIES = {
     "Distillation": "a protocol",
     "Histogram": "data: saliency/test_histogram.py",
     "Layer": "data",
+    "NeedsInputs": "a protocol",
     "Outputs": "data",
     "Probe": "a type",
     "RelatedLayers": "data",

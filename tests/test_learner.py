@@ -559,17 +559,14 @@ class MySaliency:
         return derivative.abs()
 
 
-class MySelection:
-    def __call__(self, target: Any, source: Any) -> Any:
-        return ("head",)
+def my_selection(target: Any, source: Any) -> Any:
+    return ("head",)
 
 
-class MyRelation:
-    needs_inputs = False
-
-    def __call__(self, teacher: Any, student: Any, inputs: Any = None) -> RelatedLayers:
-        pairs = {layer.name: layer for layer in student.layers if layer.name == "head"}
-        return RelatedLayers(pairs, {layer.name: "no head" for layer in teacher.layers if layer.name != "head"})
+def my_relation(teacher: Any, student: Any, inputs: Any) -> RelatedLayers:
+    assert inputs is None
+    pairs = {layer.name: layer for layer in student.layers if layer.name == "head"}
+    return RelatedLayers(pairs, {layer.name: "no head" for layer in teacher.layers if layer.name != "head"})
 
 
 class MyUpdate:
@@ -605,8 +602,8 @@ def test_the_smallest_strategy_of_every_kind_works() -> None:
         teacher,
         student,
         saliency=MySaliency(),
-        selection=MySelection(),
-        relation=MyRelation(),
+        selection=my_selection,
+        relation=my_relation,
         update=MyUpdate(),
         distillation=lambda s, t, mask=None: (s - t).pow(2).mean(),
         schedule=MySchedule(),
@@ -644,7 +641,7 @@ def test_an_estimator_of_the_second_order_of_a_user() -> None:
 
 def test_guards_wrap_updates_of_a_user() -> None:
     teacher, student = networks()
-    learner = make_learner(teacher, student, update=Guard(MyUpdate(), tolerance=10.0), selection=MySelection())
+    learner = make_learner(teacher, student, update=Guard(MyUpdate(), tolerance=10.0), selection=my_selection)
     assert one_round(learner).accepted is True
 
 

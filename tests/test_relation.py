@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clda_core import similarity
 from clda_core.errors import CldaError
 from clda_core.layers import ModelView, group_layers
-from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit, RelatedLayers
+from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit, RelatedLayers, needs_inputs
 from tests import reference_relation as reference
 from tests.helpers import no_traces
 from tests.models import CNN, ResNet, SegFormer, ViT, mlp
@@ -43,7 +43,7 @@ def test_every_teacher_layer_is_related_or_unrelated_with_a_reason(relation: Any
 
 
 def test_only_similarity_needs_inputs() -> None:
-    assert [relation.needs_inputs for relation in RELATIONS] == [False, False, True, False]
+    assert [needs_inputs(relation) for relation in RELATIONS] == [False, False, True, False]
 
 
 def test_by_name() -> None:
