@@ -38,6 +38,9 @@ class Runner:
         extract: Reads what they return.
         distillation: The KD loss, whose ``class_map`` says which classes both have.
         of_classes: Whether a strategy takes the logits for those of classes that exclude each other.
+
+    Attributes:
+        class_map: The KD loss's.
     """
 
     def __init__(
@@ -52,15 +55,10 @@ class Runner:
         self._teacher = teacher
         self._student = student
         self._extract = extract
-        self._distillation = distillation
+        self.class_map: Optional[Sequence[int]] = class_map_of(distillation)
         self._of_classes = of_classes
         self._checked = False
         self._own_graph = True
-
-    @property
-    def class_map(self) -> Optional[Sequence[int]]:
-        """The KD loss's."""
-        return class_map_of(self._distillation)
 
     def pair(
         self,

@@ -13,6 +13,10 @@ from torch import Tensor
 from ..errors import problem
 
 _has_data: ContextVar[bool] = ContextVar("_has_data", default=True)
+"""Whether what this rank reduces counts.
+
+A context rather than an argument, since relations and criteria reduce too: their signatures know nothing of ranks.
+"""
 
 
 @contextmanager

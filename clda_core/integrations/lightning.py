@@ -16,6 +16,7 @@ except ModuleNotFoundError:
     from pytorch_lightning.callbacks import Callback
 
 __all__ = ["CollaborationCallback"]
+__dir__ = __all__.copy  # as of every other public module, see clda_core/__init__.py
 
 
 class CollaborationCallback(Callback):

@@ -22,6 +22,7 @@ from ..schedule import Schedule
 from ._engine import Steps, students_optimizer
 
 __all__ = ["CollaborationHook"]
+__dir__ = __all__.copy  # as of every other public module, see clda_core/__init__.py
 
 
 @HOOKS.register_module()

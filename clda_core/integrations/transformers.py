@@ -15,6 +15,7 @@ from ..learner import CollaborativeLearner
 from ._engine import Steps, check_trains
 
 __all__ = ["CollaborationCallback"]
+__dir__ = __all__.copy  # as of every other public module, see clda_core/__init__.py
 
 _FILE = "clda.pt"
 

@@ -174,6 +174,7 @@ class Guard(Strategy):
         self.criterion = criterion
         self.tolerance = tolerance
         self.backtracks = backtracks
+        self._masks = _takes_mask(criterion)
 
     @property
     def needs_relation(self) -> bool:
@@ -223,7 +224,7 @@ class Guard(Strategy):
     def _score(self, context: RoundContext, teacher: Tensor, original: Tensor) -> float:
         student, mask = context.student_outputs().logits, context.mask
         with torch.no_grad():
-            if _takes_mask(self.criterion):
+            if self._masks:
                 score: Optional[Tensor] = self.criterion(teacher, original, student, mask=mask)
             else:
                 score = self.criterion(*_where_it_counts(teacher, original, student, mask))
