@@ -16,6 +16,7 @@ from benchmarks.cost.settings import Forced, Host, Setting
 from benchmarks.cost.timing import Spread, Times, interleaved, ratio, spread
 from clda_core import CollaborativeLearner, Never, Schedule
 from clda_core._host.compat import adam
+from clda_core._host.names import looking_once
 from clda_core.distillation import KLDistillation
 from clda_core.layers import canonical_parameters
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, RoundContext, Update, UpdateResult
@@ -217,16 +218,14 @@ def _functional(host: Host, where: str, repeats: int, device: torch.device) -> I
         host.student.train()
         teacher_by_hand()
 
-    times = interleaved(
-        {
-            "update": lambda: update.apply(dataclasses.replace(context, _cache={})),
-            "update, predictions at hand": lambda: update.apply(context),
-            "by hand": by_hand,
-            "teacher by hand": teacher_by_hand,
-        },
-        repeats=repeats,
-        device=device,
-    )
+    tasks = {
+        "update": lambda: update.apply(dataclasses.replace(context, _cache={})),
+        "update, predictions at hand": lambda: update.apply(context),
+        "by hand": by_hand,
+        "teacher by hand": teacher_by_hand,
+    }
+    with looking_once(host.teacher, host.student):  # as a round does, for the update and all else
+        times = interleaved(tasks, repeats=repeats, device=device)
     note = (
         "by hand: the same passes, F.kl_div, and a step of the same optimizer, of the selected layers alone; without a "
         "look at whether a gradient is finite, and with modes, buffers and gradients left as they come"

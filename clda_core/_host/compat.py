@@ -57,8 +57,10 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     if not filled:
         return torch.zeros(0, device=tensors[0].device)
     fused = getattr(torch, "_foreach_norm", None)
-    found = [tensor.norm() for tensor in filled] if fused is None else fused(filled)
-    return torch.stack([norm.float().to(tensors[0].device) for norm in found])
+    found = [tensor.norm() for tensor in filled] if fused is None else list(fused(filled))
+    if len({(norm.dtype, norm.device) for norm in found}) > 1:
+        found = [norm.float().to(tensors[0].device) for norm in found]
+    return torch.stack(found).float().to(tensors[0].device)
 
 
 @functools.lru_cache(maxsize=None)

@@ -211,8 +211,9 @@ def _check_kernels(optimizer: torch.optim.Optimizer, moved: Mapping[str, Tensor]
 
 def _lay_out_moments(moments: Dict[str, Any], parameter: Tensor) -> None:
     """Bring the moments to the parameter's layout, which may have changed since, or be another one in a checkpoint."""
+    strides = None if is_sharded(parameter) else parameter.stride()
     for key, value in moments.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape:
+        if isinstance(value, Tensor) and value.stride() != strides and value.shape == parameter.shape:
             moments[key] = laid_out_like(value, parameter)
 
 

@@ -147,7 +147,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _on_every_rank(here: Tensor, sharded: Sequence[Tensor]) -> bool:
-    return bool(sum_over_shards(1 - here.float(), sharded) == 0)
+    return bool(sum_over_shards(1 - here.float(), sharded) == 0) if any(map(is_sharded, sharded)) else bool(here)
 
 
 def _averaged_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
