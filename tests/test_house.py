@@ -26,7 +26,7 @@ FLOORS = [
 """Files and folders of the package from the ground up: each imports from its own floor and from those below."""
 
 MOST_LINES = 400
-LONGER = {"learner": 500}
+LONGER = {"learner": 480}
 """A third of the learner's are docstrings: they say what its methods promise."""
 
 
