@@ -66,13 +66,13 @@ class Observer:
         probe: Probe,
         logits: Callable[[Any], Tensor],
     ) -> None:
+        self.averages = Averages()
         self.discarded = 0
         self._view = view
         self._saliency = saliency
         self._threshold = threshold
         self._probe = probe
         self._logits = logits
-        self.averages = Averages()
         self._generator = torch.Generator().manual_seed(0)
         self._discarded_in_a_row = 0
         self._leftover = leftover_gradients(view.model)
@@ -183,11 +183,12 @@ class Observer:
         if order == 0:
             return dict.fromkeys(names)
         wanted = [parameters[name] for name in names]
+        sharded = any(map(is_sharded, wanted))
         live = hosts_gradients(self._view.model, self._leftover) if loss is None and order == 1 else {}
         if live:
             found = [live.get(name) for name in names]
         elif isinstance(loss, Tensor):
-            found = self._derivatives_of(loss, wanted)
+            found = self._derivatives_of(loss, wanted, sharded)
         else:
             with borrowed(self._view.model, grad_to=wanted) as teacher:
                 if loss is None:
@@ -196,15 +197,9 @@ class Observer:
                     value = loss(teacher)
                     what = "what the function given to observe() returned"
                     check_differentiable(value, what, "return a scalar from it")
-                if any(map(is_sharded, wanted)):
-                    return self._reached(names, self._sharded_gradients(value, wanted))
-                found = self._differentiate(value, wanted, retain_graph=False)
-        if any(map(is_sharded, wanted)):  # the host's own, which FSDP2 has averaged
-            return self._reached(names, found)
-        return self._reached(names, mean_where_seen(found, wanted))
-
-    @staticmethod
-    def _reached(names: Sequence[str], found: Sequence[Optional[Tensor]]) -> Dict[str, Optional[Tensor]]:
+                found = self._sharded_gradients(value, wanted) if sharded else self._differentiate(value, wanted)
+        if not sharded:  # FSDP2 averages by itself
+            found = mean_where_seen(found, wanted)
         by_name = dict(zip(names, found))
         check_reached(by_name)
         return by_name
@@ -219,7 +214,9 @@ class Observer:
             )
         return gradients(loss, wanted)
 
-    def _differentiate(self, loss: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool) -> List[Optional[Tensor]]:
+    def _differentiate(
+        self, loss: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool = False
+    ) -> List[Optional[Tensor]]:
         saliency = self._saliency
         samples = saliency.samples if isinstance(saliency, RandomVectors) else 1
         with explained(known_only=True):
@@ -227,10 +224,10 @@ class Observer:
                 saliency.order, loss, wanted, self._generator, samples=samples, retain_graph=retain_graph
             )
 
-    def _derivatives_of(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
+    def _derivatives_of(self, loss: Tensor, wanted: Sequence[Tensor], sharded: bool) -> List[Optional[Tensor]]:
         fix = "for a frozen teacher pass a function: learner.observe(lambda teacher: loss of teacher(x))"
         check_differentiable(loss, "the loss given to observe()", fix)
-        if any(map(is_sharded, wanted)):
+        if sharded:
             raise problem(
                 "a loss of a sharded teacher cannot be differentiated before the host's backward()",
                 expected="a function of the teacher, or gradients that the host's backward() left",
