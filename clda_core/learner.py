@@ -209,12 +209,11 @@ class CollaborativeLearner:
         Args:
             student_output: What the student returned, with its graph; possibly for another view of the same images.
             inputs: What the teacher is called with: a tuple of arguments, a mapping of keyword arguments, or anything
-                else (a tensor, a list) as the one argument.
+                else as the one argument.
             teacher_output: The teacher's output if the host has it already; ``inputs`` are then used in rounds only.
             mask: What counts: bool or float weights ``(N, ...)`` without the class dimension; or an integer label map,
                 of which ``ignore_index`` and negative labels are left out.
-            student_inputs: What rounds call the student with, in the same form, where it takes other inputs than the
-                teacher.
+            student_inputs: What rounds call the student with, where that is something else.
 
         Returns:
             A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only. It is 0 for

@@ -124,11 +124,7 @@ class Rounds:
     def observe(self, step: Step, number: int, loss: Optional[LossOrFunction], domain: str) -> None:
         """Observe the teacher before an optimizer step, where the schedule says so; rehearse a round at the first.
 
-        Args:
-            step: The step in the making.
-            number: Its number, from 1.
-            loss: What is observed; ``None`` for the host's gradients or else the probe.
-            domain: ``"target"`` or ``"source"``.
+        ``number`` is the step's, from 1; ``loss`` is ``None`` for the host's gradients or else the probe.
         """
         if not self._checked:
             self.check_teacher()

@@ -72,13 +72,8 @@ class Runner:
     ) -> Pair:
         """Return the teacher's outputs beside the student's; the first are checked to be what the library is for.
 
-        Args:
-            student_output: What the student returned.
-            inputs: What the teacher is called with.
-            teacher_output: What it returned, where the host has called it.
-            mask: What counts, bool or float weights.
-            student_inputs: What the student is called with, where that is something else.
-            wait: Whether a mask on a device may be waited for, to see if it leaves anything.
+        The arguments are those of ``distill``, the mask of bool or float weights; ``wait`` says whether a mask on a
+        device may be waited for, to see if it leaves anything.
 
         Raises:
             CldaError: If there are neither inputs nor the teacher's output, or the outputs of either model do not fit.
