@@ -1,6 +1,7 @@
 """Mixed precision, torch.compile, and errors of a training engine's kind, in real training steps."""
 
-from typing import Any, Callable, Dict, List, Tuple
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
@@ -86,7 +87,21 @@ def compiled_run(backend: Any, **options: Any) -> Tuple[CollaborativeLearner, nn
     return learner, teacher, run_teacher
 
 
+@pytest.fixture(params=["alone", "beside a loader's thread"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let another thread be alive, or not: beside one, the first pass of its kind is watched for draws."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    if request.param != "alone":
+        thread.start()
+    yield
+    over.set()
+    if thread.ident:
+        thread.join()
+
+
 @needs_compile
+@pytest.mark.usefixtures("threads")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, of some versions
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def borrowed(
     around blocks (``passes=False``)         what is compiled runs as it was before, since the set of parameters that
                                              require gradients changes from round to round; whether a tensor was
                                              replaced is looked at once
-    with ``doing``                           the global random state is given back: :func:`~.rng.keeping_rng`
+    with ``doing``                           the global random state is given back: :func:`~.rng.keeping_rng`; what is
+                                             compiled runs as it was before where the block is watched for that
     with ``hooked``                          hooks of ours fire: what is compiled runs as it was before, and PyTorch's
                                              Transformer encoders run part by part
     ======================================== =========================================================================
@@ -59,9 +60,8 @@ def borrowed(
     """
     every = (model, *models)
     with ExitStack() as stack:
-        if doing is not None:
-            stack.enter_context(keeping_rng(doing, *every))
-        if hooked or not passes:
+        watched = doing is not None and stack.enter_context(keeping_rng(doing, *every))
+        if watched or hooked or not passes:
             stack.enter_context(_uncompiled(every))
         if not passes:
             stack.enter_context(looking_once(*every))

@@ -18,7 +18,7 @@ _draws: weakref.WeakKeyDictionary[nn.Module, Dict[str, bool]] = weakref.WeakKeyD
 
 
 @contextmanager
-def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
+def keeping_rng(doing: str, *models: nn.Module) -> Iterator[bool]:
     """Give the global random state back, should a model or a strategy draw from it inside the block.
 
     That state belongs to the whole process: setting it back makes a loader in another thread repeat the numbers that it
@@ -32,6 +32,9 @@ def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
     Args:
         doing: What kind of block it is; blocks of one kind on the same model are taken to draw alike.
         models: The models that are run, on whose devices states are kept.
+
+    Yields:
+        Whether the block is watched. The compiler gives up for good what it meets inside such a block.
     """
     known = _draws.setdefault(models[0], {})
     others = threading.active_count() > 1
@@ -53,7 +56,7 @@ def keeping_rng(doing: str, *models: nn.Module) -> Iterator[None]:
                 _set_state(index, before[index])
 
     with undoing(give_back), nullcontext() if watching is None else watching:
-        yield
+        yield watching is not None
         finished = True
 
 
