@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import MethodType
 from typing import Any, Callable, Optional, Tuple
 
 from ..errors import problem
@@ -37,7 +38,9 @@ class StepWatch:
         inner = optimizer.step
 
         @functools.wraps(inner)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._closed:
+                return inner(*args, **kwargs)
             if before is not None:
                 before()
             self._called, self._overflow = True, getattr(optimizer, "found_inf", None)
@@ -50,14 +53,19 @@ class StepWatch:
                 after(self.stepped())
             return result
 
-        optimizer.step = step
+        # A method, since a scheduler that is built now wraps the function in it.
+        self._ours = optimizer.step = MethodType(step, optimizer)
+        self._closed = False
 
     def stepped(self) -> bool:
         """Return whether the optimizer has stepped, and not without effect."""
         return self._called and (self._overflow is None or not bool(self._overflow))
 
     def close(self) -> None:
-        """Give the optimizer its own ``step()`` back."""
+        """Give the optimizer its own ``step()`` back; one that somebody wrapped meanwhile only passes on from now."""
+        self._closed = True
+        if vars(self._optimizer).get("step") is not self._ours:
+            return
         if self._own is None:
             vars(self._optimizer).pop("step", None)
         else:

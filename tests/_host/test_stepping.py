@@ -210,3 +210,18 @@ def test_unscale_after_the_host_did() -> None:
     scaler = Scaler()
     unscale(scaler, sgd())
     assert scaler.calls == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_that_is_built_while_a_watch_is_open_keeps_its_own() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+    made: List[bool] = []
+    watch = StepWatch(optimizer, after=made.append)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the step() that it finds
+    optimizer.step()
+    scheduler.step()
+    assert made == [True]
+    watch.close()
+    optimizer.step()
+    scheduler.step()
+    assert made == [True], "closed, it only passes on"
