@@ -32,12 +32,12 @@ class StepWatch:
         before: Optional[Callable[[], None]] = None,
         after: Optional[Callable[[bool], None]] = None,
     ) -> None:
-        self.inside = False
+        self.inside = self._closed = False
         self._optimizer, self._own = optimizer, vars(optimizer).get("step")
         self._called, self._overflow = False, None
         inner = optimizer.step
 
-        @functools.wraps(inner)
+        @functools.wraps(getattr(inner, "__func__", inner))  # with its self, which binding takes from the signature
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
             if self._closed:
                 return inner(*args, **kwargs)
@@ -55,7 +55,6 @@ class StepWatch:
 
         # A method, since a scheduler that is built now wraps the function in it.
         self._ours = optimizer.step = MethodType(step, optimizer)
-        self._closed = False
 
     def stepped(self) -> bool:
         """Return whether the optimizer has stepped, and not without effect."""

@@ -225,3 +225,14 @@ def test_a_scheduler_that_is_built_while_a_watch_is_open_keeps_its_own() -> None
     optimizer.step()
     scheduler.step()
     assert made == [True], "closed, it only passes on"
+
+
+def test_a_watched_step_has_the_signature_by_which_a_scaler_chooses_how_to_call_it() -> None:
+    class Scaled(torch.optim.SGD):
+        def step(self, grad_scaler: Any = None) -> None:  # type: ignore[override]
+            pass
+
+    optimizer = Scaled([nn.Parameter(torch.zeros(2))], lr=1.0)
+    before = inspect.signature(optimizer.step)
+    with StepWatch(optimizer):
+        assert inspect.signature(optimizer.step) == before
