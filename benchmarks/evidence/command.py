@@ -57,7 +57,7 @@ def seeds_in(text: str) -> List[int]:
     except ValueError:
         seeds = []
     if not seeds:
-        raise CldaError(f"--seeds {text!r} names no seeds; expected for example 0-9 or 100,101")
+        raise CldaError(f"--seeds {text!r} names no seeds; expected for example 20-29 or 100,101")
     return seeds
 
 
@@ -118,7 +118,7 @@ def _study(options: argparse.Namespace) -> int:
 
 def _teacher(name: str, seed: int) -> None:
     benchmark = task(name)
-    with claimed(WORK / benchmark.setting() / "claims", f"teacher-{seed}") as free:
+    with claimed(WORK / benchmark.teacher_setting() / "claims", f"teacher-{seed}") as free:
         if free:
             trained_teacher(benchmark, seed)
 
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.evidence", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("name", choices=[*TASKS, "report"], help="a benchmark, or the report from the records")
-    parser.add_argument("--seeds", default="0-9", help="0-9 are reported, 100 and above are for tuning")
+    parser.add_argument("--seeds", default="20-29", help="20-29 are reported, 100-199 are for tuning")
     parser.add_argument("--variants", default="main", help="names or groups, with commas between; all")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--records", type=type(FOLDER), default=FOLDER, help="folder of the records")

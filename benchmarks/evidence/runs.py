@@ -15,7 +15,7 @@ from torch import nn
 
 import clda_core
 from benchmarks.evidence.records import Record
-from benchmarks.evidence.task import Task
+from benchmarks.evidence.task import Host, Task
 from benchmarks.evidence.training import Cotraining, train
 from benchmarks.evidence.variants import FROZEN, VARIANTS, Variant, frozen
 from clda_core import CollaborativeLearner, init_student
@@ -44,7 +44,6 @@ def run(task: Task, seed: int, name: str, beside: Sequence[Record] = ()) -> Reco
     began = time.time()
     _commit()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         teacher = trained_teacher(task, seed)
         before = task.evaluate(teacher)
         check_teacher(task, seed, before[task.metric], beside)
@@ -66,10 +65,10 @@ def run(task: Task, seed: int, name: str, beside: Sequence[Record] = ()) -> Reco
 def trained_teacher(task: Task, seed: int) -> nn.Module:
     """Return the teacher of a seed, trained by the host once and then read from a file."""
     teacher = task.teacher(seed)
-    path = WORK / task.setting() / f"teacher-{seed}.pt"
+    path = WORK / task.teacher_setting() / f"teacher-{seed}.pt"
     if not path.exists():
-        host = task.host(teacher, seed, stream=0)
-        train(task, host, steps=task.teacher_steps)
+        with torch.random.fork_rng(devices=[]):
+            _train(task, task.host(teacher, seed, stream=0), seed, steps=task.teacher_steps)
         with atomically(path) as unfinished:
             torch.save(teacher.state_dict(), unfinished)
     teacher.load_state_dict(torch.load(path, map_location="cpu"))
@@ -92,9 +91,15 @@ def check_teacher(task: Task, seed: int, figure: float, beside: Sequence[Record]
             f"the teacher of seed {seed} is another one than in the records",
             expected=f"{task.metric} {other[0]:.3f} as there",
             received=f"{figure:.3f}, trained on this machine",
-            fix=f"put the recorded runs' teacher into {WORK / task.setting()}, or compare in a folder of your own: "
-            "--records FOLDER, with the variants to compare with",
+            fix=f"put the recorded runs' teacher into {WORK / task.teacher_setting()}, or compare in a folder of your "
+            "own: --records FOLDER, with the variants to compare with",
         )
+
+
+def _train(task: Task, host: Host, seed: int, **options: Any) -> Dict[str, Any]:
+    """Train with dropout drawn from ``seed``, whatever was trained before: an uncached teacher, an earlier turn."""
+    torch.manual_seed(seed)
+    return train(task, host, **options)
 
 
 def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, Any]:
@@ -105,7 +110,7 @@ def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, 
         return _in_turns(task, seed, variant, teacher)
     if variant.kind in ("teacher", "after-teacher"):
         host = task.host(teacher.requires_grad_(True), seed, stream=2)
-        of_teacher = train(task, host, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate)
+        of_teacher = _train(task, host, seed, steps=task.steps, learning_rate=TEACHER_RATE * task.learning_rate)
         teacher.eval().requires_grad_(False)
         if variant.kind == "teacher":
             return {**of_teacher, "teacher": of_teacher["student"], "student": None, "student_ema": None}
@@ -129,9 +134,10 @@ def _student(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dic
     elif variant.cotrained:
         auxiliary = task.host(teacher.requires_grad_(True), seed, stream=2)
         cotraining = Cotraining(auxiliary, TEACHER_RATE * task.learning_rate)
-    return train(
+    return _train(
         task,
         task.host(student, seed, stream=1),
+        seed,
         steps=variant.length * task.steps,
         learner=learner,
         cotraining=cotraining,
@@ -178,7 +184,7 @@ def _of_still_teacher(task: Task, seed: int, teacher: nn.Module) -> Tuple[nn.Mod
     """Train the seed's student by KD from a teacher that does not change; return it and its figures."""
     student = task.student(seed)
     learner = CollaborativeLearner(teacher, student, **frozen(task, seed))
-    return student, train(task, task.host(student, seed, stream=1), steps=task.steps, learner=learner)
+    return student, _train(task, task.host(student, seed, stream=1), seed, steps=task.steps, learner=learner)
 
 
 def versions() -> Dict[str, str]:

@@ -99,6 +99,9 @@ class StreetNarrow(Street):
     name = "street-narrow"
     student_size = NARROW
 
+    def teacher_setting(self) -> str:
+        return f"{Street.name}-{self.teacher_steps}-{self.steps}"
+
 
 @lru_cache(maxsize=None)
 def frames(split: str) -> Tuple[Tensor, Tensor]:

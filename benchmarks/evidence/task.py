@@ -84,6 +84,10 @@ class Task(ABC):
         """Return what records are comparable by: the task and its sizes."""
         return f"{self.name}-{self.teacher_steps}-{self.steps}"
 
+    def teacher_setting(self) -> str:
+        """Return what trained teachers are shared by: tasks that differ in the student alone have the same teachers."""
+        return self.setting()
+
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
     """Rise over 5% of the steps, then fall to zero by a cosine."""

@@ -27,6 +27,8 @@ from benchmarks.evidence.variants import CLDA, FROZEN, TURNS, UDA, VARIANTS, nam
 from examples.classification.digits_data import TargetEvaluation
 from examples.classification.digits_models import residual_network
 
+REPORTED = range(20, 30)
+
 
 def record(seed: int = 0, variant: str = FROZEN, student: float = 80.0, teacher: float = 81.0) -> Dict[str, Any]:
     return {
@@ -251,6 +253,43 @@ def test_longer_runs_take_more_steps(tiny: Digits) -> None:
     assert trained_on["processor_seconds"] > runs.run(tiny, 100, FROZEN)["processor_seconds"]
 
 
+class DroppingDigits(TinyDigits):
+    """The same with dropout, which draws from the global generator."""
+
+    def teacher(self, seed: int) -> torch.nn.Module:
+        return torch.nn.Sequential(super().teacher(seed), torch.nn.Dropout(0.3))
+
+    def student(self, seed: int) -> torch.nn.Module:
+        return torch.nn.Sequential(super().student(seed), torch.nn.Dropout(0.3))
+
+
+@pytest.mark.parametrize("first", [UDA, "frozen-longer"])
+def test_a_run_draws_alike_whether_or_not_it_trains_the_teacher_first(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = DroppingDigits()
+    task.steps, task.teacher_steps = 6, 4
+    made: List[Dict[str, Any]] = []
+    for folder, names in (("first", [first]), ("second", [FROZEN, first])):
+        monkeypatch.setattr(runs, "WORK", tmp_path / folder)
+        made.append([runs.run(task, 100, name) for name in names][-1])
+    for key in ("teacher_before", "student", "student_ema", "curve"):
+        assert made[0][key] == made[1][key], key
+
+
+def test_an_unseeded_process_trains_the_same_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = DroppingDigits()
+    task.teacher_steps = 4
+    found = []
+    for folder in ("a", "b"):
+        monkeypatch.setattr(runs, "WORK", tmp_path / folder)
+        torch.rand(1)
+        state = torch.get_rng_state()
+        found.append(_fingerprint(runs.trained_teacher(task, 100)))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]
+
+
 def _fingerprint(model: torch.nn.Module) -> float:
     return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
 
@@ -341,8 +380,8 @@ def test_the_report_leaves_withdrawn_runs_out_and_says_why(tmp_path: Path, monke
     drawn: List[List[str]] = []
     monkeypatch.setattr(report, "cost_figure", lambda runs, path: drawn.append(sorted(runs)))
     records = Records(tmp_path / "digits.jsonl")
-    for seed in range(4):
-        records.add(record(seed, FROZEN, student=80.0 + 0.1 * seed))
+    for seed in REPORTED[:4]:
+        records.add(record(seed, FROZEN, student=80.0 + 0.1 * (seed % 10)))
         records.add({**record(seed, CLDA, student=66.6, teacher=66.6), "withdrawn": "made with a fault"})
         records.add(record(seed, "select-all", student=81.0))
     page = tmp_path / "evidence.md"
@@ -355,7 +394,7 @@ def test_the_report_leaves_withdrawn_runs_out_and_says_why(tmp_path: Path, monke
     assert "66.6" not in text
     assert "CLDA − all layers" not in text
     assert drawn == [[FROZEN, "select-all"]]
-    records.add(record(0, CLDA, student=81.5))  # one of them is made anew
+    records.add(record(REPORTED[0], CLDA, student=81.5))  # one of them is made anew
     assert report.write_report(folder=tmp_path, docs=tmp_path) == 0
     text = page.read_text()
     assert "**Withdrawn**, 3 runs (CLDA: 3): made with a fault." in text
@@ -380,13 +419,32 @@ def test_withdrawn_comparisons_stay_in_the_family_of_holms_correction() -> None:
     assert "| all layers    | withdrawn (1)" in beside
 
 
+def test_former_seeds_have_sections_of_their_own_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = pytest.importorskip("benchmarks.evidence.report")
+    drawn: List[Path] = []
+    monkeypatch.setattr(report, "cost_figure", lambda runs, path: drawn.append(path))
+    records = Records(tmp_path / "digits.jsonl")
+    for seed, figure in ((0, 70.0), (1, 71.0), (REPORTED[0], 90.0), (100, 10.0), (200, 20.0)):
+        records.add(record(seed, FROZEN, student=figure))
+    page = tmp_path / "evidence.md"
+    page.write_text(f"{report.START}\n{report.END}\n")
+    assert report.write_report(folder=tmp_path, docs=tmp_path) == 0
+    today, former = page.read_text().split("## digits-600-600, former defaults")
+    assert "## digits-600-600\n" in today
+    (row,) = [line for line in today.splitlines() if line.startswith("| KD from the frozen teacher")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["1", "90.0"]
+    (row,) = [line for line in former.splitlines() if line.startswith("| KD from the frozen teacher")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["2", "70.5"]
+    assert [path.name for path in drawn] == ["digits-600-600.svg", "digits-600-600-former-defaults.svg"]
+
+
 def test_report_without_records_or_page_says_what_to_do(tmp_path: Path) -> None:
     report = pytest.importorskip("benchmarks.evidence.report")
     with pytest.raises(CldaError, match="no records in"):
         report.write_report(folder=tmp_path, docs=tmp_path)
-    for seed in range(4):
+    for seed in REPORTED[:4]:
         for variant, figure in ((FROZEN, 80.0), (CLDA, 81.0)):
-            Records(tmp_path / "digits.jsonl").add(record(seed, variant, student=figure + 0.1 * seed))
+            Records(tmp_path / "digits.jsonl").add(record(seed, variant, student=figure + 0.1 * (seed % 10)))
     with pytest.raises(CldaError, match="evidence.md is missing"):
         report.write_report(folder=tmp_path, docs=tmp_path)
     page = tmp_path / "evidence.md"

@@ -133,3 +133,8 @@ def test_a_run_has_iou_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(each) == len(CLASSES)
     assert record["student"]["mIoU"] == pytest.approx(np.mean(each), abs=1e-4)
     assert record["rounds"]["made"] == 1
+
+
+def test_the_narrow_student_has_the_same_teacher() -> None:
+    narrow, equal = street.StreetNarrow(), street.Street()
+    assert narrow.teacher_setting() == equal.teacher_setting() == equal.setting() != narrow.setting()
