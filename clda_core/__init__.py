@@ -15,6 +15,7 @@ from .saliency import saliency_rates
 from .schedule import Never, Schedule
 from .teaching import teach
 from .update import init_student
+from .validation import validate
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "init_student",
     "saliency_rates",
     "teach",
+    "validate",
 ]
 
 _ours = {name: module for name, module in _sys.modules.items() if name.startswith("clda_core.")}

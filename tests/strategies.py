@@ -52,6 +52,7 @@ MODULES = [
     "clda_core.schedule",
     "clda_core.selection",
     "clda_core.update",
+    "clda_core.validation",
 ]
 
 Case = Tuple[str, Callable[[], Any]]
@@ -159,6 +160,20 @@ NOT_STRATEGIES = {
     "linear_cka": "a function of features: test_similarity.py",
     "saliency_rates": "a function on models: saliency/test_rates.py",
     "save": "writes a file: test_checkpoint.py",
+    "ByClass": "a protocol",
+    "MakesView": "a protocol",
+    "Validator": "a protocol",
+    "mixed": "a function of inputs: validation/test_mixval.py",
+    "validate": "a function on models: validation/test_validate.py",
+    "validation_statistics": "a function on models: validation/test_validate.py",
+    "ConsistencyIoU": "a validator: validation/test_validators.py",
+    "ConsistentInformation": "a validator: validation/test_validators.py",
+    "HardConsistency": "a validator: validation/test_validators.py",
+    "MixVal": "a validator: validation/test_validators.py",
+    "MutualInformation": "a validator: validation/test_validators.py",
+    "NegativeEntropy": "a validator: validation/test_validators.py",
+    "NeighbourhoodDensity": "a validator: validation/test_validators.py",
+    "SoftConsistency": "a validator: validation/test_validators.py",
 }
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors"},
     {"_host"},
     {"layers", "outputs", "strategy"},
-    {"saliency", "distillation"},
+    {"saliency", "distillation", "validation"},
     {"relation", "similarity", "selection", "schedule"},
     {"update"},
     {"report", "step", "running", "round"},

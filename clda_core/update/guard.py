@@ -13,10 +13,10 @@ from .._host.activations import wide
 from .._host.ranks import mean_across_ranks
 from .._host.undo import undoing
 from ..distillation import kl_distillation
-from ..distillation.masks import weighted_mean
-from ..distillation.positions import align, align_logits
+from ..distillation.positions import align_logits, computing_dtype
 from ..errors import check_number, problem
 from ..strategy import Strategy
+from ..validation import MutualInformation
 from .base import (
     RoundContext,
     Update,
@@ -86,7 +86,8 @@ def mutual_information(
 ) -> Tensor:
     r"""Mutual information between input and predicted class, :math:`H(\bar p) - \overline{H(p)}`, in nats.
 
-    It falls when predictions collapse to one class and when they blur.
+    It falls when predictions collapse to one class and when they blur: the score of
+    :class:`clda_core.validation.MutualInformation` on one batch.
 
     Args:
         teacher_logits: Shape ``(N, C, ...)``.
@@ -95,7 +96,10 @@ def mutual_information(
         mask: Which positions count, and how much: bool or float weights, as for a KD loss.
 
     Returns:
-        Scalar float32 or float64 in ``[0, log C]``.
+        Scalar float32 or float64 in ``[0, log C]``; NaN, which the guard rejects, if the mask leaves nothing.
+
+    Raises:
+        CldaError: If the logits cannot be used, or the mask does not fit.
 
     Example:
         >>> certain, unsure = torch.eye(2) * 100, torch.zeros(2, 2)
@@ -106,12 +110,9 @@ def mutual_information(
         Shi and Sha, Information-Theoretical Learning of Discriminative Clusters for Unsupervised Domain Adaptation,
         ICML 2012, Eq. (3).
     """
-    logits, _, weights = align(teacher_logits.detach(), teacher_logits, mask).full_precision()
-    log_p = torch.log_softmax(logits, dim=1)
-    p = log_p.exp()
-    mean = torch.stack([weighted_mean(of_class, weights) for of_class in p.unbind(1)])
-    negative_entropy = weighted_mean(torch.sum(p * log_p, dim=1), weights)
-    return negative_entropy - torch.sum(mean * torch.log(mean.clamp(min=1e-30)))
+    validator = MutualInformation()
+    score = validator.score(validator.statistics(teacher_logits, mask=mask))
+    return score.to(computing_dtype(teacher_logits, teacher_logits))
 
 
 def agreement(
