@@ -31,6 +31,7 @@ class SelfTrainingHost(Host):
             self_training_loss(source_logits, target_logits, batch, self.host_ema, weight),
             output=lambda: target_logits,
             images=batch.target,
+            view=batch.target_strong,
             source=batch.images,
             source_loss=lambda model: F.cross_entropy(model(batch.images), batch.labels),
         )

@@ -27,6 +27,7 @@ from clda_core.checkpoint import atomically
 BATCH = 4
 THRESHOLD = 0.9
 EMA_DECAY = 0.99
+VIEW_STRENGTH = 0.6  # of the second view's change of colours; the student is trained with half of it
 SOURCE_FRAMES, TARGET_FRAMES, EVALUATION_FRAMES = 400, 400, 150
 
 
@@ -54,6 +55,7 @@ class StreetHost(Host):
             loss,
             output=lambda: self.model(change_colours(target, rng)),
             images=target,
+            view=changed_view(target, self.seed * 1_000_003 + step),
             source=source,
             source_loss=lambda model: self._loss(model(source), labels),
         )
@@ -63,6 +65,11 @@ class StreetHost(Host):
 
     def _loss(self, logits: Tensor, labels: Tensor, weight: Optional[Tensor] = None) -> Tensor:
         return segmentation_loss(logits, labels, weight, of_classes=self.of_classes)
+
+
+def changed_view(images: Tensor, seed: int) -> Tensor:
+    """Return the second view, drawn from a generator of its own: the host's draws do not depend on it."""
+    return change_colours(images, torch.Generator().manual_seed(-1 - seed), VIEW_STRENGTH)
 
 
 class Street(Task):

@@ -19,6 +19,7 @@ class HostLoss:
         loss: The host's own loss, with its graph.
         output: Returns the network's output, with its graph, on the view of the target that it is trained on.
         images: The target images as the teacher is to see them.
+        view: Another view of them, the labels of which are the same position by position: changed in colour or masked.
         source: The source images.
         source_loss: From a network to its supervised loss on the source batch.
     """
@@ -26,6 +27,7 @@ class HostLoss:
     loss: Tensor
     output: Callable[[], Tensor]
     images: Tensor
+    view: Tensor
     source: Tensor
     source_loss: Callable[[nn.Module], Tensor]
 

@@ -120,6 +120,24 @@ def test_host_learns_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_the_second_view_is_the_steps_own_and_leaves_the_hosts_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [game_frame(index) for index in range(4)]
+    images = torch.from_numpy(np.stack([frame.image for frame in frames]))
+    labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
+    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    host = street.Street().host(segmenter(NARROW, 0).eval(), seed=0, stream=1)
+    first, again, other = host.loss(3, 30), host.loss(3, 30), host.loss(4, 30)
+    assert first.view.shape == first.images.shape
+    assert torch.equal(first.view, again.view)
+    assert not torch.equal(first.view, other.view)
+    assert not torch.equal(first.view, first.images)
+    for image, changed in zip(first.images, first.view):
+        assert np.corrcoef(image.mean(dim=0).flatten(), changed.mean(dim=0).flatten())[0, 1] > 0.7
+    expected = first.output()
+    monkeypatch.setattr(street, "changed_view", lambda images, seed: images)
+    assert torch.equal(host.loss(3, 30).output(), expected)
+
+
 def test_a_run_has_iou_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "WORK", tmp_path)
     frames = [photo_frame(index) for index in range(4)]
