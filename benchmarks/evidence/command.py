@@ -8,13 +8,14 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Callable, Dict, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
-from benchmarks.evidence.records import FOLDER, Record, Records, claimed
+from benchmarks.evidence.records import FOLDER, Record, Records, claimed, validator_records
 from benchmarks.evidence.runs import WORK, run, trained_teacher
 from benchmarks.evidence.tables import runs_of, tables, withdrawn_of
 from benchmarks.evidence.tasks import TASKS, task
@@ -31,6 +32,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
             from benchmarks.evidence.report import write_report
 
             return write_report(check=options.check)
+        if options.name == "validators":
+            return _validators(options)
         return _study(options) if options.study else _train(options)
     except CldaError as error:
         print(f"evidence: {error}", file=sys.stderr)
@@ -69,7 +72,8 @@ def _train(options: argparse.Namespace) -> int:
     done = records.done()
     missing = [(seed, name) for seed in seeds for name in names if (benchmark.setting(), seed, name) not in done]
     print(f"{options.name}: {len(seeds) * len(names) - len(missing)} runs are recorded, {len(missing)} are to be made")
-    failed = _make(options, records, missing) if missing else []
+    of_runs = {f"{name} {seed}": (_run, options.name, seed, name, records) for seed, name in missing}
+    failed = _make(options.jobs, [(options.name, seed) for seed, _ in missing], of_runs)
     runs, withdrawn = (of(records.read(), seeds).get(benchmark.setting(), {}) for of in (runs_of, withdrawn_of))
     print(tables(runs, withdrawn))
     for line in failed:
@@ -77,22 +81,29 @@ def _train(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _make(options: argparse.Namespace, records: Records, missing: List[Tuple[int, str]]) -> List[str]:
-    """Make the missing runs and return what failed."""
+def _make(jobs: int, teachers: Sequence[Tuple[str, int]], runs: Dict[str, Tuple[Any, ...]]) -> List[str]:
+    """Make runs in several processes and return what failed.
+
+    Args:
+        jobs: Processes.
+        teachers: Task and seed of those that the runs start from; they are trained first.
+        runs: By what they are called: a function that returns how it went, and its arguments.
+    """
+    if not runs:
+        return []
     context = multiprocessing.get_context("spawn")
     failed = []
-    with ProcessPoolExecutor(options.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        teachers = [pool.submit(_teacher, options.name, seed) for seed in sorted({seed for seed, _ in missing})]
-        for future in tqdm(as_completed(teachers), total=len(teachers), desc="teachers", unit="seed"):
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        trained = [pool.submit(_teacher, *teacher) for teacher in sorted(set(teachers))]
+        for future in tqdm(as_completed(trained), total=len(trained), desc="teachers", unit="seed"):
             future.result()
-        futures = {pool.submit(_run, options.name, seed, name, records): (seed, name) for seed, name in missing}
-        with tqdm(total=len(futures), desc=options.name, unit="run") as bar:
+        futures = {pool.submit(*run): name for name, run in runs.items()}
+        with tqdm(total=len(futures), desc="runs", unit="run") as bar:
             for future in as_completed(futures):
-                seed, name = futures[future]
                 error = future.exception()
                 if error is not None:
-                    failed.append(f"seed {seed}, {name}: {type(error).__name__}: {error}")
-                bar.set_postfix_str(f"{name} {seed}: {future.result() if error is None else 'failed'}")
+                    failed.append(f"{futures[future]}: {type(error).__name__}: {error}")
+                bar.set_postfix_str(f"{futures[future]}: {future.result() if error is None else 'failed'}")
                 bar.update(1)
     return failed
 
@@ -114,6 +125,39 @@ def _study(options: argparse.Namespace) -> int:
     for seed, name in tqdm(wanted, desc=f"{options.name}: {options.study}", unit="network"):
         records.add(of_seed[name](seed))
     return 0
+
+
+def _validators(options: argparse.Namespace) -> int:
+    """Make what is missing of the validators' study, and print what all its records say."""
+    from benchmarks.evidence import validator_tables, validators
+
+    seeds, teachers, runs = seeds_in(options.seeds), [], {}
+    for name in options.tasks.split(",") if options.tasks else validators.TASKS:
+        benchmark, records = task(name), Records(options.records / "validators" / f"{name}.jsonl")
+        done = records.done()
+        for seed in seeds:
+            for kind in validators.kinds(benchmark):
+                if (benchmark.setting(), seed, kind) not in done:
+                    teachers.append((name, seed))
+                    runs[f"{name} {kind} {seed}"] = (_scored, name, seed, kind, records, options.looks)
+    failed = _make(options.jobs, teachers, runs)
+    print(validator_tables.tables(validator_records(options.records)))
+    for line in failed:
+        print(f"evidence: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _scored(name: str, seed: int, kind: str, records: Records, looks: int) -> str:
+    from benchmarks.evidence.validators import scored
+
+    benchmark = task(name)
+    with claimed(WORK / benchmark.setting() / "claims", f"validators-{seed}-{kind}") as free:
+        if not free:
+            return "another process is at it"
+        if (benchmark.setting(), seed, kind) in records.done():
+            return "recorded meanwhile"
+        records.add(scored(benchmark, seed, kind, looks=looks))
+    return "recorded"
 
 
 def _teacher(name: str, seed: int) -> None:
@@ -140,15 +184,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("name", choices=[*TASKS, "report"], help="a benchmark, or the report from the records")
+    parser.add_argument(
+        "name",
+        choices=[*TASKS, "validators", "report"],
+        help="a benchmark, the study of validators, or the report from the records",
+    )
     parser.add_argument("--seeds", default="20-29", help="20-29 are reported, 100-199 are for tuning")
     parser.add_argument("--variants", default="main", help="names or groups, with commas between; all")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--records", type=type(FOLDER), default=FOLDER, help="folder of the records")
+    parser.add_argument("--records", type=Path, default=FOLDER, help="folder of the records")
     parser.add_argument(
         "--study",
         choices=["observation", "teaching"],
         help="LSR of both networks with and without UDA, or which layers a student teaches, instead of variants",
     )
+    parser.add_argument("--tasks", default="", help="validators: benchmarks, with commas between")
+    parser.add_argument("--looks", type=int, default=8, help="validators: how often a student is scored")
     parser.add_argument("--check", action="store_true", help="report: fail if docs/evidence.md is not up to date")
     return parser

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.self_training import SelfTrainingHost
-from benchmarks.evidence.task import Host, Task
+from benchmarks.evidence.task import Host, Task, evaluating
 from benchmarks.letters.images import LETTERS, SIZE, source_letters, strong_view, target_letters
 from examples.classification.self_training import Batch, SelfTraining
 
@@ -69,7 +69,7 @@ class LettersHost(SelfTrainingHost):
 
 class Letters(Task):
     name, metric = "letters", "accuracy"
-    steps, teacher_steps, learning_rate, dense = 600, 600, 3e-3, False
+    steps, teacher_steps, learning_rate, dense, related = 600, 600, 3e-3, False, False
 
     def __init__(self) -> None:
         self.settings = SelfTraining(target_start=0.4, target_rise=0.2)
@@ -85,15 +85,11 @@ class Letters(Task):
 
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
         images, labels = _evaluation()
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             right = sum(
                 int((model(batch).argmax(dim=1) == truth).sum())
                 for batch, truth in zip(images.split(500), labels.split(500))
             )
-        for module in training:
-            module.training = True
         return {self.metric: 100.0 * right / len(labels)}
 
 

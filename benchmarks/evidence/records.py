@@ -73,6 +73,12 @@ class Records:
             os.fsync(file.fileno())
 
 
+def validator_records(folder: Path) -> Dict[str, List[Record]]:
+    """Return the records of the validators' study by task, from a folder of records."""
+    found = {path.stem: Records(path).standing() for path in sorted((folder / "validators").glob("*.jsonl"))}
+    return {task: records for task, records in found.items() if records}
+
+
 def standing(records: Sequence[Record]) -> List[Record]:
     """Return the records whose figures count: those without a reason under ``"withdrawn"``."""
     return [record for record in records if not record.get("withdrawn")]

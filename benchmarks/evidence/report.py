@@ -10,8 +10,9 @@ import matplotlib
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.evidence import validator_tables
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, overall
-from benchmarks.evidence.records import FOLDER, Record, Records
+from benchmarks.evidence.records import FOLDER, Record, Records, validator_records
 from benchmarks.evidence.tables import FORMER, REPORTED, Runs, cost_ratio, difference, runs_of, tables, withdrawn_of
 from benchmarks.evidence.variants import FROZEN, VARIANTS
 from clda_core import CldaError
@@ -137,6 +138,7 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
         records = _latest(Records(path).standing())
         if records:
             parts.append(f"## One direction alone: {path.stem}\n\n{teaching_table(records)}")
+    parts += _validators(folder, docs, check=check)
     parts += _sections(folder, docs, FORMER, check=check, called="former defaults")
     if not parts:
         raise CldaError(f"no records in {folder.name}/. Fix: python -m benchmarks.evidence digits --seeds 20-29")
@@ -172,6 +174,17 @@ def _sections(folder: Path, docs: Path, seeds: Sequence[int], *, check: bool, ca
             title = f"## {setting}, {called}" if called else f"## {setting}"
             sections.append("\n\n".join([title, *told]))
     return sections
+
+
+def _validators(folder: Path, docs: Path, *, check: bool) -> List[str]:
+    """Return the validators' section, and draw its figure."""
+    records = validator_records(folder)
+    if not records:
+        return []
+    picture = Path("assets/evidence/validators.svg")
+    if not check:
+        validator_tables.figure(records, docs / picture)
+    return [f"## The validators\n\n{validator_tables.tables(records)}\n\n![Leads against gaps]({picture.as_posix()})"]
 
 
 def _latest(records: Sequence[Record]) -> List[Record]:

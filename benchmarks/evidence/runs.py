@@ -6,9 +6,9 @@ import platform
 import resource
 import subprocess
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -114,13 +114,31 @@ def _trained(task: Task, seed: int, name: str, teacher: nn.Module) -> Dict[str, 
         teacher.eval().requires_grad_(False)
         if variant.kind == "teacher":
             return {**of_teacher, "teacher": of_teacher["student"], "student": None, "student_ema": None}
-        of_student = _student(task, seed, variant, teacher)
+        of_student = train_student(task, seed, variant, teacher)
         both = of_teacher["processor_seconds"] + of_student["processor_seconds"]
         return {**of_student, "processor_seconds": both}
-    return _student(task, seed, variant, teacher)
+    return train_student(task, seed, variant, teacher)
 
 
-def _student(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dict[str, Any]:
+def train_student(
+    task: Task,
+    seed: int,
+    variant: Variant,
+    teacher: nn.Module,
+    *,
+    look: Optional[Callable[[nn.Module, int], None]] = None,
+    looks: int = 0,
+) -> Dict[str, Any]:
+    """Train the seed's student as the variant says and return its figures.
+
+    Args:
+        task: The benchmark.
+        seed: Of everything random.
+        variant: Without turns.
+        teacher: Of the seed.
+        look: Called with the student and the number of steps made, ``looks`` times; it may only read.
+        looks: How often.
+    """
     student = task.student(seed)
     if variant.start == "teacher":
         init_student(student, teacher)
@@ -141,6 +159,8 @@ def _student(task: Task, seed: int, variant: Variant, teacher: nn.Module) -> Dic
         steps=variant.length * task.steps,
         learner=learner,
         cotraining=cotraining,
+        look=None if look is None else partial(look, student),
+        looks=looks,
     )
 
 

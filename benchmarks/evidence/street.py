@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from benchmarks.evidence.task import Host, HostLoss, Task
+from benchmarks.evidence.task import Host, HostLoss, Task, evaluating
 from benchmarks.street.models import NARROW, STUDENT, TEACHER, Size, segmenter
 from benchmarks.street.scenes import CLASSES, Frame, game_frame, photo_frame
 from benchmarks.street.self_training import (
@@ -89,13 +89,9 @@ class Street(Task):
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
         images, labels = frames("evaluation")
         score = MulticlassJaccardIndex(len(CLASSES), average=None)
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for batch, truth in zip(images.split(25), labels.split(25)):
                 score.update(upsample(model(batch), batch).argmax(dim=1), truth)
-        for module in training:
-            module.training = True
         each = 100.0 * score.compute()
         return {"mIoU": float(each.mean()), **{f"IoU {name}": float(value) for name, value in zip(CLASSES, each)}}
 
@@ -104,7 +100,7 @@ class StreetNarrow(Street):
     """The same with a student that is narrower than the teacher in every stage."""
 
     name = "street-narrow"
-    student_size = NARROW
+    student_size, related = NARROW, False
 
     def teacher_setting(self) -> str:
         return f"{Street.name}-{self.teacher_steps}-{self.steps}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Callable, Dict
+from typing import Callable, Dict, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class Task(ABC):
         teacher_steps: Optimizer steps of the teacher before that.
         learning_rate: Of AdamW, at its peak, for every network.
         dense: Whether logits have positions.
+        related: Whether the student's layers have the shapes of the teacher's, so that it can start from them.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task(ABC):
     teacher_steps: int
     learning_rate: float
     dense: bool
+    related: bool = True
 
     @abstractmethod
     def teacher(self, seed: int) -> nn.Module:
@@ -89,6 +92,19 @@ class Task(ABC):
     def teacher_setting(self) -> str:
         """Return what trained teachers are shared by: tasks that differ in the student alone have the same teachers."""
         return self.setting()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Give the model in eval mode and without gradients; its modes are as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:

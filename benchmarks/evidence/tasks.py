@@ -20,8 +20,10 @@ def task(name: str) -> Task:
     """Return a benchmark.
 
     Raises:
-        CldaError: If a package that it needs is missing.
+        CldaError: If there is none of this name, or a package that it needs is missing.
     """
+    if name not in TASKS:
+        raise CldaError(f"there is no benchmark {name!r}; expected one of {', '.join(TASKS)}")
     module, attribute = TASKS[name]
     try:
         made: Task = getattr(import_module(module), attribute)()

@@ -37,6 +37,8 @@ def train(
     learner: Optional[CollaborativeLearner] = None,
     cotraining: Optional[Cotraining] = None,
     evaluations: int = 4,
+    look: Optional[Callable[[int], None]] = None,
+    looks: int = 0,
 ) -> Dict[str, Any]:
     """Train ``host.model`` in place; return the curve, seconds and the learner's report.
 
@@ -48,6 +50,8 @@ def train(
         learner: Whose student is ``host.model``.
         cotraining: Of the learner's teacher.
         evaluations: Points on the curve.
+        look: Called with the number of steps made, ``looks`` times, the last time at the end; it may only read.
+        looks: How often.
     """
     peak = task.learning_rate if learning_rate is None else learning_rate
     optimizer = torch.optim.AdamW(host.model.parameters(), lr=peak, weight_decay=0.01)
@@ -89,6 +93,8 @@ def train(
         seconds += time.perf_counter() - began
         of_steps.append(time.process_time() - began_processor)
         in_rounds.append(busy)
+        if look is not None and looks * (step + 1) // steps > looks * step // steps:
+            look(step + 1)
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
             curve.append({"step": step + 1, "student": _figure(task, host.model), "teacher": _figure(task, teacher)})
     return {
