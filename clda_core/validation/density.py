@@ -11,7 +11,7 @@ from .._host.activations import wide
 from .._host.compat import autocast_off
 from ..errors import check_number, problem
 from ..strategy import Strategy
-from .sums import at_positions, log_softmax
+from .sums import at_positions, log_softmax, precise
 
 __all__ = ["NeighbourhoodDensity"]
 
@@ -66,7 +66,7 @@ class NeighbourhoodDensity(Strategy):
         (given,), weights = at_positions(self, logits, view_logits, mask)
         with torch.no_grad(), autocast_off(given.device.type):
             index, valid = _evenly(weights > 0, max(1, self.samples // len(given)))
-            picked = wide(given.gather(2, index.unsqueeze(1).expand(-1, given.shape[1], -1)))
+            picked = wide(precise(given).gather(2, index.unsqueeze(1).expand(-1, given.shape[1], -1)))
             picked = picked.masked_fill(~valid.unsqueeze(1), 0.0)
             broken = picked.sum() * 0.0
             p = log_softmax(picked).exp().transpose(1, 2).reshape(-1, given.shape[1])

@@ -11,10 +11,20 @@ from .._host.activations import wide
 from .._host.compat import autocast_off
 from ..distillation.chunked import in_chunks
 from ..distillation.masks import nearest, per_position, valid_mask
-from ..distillation.positions import align, smaller_grid
+from ..distillation.positions import align, computing_dtype, smaller_grid
 from ..errors import problem
 
-__all__ = ["Positions", "at_positions", "by_prediction", "log_softmax", "of_rows", "one_hot", "ratio", "summed"]
+__all__ = [
+    "Positions",
+    "at_positions",
+    "by_prediction",
+    "log_softmax",
+    "of_rows",
+    "one_hot",
+    "precise",
+    "ratio",
+    "summed",
+]
 
 Terms = Callable[..., Sequence[Tensor]]
 """``terms(values, weights, *beside)``: sums over some positions, each a scalar or ``(C,)``.
@@ -84,6 +94,11 @@ def summed(positions: Positions, terms: Terms, *beside: Tensor) -> Tensor:
             part = torch.cat([one.reshape(-1) for one in parts]) + broken
             total = part if total is None else total + part
     return wide(like.new_zeros(0)) if total is None else total
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Return logits in float32, or float64 if they are: old versions of torch compare no half precision on a CPU."""
+    return logits.to(computing_dtype(logits, logits))
 
 
 def log_softmax(values: Tensor) -> Tensor:
