@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from benchmarks.evidence.task import Host, HostLoss, Task, evaluating
-from benchmarks.street.models import NARROW, STUDENT, TEACHER, Size, segmenter
-from benchmarks.street.scenes import CLASSES, Frame, game_frame, photo_frame
+from benchmarks.street.models import MIT_B0, MIT_B3, NARROW, STUDENT, TEACHER, Size, segmenter
+from benchmarks.street.scenes import CLASSES, LARGE, SMALL, Frame, Resolution, game_frame, photo_frame
 from benchmarks.street.self_training import (
     HostEma,
     change_colours,
@@ -32,21 +32,29 @@ SOURCE_FRAMES, TARGET_FRAMES, EVALUATION_FRAMES = 400, 400, 150
 
 
 class StreetHost(Host):
-    """DACS: supervised on the source, and on frames mixed of source and pseudo-labelled target."""
+    """DACS: supervised on the source, and on frames mixed of source and pseudo-labelled target.
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        self.model, self.seed = model, seed
+    Args:
+        model: To train, on the device on which everything then is.
+        seed: Of the batches; the draws are made on the CPU.
+        batch: Frames of each domain in a step.
+        resolution: Of the frames.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, *, batch: int = BATCH, resolution: Resolution = SMALL) -> None:
+        self.model, self.seed, self.batch = model, seed, batch
+        self.device = next(model.parameters()).device
         self.host_ema = HostEma(model, EMA_DECAY)
         self.ema = self.host_ema.model
-        self.source, self.labels = frames("source")
-        self.target, _ = frames("target")
-        self.of_classes = class_weights(self.labels, len(CLASSES))
+        self.source, self.labels = frames("source", resolution)
+        self.target, _ = frames("target", resolution)
+        self.of_classes = class_weights(self.labels, len(CLASSES)).to(self.device)
 
     def loss(self, step: int, steps: int) -> HostLoss:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        chosen = torch.randint(len(self.source), (BATCH,), generator=rng)
-        source, labels = self.source[chosen], self.labels[chosen]
-        target = self.target[torch.randint(len(self.target), (BATCH,), generator=rng)]
+        chosen = torch.randint(len(self.source), (self.batch,), generator=rng)
+        source, labels = self.source[chosen].to(self.device), self.labels[chosen].to(self.device)
+        target = self.target[torch.randint(len(self.target), (self.batch,), generator=rng)].to(self.device)
         pseudo_labels, weight = self.host_ema.pseudo_labels(target, THRESHOLD)
         mixed, mixed_labels, weights = class_mix(source, labels, target, pseudo_labels, weight, rng)
         of_source, of_mixed = self.model(torch.cat([source, change_colours(mixed, rng)])).chunk(2)
@@ -75,23 +83,27 @@ def changed_view(images: Tensor, seed: int) -> Tensor:
 class Street(Task):
     name, metric = "street", "mIoU"
     steps, teacher_steps, learning_rate, dense = 400, 600, 2e-3, True
+    teacher_size: Size = TEACHER
     student_size: Size = STUDENT
+    batch, resolution = BATCH, SMALL
+    device = torch.device("cpu")
 
     def teacher(self, seed: int) -> nn.Module:
-        return segmenter(TEACHER, 5 * seed + 1)
+        return segmenter(self.teacher_size, 5 * seed + 1).to(self.device)
 
     def student(self, seed: int) -> nn.Module:
-        return segmenter(self.student_size, 5 * seed + 3)
+        return segmenter(self.student_size, 5 * seed + 3).to(self.device)
 
     def host(self, model: nn.Module, seed: int, stream: int) -> Host:
-        return StreetHost(model, 5 * seed + stream)
+        return StreetHost(model, 5 * seed + stream, batch=self.batch, resolution=self.resolution)
 
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
-        images, labels = frames("evaluation")
-        score = MulticlassJaccardIndex(len(CLASSES), average=None)
+        images, labels = frames("evaluation", self.resolution)
+        score = MulticlassJaccardIndex(len(CLASSES), average=None).to(self.device)
         with evaluating(model):
             for batch, truth in zip(images.split(25), labels.split(25)):
-                score.update(upsample(model(batch), batch).argmax(dim=1), truth)
+                on_device = batch.to(self.device)
+                score.update(upsample(model(on_device), on_device).argmax(dim=1), truth.to(self.device))
         each = 100.0 * score.compute()
         return {"mIoU": float(each.mean()), **{f"IoU {name}": float(value) for name, value in zip(CLASSES, each)}}
 
@@ -106,13 +118,43 @@ class StreetNarrow(Street):
         return f"{Street.name}-{self.teacher_steps}-{self.steps}"
 
 
+class StreetLong(Street):
+    """The same, trained until the teacher's curve is flat: further training gives a published teacher nothing."""
+
+    name = "street-long"
+    steps, teacher_steps = 1500, 4000
+
+
+class StreetLongNarrow(StreetLong):
+    """The same with the narrow student."""
+
+    name = "street-long-narrow"
+    student_size, related = NARROW, False
+
+    def teacher_setting(self) -> str:
+        return f"{StreetLong.name}-{self.teacher_steps}-{self.steps}"
+
+
+class StreetLarge(Street):
+    """The published sizes, MiT-B3 and B0, on 256x512: for a GPU, and slow on a CPU. Not tried on one yet."""
+
+    name = "street-large"
+    steps, teacher_steps, learning_rate = 3000, 4000, 5e-4
+    teacher_size, student_size, related = MIT_B3, MIT_B0, False
+    batch, resolution = 8, LARGE
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @lru_cache(maxsize=None)
-def frames(split: str) -> Tuple[Tensor, Tensor]:
+def frames(split: str, resolution: Resolution = SMALL) -> Tuple[Tensor, Tensor]:
     """Return images ``(N, 3, H, W)`` and labels ``(N, H, W)`` of a split, drawn once and then read from a file."""
     draw, count, seed = _SPLITS[split]
-    path = Path("runs/evidence/frames") / f"{split}-{count}.pt"
+    of_size = "" if resolution == SMALL else f"-{resolution.height}x{resolution.width}"
+    path = Path("runs/evidence/frames") / f"{split}-{count}{of_size}.pt"
     if not path.exists():
-        drawn = [draw(index, seed) for index in range(count)]
+        drawn = [draw(index, seed, resolution) for index in range(count)]
         images = torch.from_numpy(np.stack([frame.image for frame in drawn]))
         labels = torch.from_numpy(np.stack([frame.labels for frame in drawn]))
         with atomically(path) as unfinished:
@@ -121,7 +163,7 @@ def frames(split: str) -> Tuple[Tensor, Tensor]:
     return stored.to(torch.float32).div(255), labels.to(torch.int64)
 
 
-_SPLITS: Dict[str, Tuple[Callable[[int, int], Frame], int, int]] = {
+_SPLITS: Dict[str, Tuple[Callable[[int, int, Resolution], Frame], int, int]] = {
     "source": (game_frame, SOURCE_FRAMES, 0),
     "target": (photo_frame, TARGET_FRAMES, 0),
     "evaluation": (photo_frame, EVALUATION_FRAMES, 1),

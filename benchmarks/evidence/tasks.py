@@ -12,6 +12,9 @@ TASKS: Dict[str, Tuple[str, str]] = {
     "digits": ("benchmarks.evidence.digits", "Digits"),
     "street": ("benchmarks.evidence.street", "Street"),
     "street-narrow": ("benchmarks.evidence.street", "StreetNarrow"),
+    "street-long": ("benchmarks.evidence.street", "StreetLong"),
+    "street-long-narrow": ("benchmarks.evidence.street", "StreetLongNarrow"),
+    "street-large": ("benchmarks.evidence.street", "StreetLarge"),
     "letters": ("benchmarks.evidence.letters", "Letters"),
 }
 

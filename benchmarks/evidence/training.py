@@ -65,7 +65,7 @@ def train(
     seconds, of_steps, in_rounds = 0.0, [], []
     host.model.train()
     for step in range(steps):
-        began, began_processor = time.perf_counter(), time.process_time()
+        began, began_processor = time.perf_counter(), busy_seconds(host.model)
         busy = learner is not None and (learner.observing or learner.schedule.due(step + 1))
         set_learning_rate(optimizer, peak, step, steps)
         of_host = host.loss(step, steps)
@@ -91,7 +91,7 @@ def train(
             learner.after_step()
         host.after_step()
         seconds += time.perf_counter() - began
-        of_steps.append(time.process_time() - began_processor)
+        of_steps.append(busy_seconds(host.model) - began_processor)
         in_rounds.append(busy)
         if look is not None and looks * (step + 1) // steps > looks * step // steps:
             look(step + 1)
@@ -108,6 +108,15 @@ def train(
         "rounds": None if learner is None else summary(learner.report()),
         "config": None if learner is None else configuration(learner),
     }
+
+
+def busy_seconds(model: nn.Module) -> float:
+    """Return a clock that other jobs hardly disturb: processor time, or on a GPU the time once its work is done."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def overhead(seconds: Sequence[float], in_rounds: Sequence[bool]) -> Optional[float]:

@@ -33,7 +33,17 @@ COLOURS = np.array(
     dtype=np.uint8,
 )  # for figures: Cityscapes' own
 HEIGHT, WIDTH = 64, 128
-_SCALE = 2  # drawn at twice the size; the image is averaged, the labels are sampled
+
+
+class Resolution(NamedTuple):
+    """The size of frames, and how many times larger they are drawn: the image is averaged, the labels are sampled."""
+
+    height: int
+    width: int
+    scale: int
+
+
+SMALL, LARGE = Resolution(HEIGHT, WIDTH, 2), Resolution(256, 512, 1)
 
 
 class Frame(NamedTuple):
@@ -80,18 +90,18 @@ GAME = Layout((0.36, 0.46), (0.45, 0.70), (0.12, 0.25), 0.25, (0.35, 0.9), 1.0, 
 PHOTO = Layout((0.42, 0.54), (0.35, 0.60), (0.15, 0.40), 0.15, (0.5, 1.2), 2.2, 1.8, 0.45, 2.4, 2.8, 0.25, 1.5)
 
 
-def game_frame(index: int, seed: int = 0) -> Frame:
+def game_frame(index: int, seed: int = 0, resolution: Resolution = SMALL) -> Frame:
     """Return source frame number ``index`` of a seed."""
     rng = np.random.default_rng([11, seed, index])
-    labels, depth, tone = _draw(rng, GAME)
-    return _finish(_render_game(rng, labels, depth, tone), labels)
+    labels, depth, tone = _draw(rng, GAME, resolution)
+    return _finish(_render_game(rng, labels, depth, tone), labels, resolution)
 
 
-def photo_frame(index: int, seed: int = 0) -> Frame:
+def photo_frame(index: int, seed: int = 0, resolution: Resolution = SMALL) -> Frame:
     """Return target frame number ``index`` of a seed."""
     rng = np.random.default_rng([23, seed, index])
-    labels, depth, tone = _draw(rng, PHOTO)
-    return _finish(_render_photo(rng, labels, depth, tone), labels)
+    labels, depth, tone = _draw(rng, PHOTO, resolution)
+    return _finish(_render_photo(rng, labels, depth, tone), labels, resolution)
 
 
 # ------------------------------------------------------------------------------------------------------------ geometry
@@ -100,8 +110,8 @@ def photo_frame(index: int, seed: int = 0) -> Frame:
 class _Canvas:
     """Labels, depth in [0, 1] (1 is far), and a random tone per object, painted from far to near."""
 
-    def __init__(self) -> None:
-        self.height, self.width = HEIGHT * _SCALE, WIDTH * _SCALE
+    def __init__(self, resolution: Resolution) -> None:
+        self.height, self.width = resolution.height * resolution.scale, resolution.width * resolution.scale
         self.labels = np.full((self.height, self.width), SKY, dtype=np.uint8)
         self.depth = np.ones((self.height, self.width), dtype=np.float32)
         self.tone = np.zeros((self.height, self.width), dtype=np.float32)
@@ -113,8 +123,8 @@ class _Canvas:
         self.tone[where] = tone
 
 
-def _draw(rng: Generator, layout: Layout) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    canvas = _Canvas()
+def _draw(rng: Generator, layout: Layout, resolution: Resolution) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    canvas = _Canvas(resolution)
     height, width = canvas.height, canvas.width
     horizon = rng.uniform(*layout.horizon) * height
     vanishing = width * (0.5 + rng.normal(0, 0.08))
@@ -352,6 +362,7 @@ def _noise(rng: Generator, height: int, width: int, size: int) -> np.ndarray:
     return (smooth / (smooth.std() + 1e-6)).astype(np.float32)
 
 
-def _finish(image: np.ndarray, labels: np.ndarray) -> Frame:
-    image = np.clip(image, 0, 1).reshape(HEIGHT, _SCALE, WIDTH, _SCALE, 3).mean(axis=(1, 3))
-    return Frame(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32), labels[::_SCALE, ::_SCALE].copy())
+def _finish(image: np.ndarray, labels: np.ndarray, resolution: Resolution) -> Frame:
+    height, width, scale = resolution
+    image = np.clip(image, 0, 1).reshape(height, scale, width, scale, 3).mean(axis=(1, 3))
+    return Frame(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32), labels[::scale, ::scale].copy())

@@ -75,7 +75,8 @@ def class_mix(
     weights = target_weight[:, None, None].expand(labels.shape).clone()
     for index, of_source in enumerate(source_labels):
         present = torch.unique(of_source)
-        chosen = present[torch.randperm(len(present), generator=rng)[: (len(present) + 1) // 2]]
+        order = torch.randperm(len(present), generator=rng).to(present.device)
+        chosen = present[order[: (len(present) + 1) // 2]]
         pasted = torch.isin(of_source, chosen)
         images[index] = torch.where(pasted, source[index], images[index])
         labels[index] = torch.where(pasted, of_source, labels[index])
@@ -84,12 +85,15 @@ def class_mix(
 
 
 def change_colours(images: Tensor, rng: torch.Generator, strength: float = 0.3) -> Tensor:
-    """Change lightness, contrast and colour balance of each image, and blur about half of them."""
+    """Change lightness, contrast and colour balance of each image, and blur about half of them.
+
+    The generator is on the CPU, so that the draws are the same on every device.
+    """
     count = len(images)
-    draw = 2 * torch.rand(count, 5, 1, 1, generator=rng) - 1
+    draw = (2 * torch.rand(count, 5, 1, 1, generator=rng) - 1).to(images.device)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     images = (images - mean) * (1 + strength * draw[:, :1]) + mean * (1 + strength * draw[:, 1:2])
     images = images * (1 + 0.5 * strength * draw[:, 2:5])
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    images = torch.where(torch.rand(count, 1, 1, 1, generator=rng) < 0.5, blurred, images)
+    images = torch.where((torch.rand(count, 1, 1, 1, generator=rng) < 0.5).to(images.device), blurred, images)
     return images.clamp(0, 1)

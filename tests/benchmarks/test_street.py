@@ -10,9 +10,11 @@ pytest.importorskip("torchmetrics", reason="mIoU is torchmetrics'")
 pytest.importorskip("transformers", reason="the networks are transformers' SegFormer")
 
 from benchmarks.evidence import runs, street
+from benchmarks.evidence.training import train
 from benchmarks.street.models import NARROW, STUDENT, TEACHER, segmenter
-from benchmarks.street.scenes import CLASSES, HEIGHT, WIDTH, game_frame, photo_frame
+from benchmarks.street.scenes import CLASSES, HEIGHT, LARGE, WIDTH, game_frame, photo_frame
 from benchmarks.street.self_training import HostEma, change_colours, class_mix, segmentation_loss
+from clda_core import CollaborativeLearner, Never
 
 # transformers and its dependencies warn of their own future.
 pytestmark = [
@@ -106,7 +108,7 @@ def test_host_learns_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [game_frame(index) for index in range(4)]
     images = torch.from_numpy(np.stack([frame.image for frame in frames]))
     labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
-    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    monkeypatch.setattr(street, "frames", lambda split, resolution: (images, labels))
     host = street.Street().host(segmenter(NARROW, 0), seed=0, stream=1)
     optimizer = torch.optim.AdamW(host.model.parameters(), lr=2e-3)
     losses = []
@@ -124,7 +126,7 @@ def test_the_second_view_is_the_steps_own_and_leaves_the_hosts_draws(monkeypatch
     frames = [game_frame(index) for index in range(4)]
     images = torch.from_numpy(np.stack([frame.image for frame in frames]))
     labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
-    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    monkeypatch.setattr(street, "frames", lambda split, resolution: (images, labels))
     host = street.Street().host(segmenter(NARROW, 0).eval(), seed=0, stream=1)
     first, again, other = host.loss(3, 30), host.loss(3, 30), host.loss(4, 30)
     assert first.view.shape == first.images.shape
@@ -143,7 +145,7 @@ def test_a_run_has_iou_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     frames = [photo_frame(index) for index in range(4)]
     images = torch.from_numpy(np.stack([frame.image for frame in frames]))
     labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
-    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    monkeypatch.setattr(street, "frames", lambda split, resolution: (images, labels))
     task = street.StreetNarrow()
     task.steps, task.teacher_steps = 20, 1
     record = runs.run(task, 100, "after-half")
@@ -153,6 +155,31 @@ def test_a_run_has_iou_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert record["rounds"]["made"] == 1
 
 
-def test_the_narrow_student_has_the_same_teacher() -> None:
-    narrow, equal = street.StreetNarrow(), street.Street()
-    assert narrow.teacher_setting() == equal.teacher_setting() == equal.setting() != narrow.setting()
+@pytest.mark.parametrize(
+    ("narrow", "equal"), [(street.StreetNarrow, street.Street), (street.StreetLongNarrow, street.StreetLong)]
+)
+def test_the_narrow_student_has_the_same_teacher(narrow: type, equal: type) -> None:
+    assert narrow().teacher_setting() == equal().teacher_setting() == equal().setting() != narrow().setting()
+
+
+def test_a_frame_is_of_the_resolution_that_is_asked_for_and_shows_the_same_street() -> None:
+    small, large = photo_frame(3), photo_frame(3, resolution=LARGE)
+    assert large.image.shape == (3, LARGE.height, LARGE.width)
+    assert large.labels.shape == (LARGE.height, LARGE.width)
+    assert np.mean(large.labels[::4, ::4] == small.labels) > 0.9
+
+
+def test_the_large_benchmark_trains_for_a_step_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [game_frame(0, resolution=LARGE)]
+    images = torch.from_numpy(np.stack([frame.image for frame in found]))
+    labels = torch.from_numpy(np.stack([frame.labels for frame in found])).long()
+    monkeypatch.setattr(street, "frames", lambda split, resolution: (images, labels))
+    task = street.StreetLarge()
+    task.device, task.batch = torch.device("cpu"), 1
+    teacher = task.teacher(100).requires_grad_(False)
+    host = task.host(task.student(100), 100, stream=1)
+    learner = CollaborativeLearner(teacher, host.model, schedule=Never())
+    figures = train(task, host, steps=1, learner=learner, evaluations=1)
+    assert 0 <= figures["student"]["mIoU"] <= 100
+    parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, host.model)]
+    assert parameters[0] > 10 * parameters[1]

@@ -206,7 +206,7 @@ def test_classes_are_scored_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [photo_frame(index) for index in range(4)]
     images = torch.from_numpy(np.stack([frame.image for frame in frames]))
     labels = torch.from_numpy(np.stack([frame.labels for frame in frames])).long()
-    monkeypatch.setattr(street, "frames", lambda split: (images, labels))
+    monkeypatch.setattr(street, "frames", lambda split, resolution: (images, labels))
     monkeypatch.setattr(validators, "POSITIONED", 4)
     task, model = street.StreetNarrow(), segmenter(NARROW, 0)
     names = [name for name in task.evaluate(model) if name.startswith("IoU ")]
