@@ -10,7 +10,7 @@ from typing_extensions import Literal
 
 from ._host.accelerate import accelerated
 from ._host.plain import copied, plain
-from ._host.stepping import check_steppable, make_step, unscale
+from ._host.stepping import check_steppable, learning_rate_of, make_step, unscale
 from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.masks import valid_mask
@@ -18,6 +18,7 @@ from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, ModelView, check_models, group_layers, size, warn_if_swapped
 from .outputs import Extract, check_extract, check_trainable, zero_loss
+from .lead import Lead, LinearTrust, Trust
 from .relation import ByRelativeDepth, Relation, needs_inputs
 from .report import Report
 from .round import Rounds
@@ -25,13 +26,14 @@ from .running import Runner, takes_classes
 from .saliency import MeanThreshold, Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor, Threshold
 from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import RoundSchedule, Schedule, makes_rounds
-from .selection import LowestFraction, Selection
+from .selection import DrawnFraction, Selection
 from .state import STATE_VERSION, configuration, restore
-from .step import Step
+from .step import Batch, Step
 from .strategy import ROLES, check_apart, check_strategies
-from .update import Guard, MaskedDistillation, Update
-from .update.base import check_teacher, load_state, state_of
+from .update import MaskedDistillation, SourceLoss, Update
+from .update.base import check_source_loss, check_teacher, load_state, state_of
 from .update.writable import writable_layers
+from .validation import Validator
 
 __all__ = ["CollaborativeLearner"]
 
@@ -53,10 +55,14 @@ class CollaborativeLearner:
         saliency: Scores parameters; :class:`~clda_core.saliency.Taylor` by default.
         threshold: The score above which a parameter is salient, which the LSR counts;
             :class:`~clda_core.saliency.MeanThreshold` by default.
-        selection: Chooses the non-salient layers by their LSR; :class:`~clda_core.selection.LowestFraction` by default.
+        selection: Chooses the non-salient layers by their LSR; :class:`~clda_core.selection.DrawnFraction` by default.
         relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
-        update: What the student does to the selected layers; by default guarded
-            :class:`~clda_core.update.MaskedDistillation`.
+        validator: Scores both networks on target data without labels; by default
+            :class:`~clda_core.validation.SoftConsistency` where :meth:`distill` gets a view, and
+            :class:`~clda_core.validation.MutualInformation` where it does not.
+        trust: How far the student is trusted by its lead over the teacher, a function of the difference in score;
+            :class:`~clda_core.lead.LinearTrust` by default.
+        update: What happens to the selected layers; :class:`~clda_core.update.MaskedDistillation` by default.
         distillation: The KD loss; :class:`~clda_core.distillation.DISTDistillation` by default.
         schedule: When rounds are made; :class:`~clda_core.schedule.Never` gives frozen-teacher distillation.
         enabled: ``False`` makes every method do nothing but step the optimizer: bit-identical to the host alone.
@@ -101,6 +107,8 @@ class CollaborativeLearner:
         threshold: Optional[Threshold] = None,
         selection: Optional[Selection] = None,
         relation: Optional[Relation] = None,
+        validator: Optional[Validator] = None,
+        trust: Optional[Trust] = None,
         update: Optional[Update] = None,
         distillation: Optional[Distillation] = None,
         schedule: Optional[RoundSchedule] = None,
@@ -120,9 +128,11 @@ class CollaborativeLearner:
         self.student = student
         self.saliency: SaliencyEstimator = Taylor() if saliency is None else saliency
         self.threshold: Threshold = MeanThreshold() if threshold is None else threshold
-        self.selection: Selection = LowestFraction() if selection is None else selection
+        self.selection: Selection = DrawnFraction() if selection is None else selection
         self.relation: Relation = ByRelativeDepth() if relation is None else relation
-        self.update: Update = Guard(MaskedDistillation()) if update is None else update
+        self.validator = validator  # None is a choice of its own, by what distill() gets
+        self.trust: Trust = LinearTrust() if trust is None else trust
+        self.update: Update = MaskedDistillation() if update is None else update
         self.distillation: Distillation = DISTDistillation() if distillation is None else distillation
         self.schedule: RoundSchedule = Schedule() if schedule is None else schedule
         self.enabled = enabled
@@ -147,6 +157,7 @@ class CollaborativeLearner:
             self._student_view,
             self._observer,
             self._runner,
+            Lead(self.validator, self.trust),
             saliency=self.saliency,
             selection=self.selection,
             relation=self.relation,
@@ -203,6 +214,9 @@ class CollaborativeLearner:
         teacher_output: Any = None,
         mask: Optional[Tensor] = None,
         student_inputs: Any = None,
+        view: Any = None,
+        student_view: Any = None,
+        source_loss: Optional[SourceLoss] = None,
     ) -> Tensor:
         """Return the KD loss of the student's output against the teacher's.
 
@@ -214,6 +228,12 @@ class CollaborativeLearner:
             mask: What counts: bool or float weights ``(N, ...)`` without the class dimension; or an integer label map,
                 of which ``ignore_index`` and negative labels are left out.
             student_inputs: What rounds call the student with, where that is something else.
+            view: The same images changed in colour, masked or the like, position for position, as the teacher is called
+                with them: what the teacher learns on in rounds, and by which both networks are validated.
+            student_view: The same for the student, where it has ``student_inputs``.
+            source_loss: The host's supervised loss on this step's source data as a function of the network, for example
+                ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; it is called in rounds only, with the
+                teacher in eval mode, and keeps the teacher from forgetting what the target's batch does not show.
 
         Returns:
             A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only. It is 0 for
@@ -237,22 +257,24 @@ class CollaborativeLearner:
         step = self._step if of_step else Step()
         in_round = of_step and self._rounds.concern(self._steps + 1)
         mask = valid_mask(mask, self.ignore_index)
-        pair = self._runner.pair(student_output, inputs, teacher_output, mask, student_inputs, wait=in_round)
+        check_source_loss(source_loss)
+        batch = Batch(inputs, student_inputs, view, student_view, source_loss, mask)
+        pair = self._runner.pair(student_output, teacher_output, batch, wait=in_round)
         step.here = pair.has_data or bool(step.here)
         if pair.teacher is None:  # nothing to distil
             loss = zero_loss(pair.student)
         else:
-            check_values(pair.student.logits, pair.teacher.logits, pair.mask)
-            loss = distillation_loss(self.distillation, pair.student, pair.teacher, pair.mask)
+            check_values(pair.student.logits, pair.teacher.logits, pair.batch.mask)
+            loss = distillation_loss(self.distillation, pair.student, pair.teacher, pair.batch.mask)
         check_trainable(pair.student)
         if not pair.has_data:
             loss = loss * 0  # with its graph: the backward() of ranks with data waits for this one's
         if of_step:
             self._kd_loss = loss.detach()
-            self._rounds.take_inputs |= pair.inputs is not None
+            self._rounds.take_inputs |= pair.batch.inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
         keeps = in_round or not self._rounds.rehearsed
-        if keeps and pair.inputs is not None and (pair.has_data or step.inputs is None):
+        if keeps and pair.batch.inputs is not None and (pair.has_data or step.batch.inputs is None):
             step.keep(pair)
         return loss
 
@@ -300,7 +322,7 @@ class CollaborativeLearner:
                 f"the optimizer step raised {type(error).__name__}: {error}. The learner has not counted this step. "
                 "Fix: see the exception that caused this one"
             ) from error
-        self.after_step(stepped=made)
+        self.after_step(stepped=made, optimizer=optimizer)
         return result
 
     # -------------------------------------------------------------------------------------------- the two halves
@@ -345,7 +367,7 @@ class CollaborativeLearner:
         self._step.observed.add(domain)
 
     @settled
-    def after_step(self, *, stepped: bool = True) -> None:
+    def after_step(self, *, stepped: bool = True, optimizer: Any = None) -> None:
         """Count the optimizer step and make a round if the schedule says so; call it after the optimizer step.
 
         A round that is due at a step without target data is made at the next step with some.
@@ -353,6 +375,7 @@ class CollaborativeLearner:
         Args:
             stepped: ``False`` if the step was skipped, by a GradScaler for example: nothing is counted then, and what
                 was observed for it is dropped.
+            optimizer: The host's, whose learning rate rounds follow; without it they keep their own throughout.
 
         Raises:
             CldaError: If :meth:`observe` was not called for this step, an update raised (its exception is the cause),
@@ -372,6 +395,8 @@ class CollaborativeLearner:
             self._drop_step()
             return
         self._steps += 1
+        if self._rounds.due(self._steps):
+            self._step.learning_rate = learning_rate_of(optimizer)
         try:
             self._projectors.step()
             self._rounds.follow(self._step, self._steps)

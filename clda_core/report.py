@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple, cast
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
 from .errors import CldaError
 
@@ -25,7 +26,10 @@ class RoundRecord:
         selected: The non-salient layers the selection chose.
         updated: The layers that were changed.
         skipped: By layer, or ``layer: parameter``, why something selected was not changed.
-        strength: The schedule's factor.
+        strength: The factor on the update's size: the schedule's, and the host's learning rate against its peak.
+        lead: The student's score minus the teacher's, averaged over the looks; ``None`` if unknown.
+        lead_by_class: The same for each class where the validator scores classes, ``None`` where unknown.
+        trust: How far the student was trusted, in [0, 1]; ``None`` in rounds of versions that did not ask.
         accepted: The guard's decision; ``None`` without a guard, or where nothing was written.
         score_before: The guard's criterion before the update; ``None`` without a decision, or if unknown (NaN).
         score_after: The same after it.
@@ -38,6 +42,9 @@ class RoundRecord:
     updated: Tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     strength: float = 1.0
+    lead: Optional[float] = None
+    lead_by_class: Tuple[Optional[float], ...] = ()
+    trust: Optional[float] = None
     accepted: Optional[bool] = None
     score_before: Optional[float] = None
     score_after: Optional[float] = None
@@ -46,13 +53,23 @@ class RoundRecord:
         """Return everything as plain Python data, which shares nothing with the record."""
         plain: Dict[str, Any] = dict(vars(self))  # dataclasses.asdict() copies every number deeply
         plain.update((name, dict(plain[name])) for name in ("rates", "source_rates", "skipped"))
-        plain.update((name, list(plain[name])) for name in ("selected", "updated"))
+        plain.update((name, list(plain[name])) for name in ("selected", "updated", "lead_by_class"))
         return plain
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RoundRecord:
         """Read one of the rounds of :meth:`Report.to_dict`."""
-        return cls(**{**record, "selected": tuple(record["selected"]), "updated": tuple(record["updated"])})
+        lists = ("selected", "updated", "lead_by_class")
+        return cls(**{name: tuple(value) if name in lists else value for name, value in record.items()})
+
+    @property
+    def reason(self) -> Optional[str]:
+        """Why the round changed nothing; ``None`` if it did."""
+        if self.updated:
+            return None
+        if self.accepted is False:
+            return "the guard rejected it"
+        return Counter(self.skipped.values()).most_common(1)[0][0] if self.skipped else "no layer was selected"
 
 
 class Earlier(NamedTuple):
@@ -60,6 +77,7 @@ class Earlier(NamedTuple):
 
     Attributes:
         rounds: How many.
+        changed: How many of them changed the teacher.
         judged: How many of them a guard judged.
         accepted: How many of these it accepted.
         first_rates: By layer, its LSR on target data in the first of them where that was known.
@@ -69,6 +87,7 @@ class Earlier(NamedTuple):
     """
 
     rounds: int = 0
+    changed: int = 0
     judged: int = 0
     accepted: int = 0
     first_rates: Mapping[str, float] = {}
@@ -84,6 +103,7 @@ class Earlier(NamedTuple):
         """Return what is known with one more round, the next one."""
         return Earlier(
             rounds=self.rounds + 1,
+            changed=self.changed + bool(record.updated),
             judged=self.judged + (record.accepted is not None),
             accepted=self.accepted + bool(record.accepted),
             first_rates={**record.rates, **self.first_rates},
@@ -159,11 +179,17 @@ class Report:
         earlier = Earlier(**report.get("earlier", {}))
         return cls(**{**report, "layers": tuple(report["layers"]), "rounds": rounds, "earlier": earlier})
 
+    @property
+    def changed(self) -> int:
+        """How many of the rounds made changed the teacher."""
+        return self.earlier.changed + sum(bool(record.updated) for record in self.rounds)
+
     def metrics(self) -> Dict[str, float]:
         """Return the latest figures as a flat dict for any logger."""
         figures: Dict[str, float] = {
             "clda/steps": float(self.steps),
             "clda/rounds": float(self.made),
+            "clda/rounds_changed": float(self.changed),
             "clda/discarded": float(self.discarded),
         }
         if self.rounds:
@@ -174,7 +200,7 @@ class Report:
             figures["clda/selected_layers"] = float(len(last.selected))
             figures["clda/updated_layers"] = float(len(last.updated))
             figures["clda/strength"] = last.strength
-            for name in ("accepted", "score_before", "score_after"):
+            for name in ("lead", "trust", "accepted", "score_before", "score_after"):
                 value = getattr(last, name)
                 if value is not None:
                     figures[f"clda/{name}"] = float(value)
@@ -192,11 +218,13 @@ class Report:
         lines = [
             f"CLDA after {self.steps} optimizer steps: {self.made} rounds"
             + (f" (the last {len(self.rounds)} kept one by one)" if self.earlier.rounds else "")
+            + (f", {total.changed} of them changed the teacher" if self.made else "")
             + (f", guard accepted {total.accepted} of {total.judged}" if total.judged else "")
             + (f", {self.discarded} observations discarded (non-finite)" if self.discarded else "")
         ]
         if not self.made:
             return "\n".join([*lines, *(f"{name}: unrelated: {reason}" for name, reason in self.unrelated.items())])
+        lines += _of_lead(self.rounds)
         why_not = {key.partition(": ")[0]: why for record in self.rounds for key, why in record.skipped.items()}
         width = max(len(name) for name in (*self.layers, "layer"))
         lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
@@ -247,6 +275,18 @@ class Report:
         axes.set_title("LSR of the teacher (dots: updated)", fontsize=10)
         figure.tight_layout()
         return figure
+
+
+def _of_lead(rounds: Sequence[RoundRecord]) -> List[str]:
+    """Return what the last rounds say of the lead, and why the last one changed nothing if none did."""
+    lines = []
+    leads = [(record.lead, record.trust) for record in rounds if record.lead is not None]
+    if leads:
+        first, last = leads[0], leads[-1]
+        lines.append(f"lead of the student: {first[0]:+.3f} at first, {last[0]:+.3f} at last (trust {last[1]:.2f})")
+    if rounds and not any(record.updated for record in rounds):
+        lines.append(f"no round changed the teacher: {rounds[-1].reason}")
+    return lines
 
 
 def _counted(counts: Mapping[str, int], names: Iterable[str]) -> Dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
@@ -14,6 +15,7 @@ from ._host.ranks import adding
 from ._host.undo import undoing
 from .errors import CldaError, check_number, problem
 from .layers import Layer, ModelView, canonical_parameters
+from .lead import NOT_TRUSTED, Lead
 from .relation import RelatedLayers, Relation, check_related, needs_inputs
 from .report import Earlier, History, RoundRecord
 from .running import Runner
@@ -21,10 +23,10 @@ from .saliency import SaliencyEstimator
 from .saliency.host_gradients import explained
 from .saliency.observer import LossOrFunction, Observer
 from .schedule import RoundSchedule, makes_rounds
-from .selection import Selection, check_selected
+from .selection import Selection, select
 from .step import Step
 from .update import RoundContext, Update, UpdateResult
-from .update.base import check_result, check_update, needs_relation, rehearse
+from .update.base import check_result, check_update, needs_relation, rehearse, weighs_trust
 from .update.writable import check_memory, check_precision, check_writable, written_now
 
 
@@ -37,6 +39,7 @@ class Rounds:
         student: The student and its layers.
         observer: Observes the teacher.
         runner: Runs both models.
+        lead: Says how far the student is trusted.
         saliency: Scores parameters.
         selection: Chooses layers.
         relation: Relates them.
@@ -50,6 +53,7 @@ class Rounds:
         owed: The step whose round waits for target data, or ``None``.
         rehearsed: Whether a round was rehearsed, or need not be.
         take_inputs: Whether ``distill`` was ever given inputs, which rounds then wait for.
+        peak: The highest learning rate of the host's optimizer in any round, 0 where it is not known.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Rounds:
         student: ModelView,
         observer: Observer,
         runner: Runner,
+        lead: Lead,
         *,
         saliency: SaliencyEstimator,
         selection: Selection,
@@ -73,11 +78,13 @@ class Rounds:
         self.owed: Optional[int] = None
         self.rehearsed = not makes_rounds(schedule)
         self.take_inputs = False
+        self.peak = 0.0
         self._teacher = teacher
         self._writable = writable
         self._student = student
         self._observer = observer
         self._runner = runner
+        self._lead = lead
         self._saliency = saliency
         self._selection = selection
         self._relation = relation
@@ -146,7 +153,7 @@ class Rounds:
             return
         lent = borrowed(self._teacher.model, doing=f"observe {domain}", passes=False)
         with adding(step.adds or not target), lent:
-            step.pending.append(self._observer.observe(loss, domain, step.inputs, step.mask))
+            step.pending.append(self._observer.observe(loss, domain, step.batch.inputs, step.batch.mask))
         step.missed &= not target
 
     def follow(self, step: Step, number: int) -> None:
@@ -197,13 +204,14 @@ class Rounds:
             if not known:
                 return
             check_precision(self._writable.model, tuple(layers.values()))
-            strength = self._schedule.strength(number)
-            check_number("the schedule's strength", strength, at_least=0, at_most=1)
-            selected = self._selection(known, rates.source)
-            check_selected(selected, known)
+            selected = select(self._selection, known, rates.source, number)
             self.relate(step)
-            context = self._context(step, tuple(layers[name] for name in layers if name in selected), strength)
+            chosen = tuple(layers[name] for name in layers if name in selected)
+            context = self._context(step, chosen)
             with self._whole_or_not(context):
+                strength = self._strength(step, number)
+                look = self._lead.look(context)
+                context = replace(context, strength=strength, trust=look.trust, learning_rate=self._rate(step))
                 result = self._apply(context)
                 torch.clear_autocast_cache()  # of the weights before, should the host go on in its autocast
                 self._observer.end_round(rates)
@@ -214,7 +222,10 @@ class Rounds:
                     selected=tuple(layer.name for layer in context.layers),
                     updated=result.updated,
                     skipped=dict(result.skipped),
-                    strength=strength,
+                    strength=context.strength,
+                    lead=look.lead,
+                    lead_by_class=look.by_class,
+                    trust=look.trust,
                     accepted=result.accepted,
                     score_before=result.score_before,
                     score_after=result.score_after,
@@ -231,8 +242,9 @@ class Rounds:
         self._check_as_built()
         with self._borrowing("rehearse", step), explained():
             if probed:
-                self._observer.rehearse(step.inputs, step.mask)
-            context = self._context(step, self._writable.layers, 1.0)
+                self._observer.rehearse(step.batch.inputs, step.batch.mask)
+            context = self._context(step, self._writable.layers)
+            self._lead.rehearse(context)
             if needs_inputs(self._relation):
                 context.predict(context.teacher)
                 context.student_outputs()
@@ -265,32 +277,46 @@ class Rounds:
                     )
 
     def _relation_on(self, step: Step, *, needed: bool) -> RelatedLayers:
-        student = self._student._replace(inputs=step.student_inputs)
-        related = self._relation(self._teacher, student, step.inputs)
+        student = self._student._replace(inputs=step.batch.student_inputs)
+        related = self._relation(self._teacher, student, step.batch.inputs)
         check_related(related, self._teacher, self._student, needed)
         return related
 
-    def _context(self, step: Step, layers: Tuple[Layer, ...], strength: float) -> RoundContext:
+    def _context(self, step: Step, layers: Tuple[Layer, ...]) -> RoundContext:
         return RoundContext(
             teacher=self._teacher.model,
             student=self._student.model,
             layers=layers,
             related={} if self.related is None else self.related.pairs,
-            inputs=step.inputs,
-            student_inputs=step.student_inputs,
-            mask=step.mask,
+            **step.batch._asdict(),
             forward=functools.partial(self._runner.in_common_classes, step),
-            strength=strength,
             class_map=self._runner.class_map,
+            teacher_before=None if step.teacher is None else self._runner.common(step.teacher),
         )
+
+    def _strength(self, step: Step, number: int) -> float:
+        """Return the schedule's strength times the share of its peak at which the host's learning rate is now."""
+        strength = self._schedule.strength(number)
+        check_number("the schedule's strength", strength, at_least=0, at_most=1)
+        if step.learning_rate is None:
+            return strength
+        self.peak = max(self.peak, step.learning_rate.value)
+        return strength * step.learning_rate.value / self.peak
+
+    def _rate(self, step: Step) -> Optional[float]:
+        """Return the host's learning rate at its peak, where its optimizer's steps are of about that size."""
+        return self.peak if step.learning_rate is not None and step.learning_rate.adaptive else None
 
     def _apply(self, context: RoundContext) -> UpdateResult:
         if not context.layers:
             return UpdateResult(())
-        if not context.strength:  # not even moments may move, and zero times infinity is no zero
-            return UpdateResult((), {layer.name: "the schedule's strength is 0" for layer in context.layers})
+        weighs = weighs_trust(self._update)
+        strength = context.strength if weighs else context.strength * context.trust
+        if not strength:  # not even moments may move, and zero times infinity is no zero
+            reason = NOT_TRUSTED if context.strength else "the schedule's strength is 0"
+            return UpdateResult((), {layer.name: reason for layer in context.layers})
         try:
-            result = self._update.apply(context)
+            result = self._update.apply(replace(context, strength=strength))
             check_result(result, context.layers)
             return result
         except Exception as error:
@@ -308,16 +334,14 @@ class Rounds:
 
     @contextmanager
     def _whole_or_not(self, context: RoundContext) -> Iterator[None]:
-        """Undo all of a round that does not come to its end: the teacher, the update's state, averages and history."""
-        history, averages = self.history, self._observer.averages
-        writes = bool(context.layers and context.strength)
-        before = context.before(self._update) if writes else None
+        """Undo all of a round that does not come to its end: the teacher, the update's state and what is averaged."""
+        own = self.history, self._observer.averages, self._lead.averages, self.peak
+        before = context.before(self._update) if context.layers else None
 
         def give_back() -> None:
             if before is not None:
                 before.take_back()
-            self._observer.averages = averages
-            self.history = history
+            self.history, self._observer.averages, self._lead.averages, self.peak = own
 
         with undoing(give_back, on_error_only=True):
             yield
@@ -329,6 +353,8 @@ class Rounds:
         related = self.related
         return {
             "owed": self.owed,
+            "peak": self.peak,
+            "lead": self._lead.state_dict(),
             "history": [record.to_dict() for record in self.history.rounds],
             "earlier": self.history.earlier.to_dict(),
             "relation": None
@@ -345,6 +371,7 @@ class Rounds:
         A relation that is made without inputs stays: it follows from the models.
         """
         owed = None if state["owed"] is None else int(state["owed"])
+        peak = float(state["peak"])
         rounds = tuple(RoundRecord.from_dict(record) for record in state["history"])
         history = History(rounds, Earlier(**state["earlier"])).last(self._keep)
         related, saved = self.related, state["relation"]
@@ -357,7 +384,8 @@ class Rounds:
                     {name: students[other] for name, other in saved["pairs"].items()}, dict(saved["unrelated"])
                 )
             )
-        self.owed, self.history, self.related = owed, history, related
+        self._lead.load_state_dict(state["lead"])
+        self.owed, self.peak, self.history, self.related = owed, peak, history, related
 
 
 def _shapes(view: ModelView) -> Dict[str, torch.Size]:

@@ -26,7 +26,7 @@ from .outputs import (
     stand_in,
 )
 from .saliency import PseudoLabelCrossEntropy
-from .step import Pair, Step
+from .step import Batch, Pair, SourceLoss, Step
 
 
 class Runner:
@@ -63,30 +63,28 @@ class Runner:
     def pair(
         self,
         student_output: Any,
-        inputs: Any,
         teacher_output: Any,
-        mask: Optional[Tensor],
-        student_inputs: Any,
+        batch: Batch,
         *,
         wait: bool,
     ) -> Pair:
         """Return the teacher's outputs beside the student's; the first are checked to be what the library is for.
 
-        The arguments are those of ``distill``, the mask of bool or float weights; ``wait`` says whether a mask on a
+        Outputs and batch are what ``distill`` got, the mask of bool or float weights; ``wait`` says whether a mask on a
         device may be waited for, to see if it leaves anything.
 
         Raises:
             CldaError: If there are neither inputs nor the teacher's output, or the outputs of either model do not fit.
         """
         student = as_outputs(student_output, self._extract, "student", may_be_empty=True)
-        has_data = _has_samples(student, mask, wait=wait)
+        has_data = _has_samples(student, batch.mask, wait=wait)
         if not has_data:
             if world_size() == 1:
-                return Pair(student, None, None, None, None, has_data)
+                return Pair(student, None, Batch(), has_data)
             # The other ranks wait for this one, so it makes all the calls that they make.
-            student, mask = stand_in(emptied(student)), None
-            inputs, student_inputs = stand_in(inputs), stand_in(student_inputs)
-        raw = self._run_teacher(inputs, student) if teacher_output is None else teacher_output
+            student = stand_in(emptied(student))
+            batch = Batch(*map(stand_in, batch))._replace(mask=None)
+        raw = self._run_teacher(batch.inputs, student) if teacher_output is None else teacher_output
         teacher = as_outputs(raw, self._extract, "teacher", may_be_empty=not has_data)
         if teacher_output is None:
             teacher = owned(teacher)
@@ -97,14 +95,16 @@ class Runner:
             check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
             self._own_graph = check_graph(self._student, student)
             self._checked = True
-        return Pair(student, teacher, inputs, student_inputs, mask, has_data)
+        return Pair(student, teacher, batch, has_data)
 
     def in_common_classes(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
         """Run the teacher or the student in a round; the teacher's logits come in the student's classes."""
         outputs = self.outputs(step, model, inputs)
-        if model is self._student:
-            return outputs
-        return outputs._replace(logits=in_students_classes(outputs.logits, self.class_map))
+        return outputs if model is self._student else self.common(outputs)
+
+    def common(self, teacher: Outputs) -> Outputs:
+        """Return the teacher's outputs with logits of the student's classes."""
+        return teacher._replace(logits=in_students_classes(teacher.logits, self.class_map))
 
     def outputs(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
         """Run the teacher or the student in a round after a step.
@@ -120,7 +120,7 @@ class Runner:
             if whose == "teacher":
                 raise
             raise problem(
-                f"rounds cannot run the student on {'the teacher' if step.student_inputs is None else 'it'}'s "
+                f"rounds cannot run the student on {'the teacher' if step.batch.student_inputs is None else 'it'}'s "
                 f"inputs ({type(error).__name__}: {error})",
                 expected="what the student is called with, as student_inputs= of distill() if that is something else",
                 received=type(inputs).__name__,

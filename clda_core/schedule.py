@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Optional, Union
 
 from typing_extensions import Literal, Protocol
 
@@ -30,22 +30,24 @@ class RoundSchedule(Protocol):
 
 
 class Schedule(Strategy):
-    r"""A round every ``interval`` optimizer steps after a warm-up, with a strength that may decay.
+    r"""A round every ``interval`` optimizer steps, with a strength that may decay; a warm-up is possible, not needed.
 
     Step :math:`n` (counted from 1) ends with a round if :math:`n > w` and :math:`i` divides :math:`n - w`, with warm-up
     :math:`w` and interval :math:`i`. For the first of every ``observe_every`` rounds the last ``observations`` steps
     before and including it are observed; the rounds between them go by the same rates. With
     :math:`p = (n - w) / (T - w)` the strength is 1, :math:`1 - p` (linear) or :math:`(1 + \cos \pi p) / 2` (cosine).
-    The paper does not publish its schedule; this one and its defaults are ours.
+    How far the student takes part in a round is a matter of its lead (:mod:`clda_core.lead`), and the learner lets the
+    strength follow the host's learning rate, so the defaults suit trainings of any length. The paper does not publish
+    its schedule; this one and its defaults are ours.
 
     Args:
-        warmup: Optimizer steps before which nothing is observed or updated; a student that is behind harms the teacher.
-        interval: Optimizer steps between rounds, >= 1.
+        warmup: Optimizer steps before which nothing is observed or updated; a float in (0, 1) is a share of ``total``.
+        interval: Optimizer steps between rounds, >= 1; a float in (0, 1) is a share of ``total``, at least one step.
         observations: Observed steps for a round, between 1 and ``interval``.
         observe_every: Rounds from one that is observed to the next, >= 1. The rates change slowly, and an observation
             costs a forward and a backward pass of the teacher.
         decay: How the strength falls after the warm-up.
-        total: Optimizer steps of the whole training; needed by ``"linear"`` and ``"cosine"``, and > ``warmup``.
+        total: Optimizer steps of the whole training; needed by ``"linear"``, ``"cosine"`` and shares, and > ``warmup``.
 
     Raises:
         CldaError: If a number is out of range or ``total`` is missing.
@@ -62,19 +64,23 @@ class Schedule(Strategy):
     def __init__(
         self,
         *,
-        warmup: int = 300,
-        interval: int = 10,
+        warmup: Union[int, float] = 0,
+        interval: Union[int, float] = 10,
         observations: int = 1,
         observe_every: int = 5,
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total: Optional[int] = None,
     ) -> None:
+        if total is not None or decay != "constant" or isinstance(warmup, float) or isinstance(interval, float):
+            check_number("total", total, above=0, integer=True)
+        warmup = _steps("warmup", warmup, total)
+        interval = max(1, _steps("interval", interval, total))
         check_number("warmup", warmup, at_least=0, integer=True)
         check_number("interval", interval, at_least=1, integer=True)
         check_number("observations", observations, at_least=1, at_most=interval, integer=True)
         check_number("observe_every", observe_every, at_least=1, integer=True)
         check_choice("decay", decay, ("constant", "linear", "cosine"))
-        if total is not None or decay != "constant":
+        if total is not None:
             check_number("total", total, above=warmup, integer=True)
         self.warmup = warmup
         self.interval = interval
@@ -100,6 +106,14 @@ class Schedule(Strategy):
             return 1.0
         progress = min(max((step - self.warmup) / (self.total - self.warmup), 0.0), 1.0)
         return 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _steps(name: str, value: Union[int, float], total: Optional[int]) -> int:
+    """Return a number of steps, which may be given as a share of the total."""
+    if isinstance(value, float) and total is not None:
+        check_number(name, value, above=0, below=1)
+        return round(value * total)
+    return value  # type: ignore[return-value]  # checked by the caller
 
 
 class Never(Strategy):

@@ -6,7 +6,7 @@ import hashlib
 import math
 from typing import Any, Dict, Mapping, Optional, Tuple
 
-from typing_extensions import Protocol
+from typing_extensions import Protocol, runtime_checkable
 
 from .errors import check_number, problem
 from .strategy import Strategy
@@ -15,6 +15,7 @@ __all__ = [
     "AllLayers",
     "BelowRate",
     "DomainShift",
+    "DrawnFraction",
     "HighestFraction",
     "LowestFraction",
     "RandomFraction",
@@ -40,6 +41,26 @@ class Selection(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawsAnew(Protocol):
+    """A selection that chooses anew in each round, though the rates be the same."""
+
+    def draw(self, target: Mapping[str, float], source: Mapping[str, float], step: int, /) -> Tuple[str, ...]:
+        """Return the names for the round after an optimizer step; see :class:`Selection`, which it needs not be."""
+        ...
+
+
+def select(selection: Any, target: Mapping[str, float], source: Mapping[str, float], step: int) -> Tuple[str, ...]:
+    """Return the non-salient layers in the round after an optimizer step.
+
+    Raises:
+        CldaError: If the selection returned something else than names of layers with a known rate.
+    """
+    chosen = selection.draw(target, source, step) if isinstance(selection, DrawsAnew) else selection(target, source)
+    check_selected(chosen, target)
+    return tuple(chosen)
+
+
 class LowestFraction(Strategy):
     """Selects the layers with the lowest rates on target data.
 
@@ -60,6 +81,59 @@ class LowestFraction(Strategy):
     def __call__(self, target: Mapping[str, float], source: Mapping[str, float]) -> Tuple[str, ...]:
         """Return the names; see :class:`Selection`."""
         return _lowest(_known(target), self.fraction)
+
+
+class DrawnFraction(Strategy):
+    r"""Draws layers anew in each round, the likelier the lower their rate on target data.
+
+    Of the layers in order of their rate, that of place :math:`r = 1, \dots, L` (1 for the lowest) has the weight
+    :math:`w_r = (L + 1 - r)^\beta`, and layers are drawn without replacement in proportion to their weights. With
+    ``bias`` :math:`\beta = 0` every layer is as likely; the larger it is, the nearer to :class:`LowestFraction`.
+    Always the same layers would overfit where others are as non-salient; all of them at once are more than a teacher
+    bears where nothing but the student holds it.
+
+    Stateless: the draw is a hash of the seed, the optimizer step and the layers' names, so it is the same on every
+    rank, repeats when a run is resumed, and uses no random generator.
+
+    Args:
+        fraction: Of the layers with a known rate, in (0, 1], rounded to the nearest number, at least one layer.
+        bias: The exponent :math:`\beta`, >= 0.
+        seed: Any integer.
+
+    Raises:
+        CldaError: If an argument is out of range.
+
+    Example:
+        >>> rule = DrawnFraction(fraction=0.5)
+        >>> rates = {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2}
+        >>> [rule.draw(rates, {}, step) for step in (10, 20, 30)]
+        [('a', 'c'), ('b', 'c'), ('c', 'd')]
+
+    References:
+        Efraimidis and Spirakis, Weighted random sampling with a reservoir, Information Processing Letters 2006, for the
+        draw: the largest :math:`u_r^{1 / w_r}` of uniform :math:`u_r`.
+    """
+
+    def __init__(self, *, fraction: float = 0.3, bias: float = 1.0, seed: int = 0) -> None:
+        check_number("bias", bias, at_least=0)
+        check_number("seed", seed, integer=True)
+        self.fraction = _checked(fraction)
+        self.bias = bias
+        self.seed = seed
+
+    def __call__(self, target: Mapping[str, float], source: Mapping[str, float]) -> Tuple[str, ...]:
+        """Return the names of the first draw."""
+        return self.draw(target, source, 0)
+
+    def draw(self, target: Mapping[str, float], source: Mapping[str, float], step: int) -> Tuple[str, ...]:
+        """Return the names for the round after optimizer step ``step``."""
+        known = _known(target)
+        keys: Dict[str, float] = {}
+        for place, name in enumerate(sorted(known, key=known.__getitem__)):
+            weight = float(len(known) - place) ** self.bias
+            # Sorting by -log(u) / w from below is sorting by u ** (1 / w) from above.
+            keys[name] = -math.log(_uniform(f"{self.seed}\n{step}\n{name}")) / weight
+        return _lowest({name: keys[name] for name in known}, self.fraction)
 
 
 class BelowRate(Strategy):
@@ -209,6 +283,11 @@ class AllLayers(Strategy):
     def __call__(self, target: Mapping[str, float], source: Mapping[str, float]) -> Tuple[str, ...]:
         """Return the names; see :class:`Selection`."""
         return tuple(_known(target))
+
+
+def _uniform(text: str) -> float:
+    """Return a number in (0, 1) that depends on a text alone."""
+    return (int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) + 0.5) / 16.0**13
 
 
 def _checked(fraction: float) -> float:

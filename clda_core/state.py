@@ -12,7 +12,7 @@ from .strategy import PACKAGE, describe
 State = Dict[str, Any]
 Description = Dict[str, Any]
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
 
 
@@ -176,6 +176,33 @@ def _selections_had_thresholds(state: State) -> State:
     return {**state, "config": config}
 
 
+# ------------------------------------------------------------------------------------- what changed, from 3 to 4
+
+
+def _nobody_was_validated(state: State) -> State:
+    """Before rounds asked nobody who leads: the student was trusted in all of them."""
+    config = {**state["config"], "validator": None, "trust": {"class": "FixedTrust", "trust": 1.0}}
+    lead = {"of": None, "teacher": None, "student": None}
+    return {**state, "config": config, "peak": 0.0, "lead": lead}
+
+
+def _rates_were_not_the_hosts(state: State) -> State:
+    return _with_strategies(state, _own_rate)
+
+
+def _own_rate(strategy: Description) -> Description:
+    if strategy["class"] == "MaskedDistillation":
+        return {"relative_rate": 0.15, "source_weight": 1.0, **strategy}
+    return strategy
+
+
+def _changes_were_not_counted(state: State) -> State:
+    """Before only accepted rounds were counted; where a guard judged, those are the ones that changed the teacher."""
+    earlier = state["earlier"]
+    changed = earlier["accepted"] if earlier["judged"] else earlier["rounds"]
+    return {**state, "earlier": {**earlier, "changed": changed}}
+
+
 _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     1: (_every_step_was_observed, _every_round_was_kept),
     2: (
@@ -186,6 +213,7 @@ _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
         _data_was_not_followed,
         _last_rates_were_the_reports,
     ),
+    3: (_nobody_was_validated, _rates_were_not_the_hosts, _changes_were_not_counted),
 }
 """By version, what makes a state of that version one of the next, one change after the other.
 

@@ -8,27 +8,45 @@ import torch
 from torch import Tensor
 
 from ._host.ranks import adding, sum_across_ranks, world_size
-from .outputs import Outputs, without_graph
+from ._host.stepping import LearningRate
+from .outputs import Outputs, owned, without_graph
 from .saliency.observer import Observation
+from .update import SourceLoss
+
+
+class Batch(NamedTuple):
+    """What a round runs the models on.
+
+    Attributes:
+        inputs: What the teacher is called with; ``None`` where the host gave its output alone.
+        student_inputs: What the student is called with, where that is something else.
+        view: The same images on another view, as the teacher is called with it.
+        student_view: The same for the student, where that is called with something else.
+        source_loss: The host's supervised loss.
+        mask: What counts.
+    """
+
+    inputs: Any = None
+    student_inputs: Any = None
+    view: Any = None
+    student_view: Any = None
+    source_loss: Optional[SourceLoss] = None
+    mask: Optional[Tensor] = None
 
 
 class Pair(NamedTuple):
-    """What both models put out for one batch, and what they are run on in a round.
+    """What both models put out for one batch.
 
     Attributes:
         student: The student's outputs.
-        teacher: The teacher's; ``None``, like all that follows, where the only process has no data.
-        inputs: What the teacher is run on.
-        student_inputs: What the student is run on, where that is something else.
-        mask: What counts.
+        teacher: The teacher's; ``None`` where the only process has no data.
+        batch: What both are run on in a round, with a mask of bool or float weights.
         has_data: Whether this process has any of it; all the others are stand-ins otherwise.
     """
 
     student: Outputs
     teacher: Optional[Outputs]
-    inputs: Any
-    student_inputs: Any
-    mask: Optional[Tensor]
+    batch: Batch
     has_data: bool
 
 
@@ -37,28 +55,28 @@ class Step:
 
     Attributes:
         here: Whether this process has target data; ``None`` as long as ``distill`` was not called.
-        inputs: What a round runs the teacher on.
-        student_inputs: What it runs the student on, where that is something else.
-        mask: Which positions of them count.
+        batch: What a round runs the models on.
+        teacher: The teacher's outputs on that batch.
         shapes: Of the logits that were distilled, without the batch, by whose they are.
         observed: The domains of which ``observe`` was called.
         pending: What was observed; it counts once the step is made.
         loss_given: Whether the host gave a loss on target data to be observed.
         missed: Whether the step should have been observed and had no data then.
         unscaled: Whether the gradients of the KD loss's own parameters are unscaled.
+        learning_rate: The host's optimizer's, if it is known.
     """
 
     def __init__(self) -> None:
         self.here: Optional[bool] = None
-        self.inputs: Any = None
-        self.student_inputs: Any = None
-        self.mask: Optional[Tensor] = None
+        self.batch = Batch()
+        self.teacher: Optional[Outputs] = None
         self.shapes: Dict[str, Tuple[int, ...]] = {}
         self.observed: Set[str] = set()
         self.pending: List[Observation] = []
         self.loss_given = False
         self.missed = False
         self.unscaled = False
+        self.learning_rate: Optional[LearningRate] = None
         self._anywhere = False
 
     @property
@@ -68,10 +86,11 @@ class Step:
 
     def keep(self, pair: Pair) -> None:
         """Keep a batch for the round, without the graph of a network that made it: no round needs that."""
-        batch = (pair.inputs, pair.student_inputs, pair.mask)
-        self.inputs, self.student_inputs, self.mask = map(without_graph, batch)
+        kept = {name: without_graph(value) for name, value in pair.batch._asdict().items() if name != "source_loss"}
+        self.batch = pair.batch._replace(**kept)
         both = {"student": pair.student, "teacher": pair.teacher} if pair.has_data else {}
         self.shapes = {whose: tuple(of.logits.shape[1:]) for whose, of in both.items() if of is not None}
+        self.teacher = None if pair.teacher is None else owned(pair.teacher)
 
     def anywhere(self, device: torch.device) -> bool:
         """Return whether any process has target data; all of them must ask, and all get the same answer."""

@@ -45,9 +45,11 @@ class Role(NamedTuple):
 ROLES: Mapping[str, Role] = {
     "saliency": Role(("score",), "Taylor()", ("order",)),
     "threshold": Role(("__call__",), "MeanThreshold()"),
-    "selection": Role(("__call__",), "LowestFraction()"),
+    "selection": Role(("__call__",), "DrawnFraction()"),
     "relation": Role(("__call__",), "ByRelativeDepth()"),
-    "update": Role(("apply",), "Guard(MaskedDistillation())"),
+    "validator": Role(("statistics", "score"), "SoftConsistency()", ("needs_view",)),
+    "trust": Role(("__call__",), "LinearTrust()"),
+    "update": Role(("apply",), "MaskedDistillation()"),
     "distillation": Role(("__call__",), "DISTDistillation()"),
     "schedule": Role(("due", "observes", "strength"), "Schedule(warmup=1000)"),
     "probe": Role(("__call__",), "PseudoLabelCrossEntropy()"),
@@ -140,8 +142,10 @@ def _is_ours(value: Any) -> bool:
 
 
 def check_strategies(strategies: Mapping[str, Any]) -> None:
-    """Raise unless there is an instance of a strategy for every role."""
+    """Raise unless there is an instance of a strategy for every role; ``None`` leaves one to what the host gives."""
     for role, strategy in strategies.items():
+        if strategy is None:
+            continue
         methods, example, attributes = ROLES[role]
         missing = [name for name in methods if not callable(getattr(strategy, name, None))]
         missing += [name for name in attributes if not hasattr(strategy, name)]

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import functools
+import math
 from types import MethodType
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 from ..errors import problem
 from .accelerate import AcceleratedWatch, accelerated
+
+
+class LearningRate(NamedTuple):
+    """The learning rate of a host's optimizer.
+
+    Attributes:
+        value: The lowest of its groups that is not 0: that of the backbone, where the head has a higher one.
+        adaptive: Whether it is about the size of the optimizer's steps, as in Adam and its kind.
+    """
+
+    value: float
+    adaptive: bool
+
+
+def learning_rate_of(optimizer: Any) -> Optional[LearningRate]:
+    """Return the learning rate of anything with ``param_groups``; ``None`` where there is none, or all are 0.
+
+    Where it is a tensor on a device, it waits for the device.
+    """
+    groups = [group for group in getattr(optimizer, "param_groups", None) or () if "lr" in group]
+    rates = [float(group["lr"]) for group in groups]
+    positive = [rate for rate in rates if 0 < rate < math.inf]
+    if not positive:
+        return None
+    return LearningRate(min(positive), all("betas" in group for group in groups))
 
 
 class StepWatch:

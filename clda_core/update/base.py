@@ -15,7 +15,10 @@ from ..layers import Layer
 from ..outputs import Outputs, owned
 from .writing import Snapshot
 
-__all__ = ["RoundContext", "Update", "UpdateResult"]
+__all__ = ["RoundContext", "SourceLoss", "Update", "UpdateResult"]
+
+SourceLoss = Callable[[nn.Module], Tensor]
+"""The host's supervised loss on source data, as a function of the network: ``source_loss(teacher) -> scalar``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,14 @@ class RoundContext:
         class_map: The KD loss's: student class ``i`` is teacher class ``class_map[i]``; ``None`` where the classes are
             the same.
         student_inputs: The batch for the student, where that takes other inputs; ``None`` where it takes the same.
+        view: The same images on another view, as ``distill`` got it; ``None`` if there is none.
+        student_view: The view for the student, where that takes other inputs.
+        source_loss: The host's supervised loss on source data, a function of the network; ``None`` if there is none.
+        trust: How far the student is trusted by its lead, in [0, 1]; see :mod:`clda_core.lead`.
+        learning_rate: The host's at its peak so far, where its optimizer is of Adam's kind; ``None`` where that is not
+            known. Its decay is part of ``strength``.
+        teacher_before: The teacher's outputs on ``inputs`` before the round, where they are known;
+            :meth:`teacher_outputs` gives them in any case.
     """
 
     teacher: nn.Module
@@ -48,6 +59,12 @@ class RoundContext:
     strength: float = 1.0
     class_map: Optional[Sequence[int]] = None
     student_inputs: Any = None
+    view: Any = None
+    student_view: Any = None
+    source_loss: Optional[SourceLoss] = None
+    trust: float = 1.0
+    learning_rate: Optional[float] = None
+    teacher_before: Optional[Outputs] = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False)
     _before: Dict[int, Before] = field(default_factory=dict, repr=False)
 
@@ -61,6 +78,27 @@ class RoundContext:
             self._cache["student"] = self.predict(self.student)
         return self._cache["student"]
 
+    def teacher_outputs(self) -> Outputs:
+        """Return the teacher's outputs on ``inputs`` before the update, in the student's classes and without a graph.
+
+        Ask before the update writes: they are computed at the first call where ``distill`` did not.
+
+        Raises:
+            CldaError: If this step's ``distill`` got no inputs.
+        """
+        if "teacher" not in self._cache:
+            known = self.teacher_before
+            self._cache["teacher"] = self.predict(self.teacher) if known is None else known
+        return self._cache["teacher"]
+
+    def has_view(self) -> bool:
+        """Return whether both models can be run on another view."""
+        return self.view is not None and (self.student_inputs is None or self.student_view is not None)
+
+    def view_of(self, model: nn.Module) -> Any:
+        """Return the view that ``model``, the teacher or the student, is run on; ``None`` where there is none."""
+        return self.view if model is not self.student or self.student_inputs is None else self.student_view
+
     def predict(self, model: nn.Module) -> Outputs:
         """Return a model's outputs on ``inputs`` in eval mode, without a graph and in memory of their own.
 
@@ -69,6 +107,11 @@ class RoundContext:
         """
         with borrowed(model):
             return owned(self.forward(model, self.inputs_of(model)))
+
+    def predict_view(self, model: nn.Module) -> Outputs:
+        """Return a model's outputs on the view in eval mode, without a graph and in memory of their own."""
+        with borrowed(model):
+            return owned(self.forward(model, self.view_of(model)))
 
     def inputs_of(self, model: nn.Module) -> Any:
         """Return what ``model``, the teacher or the student, is run on.
@@ -151,7 +194,7 @@ class Update(Protocol):
     """Changes the selected teacher layers in place; the learner undoes what it wrote there if it raises.
 
     No more than :meth:`apply` is needed. What else an update may have is declared by :class:`NeedsRelation`,
-    :class:`Stateful`, :class:`Rehearses` and :class:`KnowsTeacher`.
+    :class:`WeighsTrust`, :class:`Stateful`, :class:`Rehearses` and :class:`KnowsTeacher`.
     """
 
     def apply(self, context: RoundContext) -> UpdateResult:
@@ -166,6 +209,16 @@ class NeedsRelation(Protocol):
     @property
     def needs_relation(self) -> bool:
         """Whether layers without a related student layer cannot be updated."""
+        ...
+
+
+@runtime_checkable
+class WeighsTrust(Protocol):
+    """An update that goes by the trust in the student itself; of others the strength is multiplied by it."""
+
+    @property
+    def weighs_trust(self) -> bool:
+        """Whether ``context.trust`` is heeded in :meth:`Update.apply`."""
         ...
 
 
@@ -219,6 +272,11 @@ def needs_relation(update: Update) -> bool:
     return isinstance(update, NeedsRelation) and update.needs_relation
 
 
+def weighs_trust(update: Update) -> bool:
+    """Return whether an update goes by the trust in the student itself."""
+    return isinstance(update, WeighsTrust) and update.weighs_trust
+
+
 def state_of(update: Update) -> Dict[str, Any]:
     """Return an update's state, not copied; empty for one that remembers nothing."""
     return update.state_dict() if isinstance(update, Stateful) else {}
@@ -237,6 +295,17 @@ def rehearse(update: Update, context: RoundContext) -> None:
     elif context.inputs is not None:
         context.predict(context.teacher)
         context.student_outputs()
+
+
+def check_source_loss(source_loss: Any) -> None:
+    """Raise unless this is a function of the network, or ``None``."""
+    if source_loss is not None and not callable(source_loss):
+        raise problem(
+            "source_loss= cannot be called",
+            expected="a function of the network that returns the host's supervised loss on source data",
+            received=type(source_loss).__name__,
+            fix="pass source_loss=lambda teacher: F.cross_entropy(teacher(images_s), labels_s)",
+        )
 
 
 def check_teacher(update: Update, teacher: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Masked distillation: the student's predictions teach the selected teacher layers."""
+"""Masked distillation: the student's predictions, the teacher's own and the source teach the selected layers."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -16,59 +16,87 @@ from .._host.shards import gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
 from ..errors import check_number, problem
 from ..layers import canonical_parameters
+from ..outputs import Outputs
 from ..strategy import Strategy
 from .base import RoundContext, UpdateResult
 
 __all__ = ["MaskedDistillation"]
 
 
-class MaskedDistillation(Strategy):
-    r"""Distil the student's predictions into the teacher, with the gradient limited to the selected layers.
+_RATE = 1e-4
+"""Of Adam, where neither the caller nor the host gives one."""
 
-    A few steps on :math:`L(\theta_T) = D(f_T(x; \theta_T), f_S(x))`, where :math:`D` is a distillation loss with
-    the student's predictions :math:`f_S(x)` on this step's target batch as its constant target, and every parameter
-    outside the selected layers is constant. Both models run in eval mode: BatchNorm statistics stay. The networks need
-    not be related and may differ in every shape. The optimizer is the learner's own. The paper speaks of layer-wise
-    relations instead; this functional update is ours.
+
+class MaskedDistillation(Strategy):
+    r"""Distil predictions into the selected teacher layers, with the student's as far as it is trusted.
+
+    A few steps on
+
+    .. math:: L(\theta_T) = (1 - t)\, D(f_T(v; \theta_T), f_T(x; \theta_T^0)) + t\, D(f_T(v; \theta_T), f_S(x))
+              + \lambda L_\text{source}(\theta_T)
+
+    where :math:`x` is this step's target batch, :math:`v` the view of it that ``distill`` got (:math:`v = x` without
+    one), :math:`D` a distillation loss whose targets are constant, :math:`\theta_T^0` the teacher before the round,
+    :math:`t` the trust in the student (:mod:`clda_core.lead`), and :math:`L_\text{source}` the host's supervised loss,
+    where it is given. Every parameter outside the selected layers is constant. Without a view the first term has no
+    gradient and is left out; without that, a source loss and trust there is nothing to learn, and nothing is written.
+
+    Both models run in eval mode: BatchNorm statistics stay. The networks need not be related and may differ in every
+    shape. The optimizer is the learner's own. The paper speaks of layer-wise relations instead; this functional update
+    is ours.
 
     Args:
         steps: Optimizer steps a round, >= 1.
-        learning_rate: Of the default optimizer, Adam, whose first steps move every element by about as much; > 0.
+        learning_rate: Of the default optimizer, Adam, whose steps move every element by about as much; > 0. By default
+            ``relative_rate`` times that of the host's optimizer where that is of Adam's kind and known, and 1e-4 where
+            it is not.
+        relative_rate: See ``learning_rate``; > 0.
+        source_weight: The weight :math:`\lambda` of the source loss, >= 0.
         distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
             has a ``class_map``, the teacher's logits come in the student's classes.
         optimizer: Builds another optimizer from the teacher's parameters, for example
-            ``lambda parameters: torch.optim.SGD(parameters, lr=1e-2)``; then ``learning_rate`` is not used.
+            ``lambda parameters: torch.optim.SGD(parameters, lr=1e-2)``; then neither rate is used.
 
     Raises:
-        CldaError: If an argument is out of range, or ``optimizer`` holds other parameters than it was given.
+        CldaError: If an argument is out of range, or ``optimizer`` holds other parameters than it was given; in a
+            round, if the source loss is no scalar.
 
     Note:
         Memory beyond the teacher's activations: gradients and optimizer state of the layers selected so far. The
-        schedule's strength scales the learning rate. A step with a non-finite gradient is not made. On several ranks
-        gradients are averaged, so that the teacher stays equal everywhere.
+        strength scales the learning rate, so that it falls with the host's. A step with a non-finite gradient is not
+        made. On several ranks gradients are averaged, so that the teacher stays equal everywhere.
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015, for :math:`D`; Zhang et al., Deep Mutual
-        Learning, CVPR 2018, for teaching in both directions.
+        Learning, CVPR 2018, for teaching in both directions; Xie et al., Unsupervised Data Augmentation, NeurIPS 2020,
+        for the prediction on the clean image as the target of the changed one.
     """
 
     needs_relation = False
+    weighs_trust = True
 
     def __init__(
         self,
         *,
         steps: int = 1,
-        learning_rate: float = 1e-4,
+        learning_rate: Optional[float] = None,
+        relative_rate: float = 0.15,
+        source_weight: float = 1.0,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
     ) -> None:
         check_number("steps", steps, at_least=1, integer=True)
-        check_number("learning_rate", learning_rate, above=0)
+        if learning_rate is not None:
+            check_number("learning_rate", learning_rate, above=0)
+        check_number("relative_rate", relative_rate, above=0)
+        check_number("source_weight", source_weight, at_least=0)
         self.steps = steps
         self.learning_rate = learning_rate
+        self.relative_rate = relative_rate
+        self.source_weight = source_weight
         self.distillation = KLDistillation(temperature=1.0) if distillation is None else distillation
         self.optimizer = optimizer
-        self._own = OwnOptimizer(learning_rate, optimizer)
+        self._own = OwnOptimizer(_RATE if learning_rate is None else learning_rate, optimizer)
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Take the steps on this step's target batch."""
@@ -76,25 +104,67 @@ class MaskedDistillation(Strategy):
         names = [name for layer in context.layers for name in layer.parameters]
         selected = [everything[name] for name in names]
         self._own.prepare(context.teacher, everything)
-        target = context.student_outputs()
-        inputs = context.required_inputs()
+        targets = self._targets(context)
         reached: Set[str] = set()
         reason = "no gradient reaches it"
-        for _ in range(self.steps):
-            with borrowed(context.teacher, grad_to=selected):
-                prediction = context.forward(context.teacher, inputs)
-                loss = distillation_loss(self.distillation, prediction, target, context.mask)
-                averaged = _averaged_gradients(loss, selected)
-            found = {name: gradient for name, gradient in zip(names, averaged) if gradient is not None}
-            if not found:
-                break
-            if not all_finite(found.values()):
-                reason = "a gradient of the round is not finite"
-                break
-            self._own.step(everything, found, context.strength)
-            reached.update(found)
+        if not targets and not self._supervises(context):
+            reason = "the student is not trusted, and there is neither a view nor a source loss to learn from"
+        else:
+            for _ in range(self.steps):
+                averaged = self._gradients(context, targets, selected)
+                found = {name: gradient for name, gradient in zip(names, averaged) if gradient is not None}
+                if not found:
+                    break
+                if not all_finite(found.values()):
+                    reason = "a gradient of the round is not finite"
+                    break
+                self._own.step(everything, found, self._factor(context))
+                reached.update(found)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
+
+    def _targets(self, context: RoundContext) -> List[Tuple[float, Outputs]]:
+        """Return what the teacher learns to predict on the view, each with its weight."""
+        targets = []
+        if context.trust < 1 and context.has_view():
+            targets.append((1.0 - context.trust, context.teacher_outputs()))
+        if context.trust > 0:
+            targets.append((context.trust, context.student_outputs()))
+        return targets
+
+    def _supervises(self, context: RoundContext) -> bool:
+        return context.source_loss is not None and self.source_weight > 0
+
+    def _factor(self, context: RoundContext) -> float:
+        """Return what the optimizer's learning rate is multiplied by."""
+        alone = not context.has_view() and not self._supervises(context)
+        # Adam's steps do not shrink with the loss, so what is learnt from the student alone shrinks here.
+        factor = context.strength * (context.trust if alone else 1.0)
+        if self.learning_rate is not None or self.optimizer is not None or context.learning_rate is None:
+            return factor
+        return factor * self.relative_rate * context.learning_rate / _RATE
+
+    def _gradients(
+        self, context: RoundContext, targets: Sequence[Tuple[float, Outputs]], by: Sequence[Tensor]
+    ) -> Sequence[Optional[Tensor]]:
+        """Return the loss's gradients averaged over ranks; one graph is held at a time."""
+        found: List[Sequence[Optional[Tensor]]] = []
+        with borrowed(context.teacher, grad_to=by) as teacher:
+            if targets:
+                view = context.view if context.has_view() else context.required_inputs()
+                prediction = context.forward(context.teacher, view)
+                losses = [
+                    weight * distillation_loss(self.distillation, prediction, target, context.mask)
+                    for weight, target in targets
+                ]
+                found.append(_differentiated(sum(losses[1:], losses[0]), by))
+                del prediction, losses
+            if context.source_loss is not None and self._supervises(context):
+                loss = context.source_loss(teacher)
+                check_scalar(loss)
+                found.append(_differentiated(self.source_weight * loss, by))
+        summed = [_added(of_one) for of_one in zip(*found)]
+        return summed if any(map(is_sharded, by)) else mean_where_seen(summed, by)
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raise unless a restored state belongs to this teacher."""
@@ -108,11 +178,7 @@ class MaskedDistillation(Strategy):
         """
         everything = canonical_parameters(context.teacher)
         wanted = [everything[name] for layer in context.layers for name in layer.parameters]
-        target = context.student_outputs()
-        with borrowed(context.teacher, grad_to=wanted):
-            prediction = context.forward(context.teacher, context.required_inputs())
-            loss = distillation_loss(self.distillation, prediction, target, context.mask)
-            found = _averaged_gradients(loss, wanted)
+        found = self._gradients(context, [(1.0, context.student_outputs())], wanted)
         if all(gradient is None for gradient in found):
             raise problem(
                 "the update's loss does not depend on the teacher",
@@ -150,10 +216,27 @@ def _on_every_rank(here: Tensor, sharded: Sequence[Tensor]) -> bool:
     return bool(sum_over_shards(1 - here.float(), sharded) == 0) if any(map(is_sharded, sharded)) else bool(here)
 
 
-def _averaged_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
+def _differentiated(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
+    """Return this rank's gradients; of sharded parameters those of all ranks."""
     if any(map(is_sharded, parameters)):
         return gradients(loss, parameters)
     if not loss.requires_grad:  # nothing of what is differentiated by took part
-        return mean_where_seen([None] * len(parameters), parameters)
+        return [None] * len(parameters)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return mean_where_seen([None if one is None else strided(one) for one in found], parameters)
+    return [None if one is None else strided(one) for one in found]
+
+
+def _added(parts: Sequence[Optional[Tensor]]) -> Optional[Tensor]:
+    seen = [part for part in parts if part is not None]
+    return None if not seen else sum(seen[1:], seen[0])
+
+
+def check_scalar(loss: Any) -> None:
+    """Raise unless a host's source loss is one."""
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        raise problem(
+            "the source loss is no scalar",
+            expected="a floating-point tensor without dimensions",
+            received=f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
+            fix="pass distill(source_loss=lambda teacher: F.cross_entropy(teacher(images_s), labels_s))",
+        )

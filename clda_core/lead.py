@@ -1,0 +1,208 @@
+"""Who leads: the student's score minus the teacher's on target data, and how far the student is trusted by it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ._host.ranks import sum_across_ranks
+from .errors import check_number, problem
+from .strategy import Strategy
+from .update import RoundContext
+from .validation import MutualInformation, SoftConsistency, Validator, check_statistics, scores_by_class
+
+__all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
+
+NOT_TRUSTED = "the student is not trusted: by the validator it is behind the teacher"
+
+Trust = Callable[[float], float]
+"""``trust(lead) -> t``: how far the student is trusted, in [0, 1], by its score minus the teacher's; a pure function."""
+
+MEMORY = 0.9
+"""Of what earlier looks have counted, the share that the next one keeps: about the last ten looks are averaged."""
+
+
+class LinearTrust(Strategy):
+    r"""Trust that rises from 0 to 1 with the lead: :math:`t = \min(1, \max(0, (d - a) / (b - a)))`.
+
+    :math:`d` is the lead, :math:`a` is ``zero`` and :math:`b` is ``full``. Validators underrate a network whose
+    learning rate is still high, as the student's is for most of the training, so ``zero`` is below 0.
+
+    Args:
+        zero: The lead at which the student begins to be trusted, in the validator's units.
+        full: The lead from which on it is trusted alone, > ``zero``.
+
+    Raises:
+        CldaError: If the numbers are not finite, or ``full`` is not above ``zero``.
+
+    Example:
+        >>> trust = LinearTrust(zero=-0.1, full=0.1)
+        >>> [trust(lead) for lead in (-0.2, 0.0, 0.3)]
+        [0.0, 0.5, 1.0]
+    """
+
+    def __init__(self, *, zero: float = -0.05, full: float = 0.05) -> None:
+        check_number("zero", zero)
+        check_number("full", full, above=zero)
+        self.zero = zero
+        self.full = full
+
+    def __call__(self, lead: float) -> float:
+        """Return the trust; see :data:`Trust`."""
+        return min(1.0, max(0.0, (lead - self.zero) / (self.full - self.zero)))
+
+
+class FixedTrust(Strategy):
+    """Control: the same trust whoever leads. Nothing is validated then.
+
+    Args:
+        trust: In [0, 1]. With 1, rounds learn from the student alone; with 0 they go on without the student.
+
+    Raises:
+        CldaError: If ``trust`` is out of range.
+
+    Example:
+        >>> FixedTrust(0.5)(-3.0)
+        0.5
+    """
+
+    def __init__(self, trust: float = 1.0) -> None:
+        check_number("trust", trust, at_least=0, at_most=1)
+        self.trust = trust
+
+    def __call__(self, lead: float) -> float:
+        """Return the trust; see :data:`Trust`."""
+        return self.trust
+
+
+class Look(NamedTuple):
+    """What is known of both networks after a look.
+
+    Attributes:
+        trust: How far the student is trusted.
+        lead: The student's score minus the teacher's; ``None`` if it is unknown, or nobody asked.
+        by_class: The same for each class, ``None`` where unknown; empty for validators that score no classes.
+    """
+
+    trust: float
+    lead: Optional[float] = None
+    by_class: Tuple[Optional[float], ...] = ()
+
+
+class Averages(NamedTuple):
+    """What a validator has counted of both networks; earlier looks fade.
+
+    Attributes:
+        of: The validator's name, ``None`` before the first look.
+        teacher: Its statistics of the teacher.
+        student: Its statistics of the student.
+    """
+
+    of: Optional[str] = None
+    teacher: Optional[Tensor] = None
+    student: Optional[Tensor] = None
+
+    def and_then(self, of: str, teacher: Tensor, student: Tensor) -> Averages:
+        """Return the averages with one more look; another validator's begin anew, since its scale is another."""
+        new = Averages(of, teacher, student)
+        if self.of != of or self.teacher is None or self.student is None or self.teacher.shape != teacher.shape:
+            return new
+        before = (self.teacher.to(teacher), self.student.to(student))
+        return Averages(of, teacher + MEMORY * before[0], student + MEMORY * before[1])
+
+
+class Lead:
+    """Validates both networks on the batch of a round, and averages over the looks.
+
+    The statistics of earlier looks fade by :data:`MEMORY`, so that one batch decides nothing and the networks of long
+    ago count no more.
+
+    Args:
+        validator: Scores a network; ``None`` for soft consistency where ``distill`` gets a view, and for mutual
+            information where it does not.
+        trust: How far the student is trusted by its lead.
+
+    Attributes:
+        averages: Of the looks so far.
+    """
+
+    def __init__(self, validator: Optional[Validator], trust: Trust) -> None:
+        self.averages = Averages()
+        self._validator = validator
+        self._trust = trust
+
+    def look(self, context: RoundContext) -> Look:
+        """Validate both networks once more and return what is known now.
+
+        Raises:
+            CldaError: If the validator needs a view and there is none, or returns no statistics; or ``trust`` returns
+                no number in [0, 1].
+        """
+        if isinstance(self._trust, FixedTrust):
+            return Look(self._trust.trust)
+        if context.inputs is None:
+            return Look(0.0)
+        validator = self.validator_of(context)
+        teacher, student = sum_across_ranks(_statistics(validator, context))
+        self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
+        scores = [validator.score(of).double().cpu() for of in self.averages[1:]]
+        lead = float(scores[1] - scores[0])
+        if not math.isfinite(lead):
+            return Look(0.0)
+        trust = self._trust(lead)
+        check_number("what trust= returned", trust, at_least=0, at_most=1)
+        return Look(float(trust), lead, self._by_class(validator))
+
+    def rehearse(self, context: RoundContext) -> None:
+        """Do all of a look that can fail, and forget it."""
+        if not isinstance(self._trust, FixedTrust) and context.inputs is not None:
+            validator = self.validator_of(context)
+            for statistics in _statistics(validator, context):
+                validator.score(statistics)
+
+    def validator_of(self, context: RoundContext) -> Validator:
+        """Return the validator that goes by what the host hands a round.
+
+        Raises:
+            CldaError: If it needs a view and there is none.
+        """
+        has_view = context.has_view()
+        if self._validator is None:
+            return SoftConsistency() if has_view else MutualInformation()
+        if self._validator.needs_view and not has_view:
+            raise problem(
+                f"the validator {type(self._validator).__name__} needs a second view of the target images",
+                expected="view= of distill()" + (", with student_view= beside student_inputs=" * (context.student_inputs is not None)),
+                received="none",
+                fix="call learner.distill(student_output, images, view=changed_images), or use a validator that needs "
+                "no view, such as MutualInformation()",
+            )
+        return self._validator
+
+    def _by_class(self, validator: Validator) -> Tuple[Optional[float], ...]:
+        teacher, student = (scores_by_class(validator, of) for of in self.averages[1:])
+        if student is None or teacher is None:
+            return ()
+        leads = (student.double().cpu() - teacher.double().cpu()).tolist()
+        return tuple(None if math.isnan(lead) else lead for lead in leads)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what is averaged, and by which validator."""
+        return self.averages._asdict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.averages = Averages(**state)
+
+
+def _statistics(validator: Validator, context: RoundContext) -> List[Tensor]:
+    """Return what a validator counts of teacher and student on a batch."""
+    found = []
+    for model, own in ((context.teacher, context.teacher_outputs), (context.student, context.student_outputs)):
+        view = context.predict_view(model).logits if validator.needs_view else None
+        with torch.no_grad():
+            found.append(check_statistics(validator, validator.statistics(own().logits, view, context.mask)))
+    return found
