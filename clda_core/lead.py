@@ -12,7 +12,8 @@ from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
 from .strategy import Strategy
 from .update import RoundContext
-from .validation import MutualInformation, SoftConsistency, Validator, check_statistics, scores_by_class
+from .validation import MakesView, MutualInformation, SoftConsistency, Validator
+from .validation.base import check_statistics, nothing_unless_finite, score_by_class, score_of
 
 __all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
 
@@ -102,16 +103,14 @@ class Averages(NamedTuple):
     """
 
     of: Optional[str] = None
-    teacher: Optional[Tensor] = None
-    student: Optional[Tensor] = None
+    teacher: Tensor = torch.zeros(0)
+    student: Tensor = torch.zeros(0)
 
     def and_then(self, of: str, teacher: Tensor, student: Tensor) -> Averages:
         """Return the averages with one more look; another validator's begin anew, since its scale is another."""
-        new = Averages(of, teacher, student)
-        if self.of != of or self.teacher is None or self.student is None or self.teacher.shape != teacher.shape:
-            return new
-        before = (self.teacher.to(teacher), self.student.to(student))
-        return Averages(of, teacher + MEMORY * before[0], student + MEMORY * before[1])
+        if self.of != of or len(self.teacher) != len(teacher):
+            return Averages(of, teacher, student)
+        return Averages(of, teacher + MEMORY * self.teacher.to(teacher), student + MEMORY * self.student.to(student))
 
 
 class Lead:
@@ -146,11 +145,10 @@ class Lead:
         if context.inputs is None:
             return Look(0.0)
         validator = self.validator_of(context)
-        teacher, student = sum_across_ranks(_statistics(validator, context))
+        teacher, student = sum_across_ranks(nothing_unless_finite(*_statistics(validator, context)))
         self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
-        scores = [validator.score(of).double().cpu() for of in self.averages[1:]]
-        lead = float(scores[1] - scores[0])
-        if not math.isfinite(lead):
+        lead = score_of(validator, self.averages.student) - score_of(validator, self.averages.teacher)
+        if math.isnan(lead):
             return Look(0.0)
         trust = self._trust(lead)
         check_number("what trust= returned", trust, at_least=0, at_most=1)
@@ -161,7 +159,7 @@ class Lead:
         if not isinstance(self._trust, FixedTrust) and context.inputs is not None:
             validator = self.validator_of(context)
             for statistics in _statistics(validator, context):
-                validator.score(statistics)
+                score_of(validator, statistics)
 
     def validator_of(self, context: RoundContext) -> Validator:
         """Return the validator that goes by what the host hands a round.
@@ -172,7 +170,7 @@ class Lead:
         has_view = context.has_view()
         if self._validator is None:
             return SoftConsistency() if has_view else MutualInformation()
-        if self._validator.needs_view and not has_view:
+        if self._validator.needs_view and not has_view and not isinstance(self._validator, MakesView):
             raise problem(
                 f"the validator {type(self._validator).__name__} needs a second view of the target images",
                 expected="view= of distill()" + (", with student_view= beside student_inputs=" * (context.student_inputs is not None)),
@@ -183,7 +181,7 @@ class Lead:
         return self._validator
 
     def _by_class(self, validator: Validator) -> Tuple[Optional[float], ...]:
-        teacher, student = (scores_by_class(validator, of) for of in self.averages[1:])
+        teacher, student = score_by_class(validator, self.averages.teacher), score_by_class(validator, self.averages.student)
         if student is None or teacher is None:
             return ()
         leads = (student.double().cpu() - teacher.double().cpu()).tolist()
@@ -202,7 +200,11 @@ def _statistics(validator: Validator, context: RoundContext) -> List[Tensor]:
     """Return what a validator counts of teacher and student on a batch."""
     found = []
     for model, own in ((context.teacher, context.teacher_outputs), (context.student, context.student_outputs)):
-        view = context.predict_view(model).logits if validator.needs_view else None
+        view: Optional[Tensor] = None
+        if isinstance(validator, MakesView):
+            view = context.predict(model, validator.view(context.inputs_of(model))).logits
+        elif validator.needs_view:
+            view = context.predict(model, context.view_of(model)).logits
         with torch.no_grad():
             found.append(check_statistics(validator, validator.statistics(own().logits, view, context.mask)))
     return found

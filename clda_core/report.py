@@ -59,8 +59,8 @@ class RoundRecord:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RoundRecord:
         """Read one of the rounds of :meth:`Report.to_dict`."""
-        lists = ("selected", "updated", "lead_by_class")
-        return cls(**{name: tuple(value) if name in lists else value for name, value in record.items()})
+        lists = {name: tuple(record.get(name, ())) for name in ("selected", "updated", "lead_by_class")}
+        return cls(**{**record, **lists})
 
     @property
     def reason(self) -> Optional[str]:

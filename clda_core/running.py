@@ -26,7 +26,7 @@ from .outputs import (
     stand_in,
 )
 from .saliency import PseudoLabelCrossEntropy
-from .step import Batch, Pair, SourceLoss, Step
+from .step import Batch, Pair, Step
 
 
 class Runner:

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Mapping, Tuple
 
 from .errors import CldaError, problem
 from .layers import ModelView
+from .lead import Averages
 from .report import Earlier
 from .strategy import PACKAGE, describe
 
@@ -182,7 +183,7 @@ def _selections_had_thresholds(state: State) -> State:
 def _nobody_was_validated(state: State) -> State:
     """Before rounds asked nobody who leads: the student was trusted in all of them."""
     config = {**state["config"], "validator": None, "trust": {"class": "FixedTrust", "trust": 1.0}}
-    lead = {"of": None, "teacher": None, "student": None}
+    lead = Averages()._asdict()
     return {**state, "config": config, "peak": 0.0, "lead": lead}
 
 

@@ -2,7 +2,7 @@
 
 from .aligned_average import AlignedAverage
 from .average import Average
-from .base import RoundContext, Update, UpdateResult
+from .base import RoundContext, SourceLoss, Update, UpdateResult
 from .guard import Criterion, Guard, agreement, consensus, mutual_information
 from .initialise import init_student
 from .masked_distillation import MaskedDistillation
@@ -14,6 +14,7 @@ __all__ = [
     "Guard",
     "MaskedDistillation",
     "RoundContext",
+    "SourceLoss",
     "Update",
     "UpdateResult",
     "agreement",

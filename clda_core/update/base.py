@@ -99,19 +99,18 @@ class RoundContext:
         """Return the view that ``model``, the teacher or the student, is run on; ``None`` where there is none."""
         return self.view if model is not self.student or self.student_inputs is None else self.student_view
 
-    def predict(self, model: nn.Module) -> Outputs:
-        """Return a model's outputs on ``inputs`` in eval mode, without a graph and in memory of their own.
+    def predict(self, model: nn.Module, inputs: Any = None) -> Outputs:
+        """Return a model's outputs in eval mode, without a graph and in memory of their own.
+
+        Args:
+            model: The teacher or the student.
+            inputs: What it is called with; by default what :meth:`inputs_of` returns.
 
         Raises:
             CldaError: If this step's ``distill`` got no inputs.
         """
         with borrowed(model):
-            return owned(self.forward(model, self.inputs_of(model)))
-
-    def predict_view(self, model: nn.Module) -> Outputs:
-        """Return a model's outputs on the view in eval mode, without a graph and in memory of their own."""
-        with borrowed(model):
-            return owned(self.forward(model, self.view_of(model)))
+            return owned(self.forward(model, self.inputs_of(model) if inputs is None else inputs))
 
     def inputs_of(self, model: nn.Module) -> Any:
         """Return what ``model``, the teacher or the student, is run on.
