@@ -20,7 +20,7 @@ __all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
 NOT_TRUSTED = "the student is not trusted: by the validator it is behind the teacher"
 
 Trust = Callable[[float], float]
-"""``trust(lead) -> t``: how far the student is trusted, in [0, 1], by its score minus the teacher's; a pure function."""
+"""``trust(lead) -> t``: how far the student is trusted, in [0, 1], by its score minus the teacher's."""
 
 MEMORY = 0.9
 """Of what earlier looks have counted, the share that the next one keeps: about the last ten looks are averaged."""
@@ -173,7 +173,8 @@ class Lead:
         if self._validator.needs_view and not has_view and not isinstance(self._validator, MakesView):
             raise problem(
                 f"the validator {type(self._validator).__name__} needs a second view of the target images",
-                expected="view= of distill()" + (", with student_view= beside student_inputs=" * (context.student_inputs is not None)),
+                expected="view= of distill()"
+                + (", with student_view= beside student_inputs=" * (context.student_inputs is not None)),
                 received="none",
                 fix="call learner.distill(student_output, images, view=changed_images), or use a validator that needs "
                 "no view, such as MutualInformation()",
@@ -181,7 +182,10 @@ class Lead:
         return self._validator
 
     def _by_class(self, validator: Validator) -> Tuple[Optional[float], ...]:
-        teacher, student = score_by_class(validator, self.averages.teacher), score_by_class(validator, self.averages.student)
+        teacher, student = (
+            score_by_class(validator, self.averages.teacher),
+            score_by_class(validator, self.averages.student),
+        )
         if student is None or teacher is None:
             return ()
         leads = (student.double().cpu() - teacher.double().cpu()).tolist()

@@ -17,8 +17,8 @@ from .distillation.masks import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
 from .layers import LayerGrouping, ModelView, check_models, group_layers, size, warn_if_swapped
-from .outputs import Extract, check_extract, check_trainable, zero_loss
 from .lead import Lead, LinearTrust, Trust
+from .outputs import Extract, check_extract, check_trainable, zero_loss
 from .relation import ByRelativeDepth, Relation, needs_inputs
 from .report import Report
 from .round import Rounds
