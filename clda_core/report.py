@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Earlier", "Report", "RoundRecord"]
 
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+"""Of Okabe and Ito's palette, which colour-blind readers tell apart."""
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -240,10 +243,10 @@ class Report:
         return "\n".join(lines)
 
     def plot(self, axes: Optional[Axes] = None) -> Figure:
-        """Draw LSR by layer over the rounds that are kept, with a dot where a layer was updated.
+        """Draw LSR by layer over the rounds that are kept, with a dot where a layer was updated, and the lead below it.
 
         Args:
-            axes: Matplotlib axes to draw into; a new figure by default.
+            axes: Matplotlib axes to draw the LSR into, without the lead; a new figure of both by default.
 
         Returns:
             The figure; save it with ``figure.savefig(path)``.
@@ -251,8 +254,10 @@ class Report:
         Raises:
             CldaError: If matplotlib is not installed.
         """
+        of_lead: Optional[Axes] = None
         if axes is None:
-            axes = _new_axes(height=1.6 + 0.24 * len(self.layers))
+            leads = any(record.lead is not None for record in self.rounds)
+            axes, of_lead = _new_axes(1.6 + 0.24 * len(self.layers), lead=leads)
         figure = cast("Figure", axes.figure)
         if self.rounds:
             nan = float("nan")
@@ -273,8 +278,43 @@ class Report:
         axes.set_yticklabels(self.layers, fontsize=7)
         axes.set_xlabel("optimizer step")
         axes.set_title("LSR of the teacher (dots: updated)", fontsize=10)
+        if of_lead is not None:
+            _draw_lead(of_lead, self.rounds)
         figure.tight_layout()
         return figure
+
+
+def _draw_lead(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
+    """Draw the lead, those of the classes, and the trust; rounds that changed nothing are hollow."""
+    nan = float("nan")
+    steps = [record.step for record in rounds]
+    leads = [nan if record.lead is None else record.lead for record in rounds]
+    for index in range(max(len(record.lead_by_class) for record in rounds)):
+        of_class = [record.lead_by_class[index] if index < len(record.lead_by_class) else None for record in rounds]
+        axes.plot(steps, [nan if lead is None else lead for lead in of_class], color="0.8", linewidth=0.8)
+    axes.axhline(0.0, color="0.5", linewidth=0.8)
+    axes.plot(steps, leads, color=_BLUE, label="lead")
+    for changed, face in ((True, _BLUE), (False, "white")):
+        chosen = [index for index, record in enumerate(rounds) if bool(record.updated) is changed]
+        axes.scatter(
+            [steps[index] for index in chosen],
+            [leads[index] for index in chosen],
+            s=14,
+            color=face,
+            edgecolors=_BLUE,
+            zorder=3,
+            label="changed the teacher" if changed else "changed nothing",
+        )
+    axes.set_ylabel("lead of the student")
+    axes.set_xlabel("optimizer step")
+    of_trust = axes.twinx()
+    of_trust.plot(
+        steps, [nan if record.trust is None else record.trust for record in rounds], color=_ORANGE, linestyle="--"
+    )
+    of_trust.set_ylim(-0.05, 1.05)
+    of_trust.set_ylabel("trust (dashed)", color=_ORANGE)
+    axes.legend(loc="lower right", fontsize=7)
+    axes.set_title("Student's score minus teacher's (grey: by class)", fontsize=10)
 
 
 def _of_lead(rounds: Sequence[RoundRecord]) -> List[str]:
@@ -293,7 +333,8 @@ def _counted(counts: Mapping[str, int], names: Iterable[str]) -> Dict[str, int]:
     return {**counts, **{name: counts.get(name, 0) + 1 for name in names}}
 
 
-def _new_axes(height: float) -> Axes:
+def _new_axes(height: float, *, lead: bool) -> Tuple[Axes, Optional[Axes]]:
+    """Return axes of a new figure for the LSR, and for the lead if there is one."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -301,4 +342,8 @@ def _new_axes(height: float) -> Axes:
             "report().plot() needs matplotlib, which is not installed. Fix: pip install 'clda-core[plots]', or read "
             "the figures from report().to_dict()"
         ) from error
-    return Figure(figsize=(8.0, height)).add_subplot(1, 1, 1)
+    if not lead:
+        return Figure(figsize=(8.0, height)).add_subplot(1, 1, 1), None
+    figure = Figure(figsize=(8.0, height + 2.6))
+    grid = figure.add_gridspec(2, 1, height_ratios=[height, 2.6])
+    return figure.add_subplot(grid[0]), figure.add_subplot(grid[1])

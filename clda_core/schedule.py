@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Union
+from typing import Any, Optional, Union, cast
 
 from typing_extensions import Literal, Protocol
 
@@ -71,16 +71,12 @@ class Schedule(Strategy):
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total: Optional[int] = None,
     ) -> None:
-        if total is not None or decay != "constant" or isinstance(warmup, float) or isinstance(interval, float):
-            check_number("total", total, above=0, integer=True)
-        warmup = _steps("warmup", warmup, total)
-        interval = max(1, _steps("interval", interval, total))
-        check_number("warmup", warmup, at_least=0, integer=True)
-        check_number("interval", interval, at_least=1, integer=True)
+        warmup = _steps("warmup", warmup, total, at_least=0)
+        interval = _steps("interval", interval, total, at_least=1)
         check_number("observations", observations, at_least=1, at_most=interval, integer=True)
         check_number("observe_every", observe_every, at_least=1, integer=True)
         check_choice("decay", decay, ("constant", "linear", "cosine"))
-        if total is not None:
+        if total is not None or decay != "constant":
             check_number("total", total, above=warmup, integer=True)
         self.warmup = warmup
         self.interval = interval
@@ -108,12 +104,13 @@ class Schedule(Strategy):
         return 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _steps(name: str, value: Union[int, float], total: Optional[int]) -> int:
+def _steps(name: str, value: Any, total: Optional[int], *, at_least: int) -> int:
     """Return a number of steps, which may be given as a share of the total."""
-    if isinstance(value, float) and total is not None:
-        check_number(name, value, above=0, below=1)
-        return round(value * total)
-    return value  # type: ignore[return-value]  # checked by the caller
+    if isinstance(value, float) and 0 < value < 1:
+        check_number("total", total, above=0, integer=True)
+        value = max(at_least, round(value * cast(int, total)))
+    check_number(name, value, at_least=at_least, integer=True)
+    return cast(int, value)
 
 
 class Never(Strategy):

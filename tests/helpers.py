@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Schedule
 from clda_core.distillation import kl_distillation
+from clda_core.lead import FixedTrust
 
 INPUTS, CLASSES = 5, 3
 SAMPLES = 64
@@ -103,8 +104,8 @@ def every_step(**options: Any) -> Schedule:
 
 
 def make_learner(teacher: nn.Module, student: nn.Module, **options: Any) -> CollaborativeLearner:
-    """Return a learner that makes a round at every step."""
-    return CollaborativeLearner(teacher, student, **{"schedule": every_step(), **options})
+    """Return a learner that makes a round at every step, and trusts the student in each."""
+    return CollaborativeLearner(teacher, student, **{"schedule": every_step(), "trust": FixedTrust(), **options})
 
 
 def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:

@@ -20,6 +20,7 @@ from clda_core.distillation import (
     feature_distillation,
     kl_distillation,
 )
+from clda_core.lead import FixedTrust, LinearTrust
 from clda_core.relation import ByName, ByRelativeDepth, BySimilarity, Explicit
 from clda_core.saliency import (
     Fisher,
@@ -32,7 +33,15 @@ from clda_core.saliency import (
     ReferenceThreshold,
     Taylor,
 )
-from clda_core.selection import AllLayers, BelowRate, DomainShift, HighestFraction, LowestFraction, RandomFraction
+from clda_core.selection import (
+    AllLayers,
+    BelowRate,
+    DomainShift,
+    DrawnFraction,
+    HighestFraction,
+    LowestFraction,
+    RandomFraction,
+)
 from clda_core.update import (
     AlignedAverage,
     Average,
@@ -47,6 +56,7 @@ MODULES = [
     "clda_core",
     "clda_core.checkpoint",
     "clda_core.distillation",
+    "clda_core.lead",
     "clda_core.relation",
     "clda_core.saliency",
     "clda_core.schedule",
@@ -69,6 +79,12 @@ CASES: Dict[str, List[Case]] = {
     "FixedThreshold": [("threshold", lambda: FixedThreshold(1e-3))],
     "ReferenceThreshold": [("threshold", lambda: ReferenceThreshold(of=MeanThreshold(multiple=0.5)))],
     "LowestFraction": [("selection", lambda: LowestFraction(fraction=0.5))],
+    "DrawnFraction": [
+        ("selection", lambda: DrawnFraction(fraction=0.5)),
+        ("selection", lambda: DrawnFraction(fraction=0.5, bias=0.0, seed=3)),
+    ],
+    "LinearTrust": [("trust", LinearTrust), ("trust", lambda: LinearTrust(zero=-9.0, full=-8.0))],
+    "FixedTrust": [("trust", FixedTrust), ("trust", lambda: FixedTrust(0.5))],
     "BelowRate": [("selection", lambda: BelowRate(rate=0.5))],
     "DomainShift": [
         ("selection", lambda: DomainShift(fraction=0.5)),

@@ -18,7 +18,7 @@ FLOORS = [
     {"saliency", "distillation", "validation"},
     {"relation", "similarity", "selection", "schedule"},
     {"update"},
-    {"report", "step", "running", "round"},
+    {"report", "step", "running", "lead", "round"},
     {"state"},
     {"learner"},
     {"checkpoint", "integrations", "teaching"},
@@ -26,7 +26,7 @@ FLOORS = [
 """Files and folders of the package from the ground up: each imports from its own floor and from those below."""
 
 MOST_LINES = 400
-LONGER = {"learner": 480}
+LONGER = {"learner": 500}
 """A third of the learner's are docstrings: they say what its methods promise."""
 
 

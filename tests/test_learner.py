@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum, dist_distillation, kl_distillation
+from clda_core.lead import LinearTrust
 from clda_core.relation import BySimilarity, RelatedLayers
 from clda_core.saliency import (
     Hessian,
@@ -19,7 +20,7 @@ from clda_core.saliency import (
     ReferenceThreshold,
     Taylor,
 )
-from clda_core.selection import AllLayers, BelowRate, DomainShift, LowestFraction
+from clda_core.selection import AllLayers, BelowRate, DomainShift, DrawnFraction, LowestFraction
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, UpdateResult, init_student
 from tests.helpers import (
     Net,
@@ -493,12 +494,14 @@ def test_a_non_finite_gradient_does_not_stay_in_the_projectors() -> None:
 
 def test_metrics_are_flat_floats() -> None:
     teacher, student = networks()
-    learner = make_learner(teacher, student)
-    assert learner.metrics() == {"clda/steps": 0.0, "clda/rounds": 0.0, "clda/discarded": 0.0}
+    learner = make_learner(teacher, student, update=Guard(MaskedDistillation()), trust=LinearTrust())
+    none = {"clda/steps": 0.0, "clda/rounds": 0.0, "clda/rounds_changed": 0.0, "clda/discarded": 0.0}
+    assert learner.metrics() == none
     train(learner, sgd(student), 2)
     figures = learner.metrics()
     assert all(type(name) is str and type(value) is float for name, value in figures.items())
-    assert {"clda/kd_loss", "clda/lsr_mean", "clda/lsr_min", "clda/selected_layers", "clda/accepted"} <= set(figures)
+    assert {"clda/kd_loss", "clda/lsr_mean", "clda/lsr_min", "clda/selected_layers"} <= set(figures)
+    assert {"clda/accepted", "clda/lead", "clda/trust"} <= set(figures)
     assert figures["clda/steps"] == figures["clda/rounds"] == 2.0
     assert json.loads(json.dumps(figures)) == figures
 
@@ -531,8 +534,10 @@ def test_the_default_strategies_are_used() -> None:
     learner = CollaborativeLearner(teacher, student)
     assert isinstance(learner.saliency, Taylor)
     assert isinstance(learner.threshold, MeanThreshold)
-    assert isinstance(learner.selection, LowestFraction)
-    assert isinstance(learner.update, Guard)
+    assert isinstance(learner.selection, DrawnFraction)
+    assert isinstance(learner.trust, LinearTrust)
+    assert learner.validator is None
+    assert isinstance(learner.update, MaskedDistillation)
     assert isinstance(learner.schedule, Schedule)
 
 
@@ -758,8 +763,10 @@ def test_repr_says_in_a_few_lines_what_the_learner_is_made_of() -> None:
   student: Sequential of 15 parameters in 1 layer
   saliency: Taylor()
   threshold: MeanThreshold(multiple=1.0)
-  selection: LowestFraction(fraction=0.3)
+  selection: DrawnFraction(fraction=0.3, bias=1.0, seed=0)
   relation: ByRelativeDepth()
+  validator: None
+  trust: LinearTrust(zero=-0.05, full=0.05)
   update: Average(decay=0.99, buffers='keep')
   distillation: DISTDistillation(temperature=1.0, inter=1.0, intra=1.0, class_map=None)
   schedule: Schedule(warmup=0, interval=1, observations=1, observe_every=5, decay='constant', total=None)
@@ -773,5 +780,5 @@ def test_repr_says_in_a_few_lines_what_the_learner_is_made_of() -> None:
     assert "so far: 1 steps, 1 rounds" in repr(learner)
     shown = repr(make_learner(*networks(), relation=BySimilarity(), enabled=False))
     assert "to be related in the first round" in shown
-    assert "criterion=consensus" in repr(CollaborativeLearner(teacher, student))
+    assert "criterion=consensus" in repr(CollaborativeLearner(teacher, student, update=Guard(Average())))
     assert "0 rounds, not enabled" in shown

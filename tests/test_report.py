@@ -45,7 +45,8 @@ def report(**options: Any) -> Report:
 EMPTY = {"rounds": (), "unrelated": {}, "steps": 7, "discarded": 0}
 
 TABLE = """\
-CLDA after 225 optimizer steps: 2 rounds, guard accepted 1 of 2, 3 observations discarded (non-finite)
+CLDA after 225 optimizer steps: 2 rounds, 1 of them changed the teacher, guard accepted 1 of 2, \
+3 observations discarded (non-finite)
 layer       first LSR  last LSR  selected  updated  note
 conv1           0.500     0.250         1        0
 layer1.0        0.125     1.000         2        1
@@ -58,6 +59,7 @@ def test_the_table() -> None:
 
 EARLIER = Earlier(
     rounds=3,
+    changed=2,
     judged=2,
     accepted=1,
     first_rates={"conv1": 0.75},
@@ -76,8 +78,8 @@ def test_the_table_counts_rounds_that_are_not_kept_one_by_one() -> None:
     made = report(earlier=earlier)
     assert made.made == 5
     assert str(made).splitlines() == [
-        "CLDA after 225 optimizer steps: 5 rounds (the last 2 kept one by one), guard accepted 2 of 4, "
-        "3 observations discarded (non-finite)",
+        "CLDA after 225 optimizer steps: 5 rounds (the last 2 kept one by one), 3 of them changed the teacher, "
+        "guard accepted 2 of 4, 3 observations discarded (non-finite)",
         "layer       first LSR  last LSR  selected  updated  note",
         "conv1           0.750     0.250         4        2",
         "layer1.0        0.125     1.000         2        1",
@@ -93,6 +95,37 @@ def test_the_table_says_why_a_selected_layer_was_never_updated() -> None:
     assert line.endswith("1        0  shapes differ: a, b")
 
 
+def led(step: int, lead: float, **options: Any) -> RoundRecord:
+    return RoundRecord(step=step, rates={"conv1": 0.5}, selected=("conv1",), lead=lead, **options)
+
+
+def test_the_report_says_who_led_and_why_no_round_changed_the_teacher() -> None:
+    behind = [led(step, lead, trust=0.0, skipped={"conv1": "behind"}) for step, lead in ((10, -0.25), (20, -0.125))]
+    lines = str(report(rounds=tuple(behind))).splitlines()
+    assert lines[1] == "lead of the student: -0.250 at first, -0.125 at last (trust 0.00)"
+    assert lines[2] == "no round changed the teacher: behind"
+    ahead = led(30, 0.5, trust=1.0, updated=("conv1",))
+    lines = str(report(rounds=(*behind, ahead))).splitlines()
+    assert lines[1] == "lead of the student: -0.250 at first, +0.500 at last (trust 1.00)"
+    assert not any(line.startswith("no round") for line in lines)
+
+
+def test_a_round_says_why_it_changed_nothing() -> None:
+    assert led(1, 0.0, updated=("conv1",)).reason is None
+    assert led(1, 0.0, accepted=False, skipped={"conv1": "x"}).reason == "the guard rejected it"
+    assert led(1, 0.0, skipped={"a": "one", "b": "two", "c": "two"}).reason == "two"
+    assert RoundRecord(step=1, rates={}).reason == "no layer was selected"
+
+
+def test_the_lead_is_drawn_below_the_rates() -> None:
+    pytest.importorskip("matplotlib")
+    rounds = (led(10, -0.25, trust=0.0, lead_by_class=(0.5, None)), led(20, 0.5, trust=1.0, updated=("conv1",)))
+    _, of_lead, *_ = [axes for axes in report(rounds=rounds).plot().axes if axes.get_title()]
+    lines = {line.get_label(): list(line.get_ydata()) for line in of_lead.get_lines()}
+    assert lines["lead"] == [-0.25, 0.5]
+    assert len(report().plot().axes) < len(report(rounds=rounds).plot().axes)
+
+
 def test_from_dict_reads_a_report_from_before_rounds_were_summed_up() -> None:
     state = report().to_dict()
     assert state.pop("earlier") == Earlier().to_dict()
@@ -101,7 +134,10 @@ def test_from_dict_reads_a_report_from_before_rounds_were_summed_up() -> None:
 
 def test_the_table_without_guard_or_rounds() -> None:
     plain = report(rounds=(RoundRecord(step=1, rates={"conv1": 1.0}),), unrelated={}, discarded=0)
-    assert str(plain).splitlines()[0] == "CLDA after 225 optimizer steps: 1 rounds"
+    assert str(plain).splitlines()[:2] == [
+        "CLDA after 225 optimizer steps: 1 rounds, 0 of them changed the teacher",
+        "no round changed the teacher: no layer was selected",
+    ]
     assert str(report(**EMPTY)) == "CLDA after 7 optimizer steps: 0 rounds"
     before = report(**{**EMPTY, "unrelated": {"conv1": "no such layer"}})
     assert str(before).splitlines()[1:] == ["conv1: unrelated: no such layer"]

@@ -65,6 +65,13 @@ def test_strength_by_hand(decay: Any, expected: Any) -> None:
     assert [schedule.strength(step) for step in (10, 15, 20, 30)] == pytest.approx(expected)
 
 
+def test_shares_of_the_total_are_steps() -> None:
+    schedule = Schedule(warmup=0.25, interval=0.05, total=200)
+    assert (schedule.warmup, schedule.interval) == (50, 10)
+    assert Schedule(interval=0.001, total=20).interval == 1
+    assert [step for step in range(1, 81) if schedule.due(step)] == [60, 70, 80]
+
+
 @given(st.integers(1, 10**9))
 def test_never(step: int) -> None:
     assert not Never().due(step)
@@ -83,9 +90,13 @@ def test_never(step: int) -> None:
         ({"interval": 5, "observations": 6}, "observations is out of range.*<= 5"),
         ({"observe_every": 0}, "observe_every is out of range"),
         ({"decay": "exponential"}, "decay is unknown: expected 'constant' or 'linear' or 'cosine'"),
-        ({"decay": "linear"}, "total is not an integer.*received None. Fix: pass total=an integer and > 300"),
+        ({"decay": "linear"}, "total is not an integer.*received None. Fix: pass total=an integer and > 0"),
         ({"decay": "cosine", "warmup": 30, "total": 30}, "total is out of range.*> 30"),
-        ({"total": 100}, "total is out of range.*> 300"),
+        ({"warmup": 300, "total": 100}, "total is out of range.*> 300"),
+        ({"warmup": 0.5}, "total is not an integer.*received None"),
+        ({"warmup": 0.5, "total": 1.5}, "total is not an integer"),
+        ({"interval": 0.5}, "total is not an integer.*received None"),
+        ({"warmup": 1.0}, "warmup is not an integer"),
     ],
 )
 def test_bad_options(options: Any, message: str) -> None:

@@ -221,7 +221,12 @@ def test_a_state_of_a_former_version_and_another_configuration_is_refused() -> N
     checkpoint = former(1)
     models, _ = training.build()
     learner = CollaborativeLearner(
-        models.teacher, models.student, update=models.update, distillation=models.distillation
+        models.teacher,
+        models.student,
+        selection=models.selection,
+        trust=models.trust,
+        update=models.update,
+        distillation=models.distillation,
     )
     with nothing_changed(learner), pytest.raises(CldaError, match=r"of another configuration.*'observe_every': 1"):
         learner.load_state_dict(checkpoint["learner"])

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation
+from clda_core.selection import LowestFraction
 from clda_core.update import Guard, MaskedDistillation, agreement
 
 SAVED, LAST = 6, 12
@@ -53,6 +54,12 @@ def build(defaults: bool = False, distillation: Any = None) -> Tuple[Collaborati
     if "observe_every" in inspect.signature(Schedule.__init__).parameters:
         schedule["observe_every"] = 1
     strategies: Dict[str, Any] = {}
+    if "trust" in inspect.signature(CollaborativeLearner.__init__).parameters:
+        # What the defaults were before, and still are where a version's own are not in question.
+        from clda_core.lead import FixedTrust
+
+        strategies = {"trust": FixedTrust(), "selection": LowestFraction()}
+        strategies["update"] = Guard(MaskedDistillation(learning_rate=1e-4))
     if not defaults:
         strategies["update"] = Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1.0)
         strategies["distillation"] = FeatureDistillation() if distillation is None else distillation
