@@ -107,7 +107,7 @@ class DrawnFraction(Strategy):
         >>> rule = DrawnFraction(fraction=0.5)
         >>> rates = {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2}
         >>> [rule.draw(rates, {}, step) for step in (10, 20, 30)]
-        [('a', 'c'), ('b', 'c'), ('c', 'd')]
+        [('c', 'd'), ('c', 'd'), ('a', 'd')]
 
     References:
         Efraimidis and Spirakis, Weighted random sampling with a reservoir, Information Processing Letters 2006, for the
