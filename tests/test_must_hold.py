@@ -253,13 +253,13 @@ def run_of(advance: Callable[[CollaborativeLearner, Any], Any], steps: int = 4, 
 def by_hand(learner: CollaborativeLearner, optimizer: Any) -> None:
     learner.observe()
     optimizer.step()
-    learner.after_step()
+    learner.after_step(optimizer=optimizer)
 
 
 def test_05_step_equals_observe_step_after_step() -> None:
     sugar = run_of(lambda learner, optimizer: learner.step(optimizer))
     assert run_of(by_hand) == sugar
-    assert run_of(lambda learner, optimizer: learner.step(step_fn=optimizer.step)) == sugar
+    assert run_of(lambda learner, optimizer: learner.step(optimizer, step_fn=optimizer.step)) == sugar
 
 
 def test_05_anything_with_a_step_will_do_and_its_result_comes_back() -> None:

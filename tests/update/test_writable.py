@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Schedule, init_student
 from clda_core._host.compat import has_complex_adam
+from clda_core.lead import FixedTrust
 from clda_core.saliency import Fisher, Hessian, Magnitude, Taylor
 from clda_core.schedule import Never
 from clda_core.selection import AllLayers
@@ -57,7 +58,7 @@ def batch(seed: int = 0) -> Tensor:
 
 
 def make(teacher: nn.Module, student: nn.Module, **options: Any) -> CollaborativeLearner:
-    defaults = {"schedule": Schedule(warmup=0, interval=1), "selection": AllLayers()}
+    defaults = {"schedule": Schedule(warmup=0, interval=1), "selection": AllLayers(), "trust": FixedTrust()}
     return CollaborativeLearner(teacher, student, **{**defaults, **options})
 
 
