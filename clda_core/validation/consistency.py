@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..strategy import Strategy
-from .sums import Terms, at_positions, by_prediction, log_softmax, of_rows, one_hot, ratio, summed
+from .sums import Terms, at_positions, by_prediction, of_rows, one_hot, probabilities, ratio, summed
 
 __all__ = ["ConsistencyIoU", "HardConsistency", "SoftConsistency"]
 
@@ -35,7 +35,7 @@ class _MeanByPrediction(Strategy):
 
 
 def _soft(values: Tensor, weights: Tensor) -> List[Tensor]:
-    likelihood = (log_softmax(values[0]).exp() * log_softmax(values[1])).sum(1)
+    likelihood = probabilities(values[0])[0].mul_(probabilities(values[1])[1]).sum(1)
     return by_prediction(one_hot(values[0]), weights, weights * likelihood)
 
 

@@ -11,7 +11,7 @@ from .._host.activations import wide
 from .._host.compat import autocast_off
 from ..errors import check_number, problem
 from ..strategy import Strategy
-from .sums import at_positions, log_softmax, precise
+from .sums import at_positions, precise, probabilities
 
 __all__ = ["NeighbourhoodDensity"]
 
@@ -50,7 +50,7 @@ class NeighbourhoodDensity(Strategy):
 
     References:
         Saito et al., Tune it the Right Way: Unsupervised Validation of Domain Adaptation via Soft Neighborhood Density,
-        ICCV 2021, Eq. (1) to (3). <https://arxiv.org/abs/2108.10860>
+        ICCV 2021. <https://arxiv.org/abs/2108.10860>
     """
 
     needs_view = False
@@ -69,7 +69,7 @@ class NeighbourhoodDensity(Strategy):
             picked = wide(precise(given).gather(2, index.unsqueeze(1).expand(-1, given.shape[1], -1)))
             picked = picked.masked_fill(~valid.unsqueeze(1), 0.0)
             broken = picked.sum() * 0.0
-            p = log_softmax(picked).exp().transpose(1, 2).reshape(-1, given.shape[1])
+            p = probabilities(picked)[0].transpose(1, 2).reshape(-1, given.shape[1])
             entropies = _entropies(p / p.norm(dim=1, keepdim=True), valid.reshape(-1), self.temperature)
             weights = (weights.gather(1, index) * valid).reshape(-1)
             density = (weights * entropies).sum() / weights.sum() + broken

@@ -7,7 +7,7 @@ from typing import List, Optional
 from torch import Tensor
 
 from ..strategy import Strategy
-from .sums import at_positions, by_prediction, log_softmax, of_rows, one_hot, ratio, summed
+from .sums import at_positions, by_prediction, of_rows, one_hot, probabilities, ratio, summed
 
 __all__ = ["NegativeEntropy"]
 
@@ -51,6 +51,6 @@ class NegativeEntropy(Strategy):
 
 
 def _terms(values: Tensor, weights: Tensor) -> List[Tensor]:
-    log_p = log_softmax(values[0])
-    of_position = (log_p.exp() * log_p).sum(1)
+    p, log_p = probabilities(values[0])
+    of_position = p.mul_(log_p).sum(1)
     return by_prediction(one_hot(values[0]), weights, weights * of_position)

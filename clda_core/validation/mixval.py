@@ -94,7 +94,7 @@ class MixVal(Strategy):
     def statistics(self, logits: Tensor, view_logits: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
         """Return what one batch of logits ``(N, C, ...)`` and those on its mix add to the score, shape ``(4 C,)``."""
         positions = at_positions(self, logits, view_logits, mask)
-        labels = precise(positions.logits[0]).argmax(1)
+        labels = precise(positions.logits[0]).max(1)[1]
         weights = positions.weights * (positions.weights.roll(-1, 0) > 0)
         if len(weights) == 1:  # the next image is the image itself
             weights = weights * 0.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..strategy import Strategy
-from .sums import at_positions, log_softmax, of_rows, ratio, summed
+from .sums import at_positions, of_rows, probabilities, ratio, summed
 
 __all__ = ["ConsistentInformation", "MutualInformation"]
 
@@ -81,8 +81,8 @@ class ConsistentInformation(Strategy):
 
 def _information(values: Tensor, weights: Tensor) -> List[Tensor]:
     """Return the sums of weights, of ``Σ p log q`` and of ``p`` by class; on one view ``q`` is ``p``."""
-    log_p, log_q = log_softmax(values[0]), log_softmax(values[-1])
-    p = log_p.exp_() if len(values) > 1 else log_p.exp()
+    p, log_p = probabilities(values[0])
+    log_q = log_p if len(values) == 1 else probabilities(values[1])[1]
     return [
         weights.sum(),
         (weights * (p * log_q).sum(1)).sum(),
