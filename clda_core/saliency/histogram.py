@@ -19,7 +19,7 @@ _BINS = 1 << _BITS
 _SIGN = _BINS // 2
 _NORMAL = 8
 _INFINITE = _SIGN - 8
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Scores that are counted at once on a CPU; as many are gathered before they are counted."""
 
 
@@ -136,7 +136,8 @@ class Counting:
     """
 
     def __init__(self, into: Histogram) -> None:
-        self._into = into
+        self._counts = into.counts.unbind()
+        self._sums = into.sums.unbind()
         self._layer = 0
         self._parts: List[Tensor] = []
         self._size = 0
@@ -144,11 +145,12 @@ class Counting:
 
     def add(self, layer: int, scores: Tensor) -> None:
         """Take scores of a layer, without a graph; see :meth:`Histogram.add`."""
-        if layer != self._layer or self._size + scores.numel() > CHUNK:
+        size = scores.numel()
+        if layer != self._layer or self._size + size > CHUNK:
             self.finish()
-        self._layer = layer
+            self._layer = layer
         self._parts.append((scores if scores.dim() == 1 else scores.reshape(-1)).float())
-        self._size += scores.numel()
+        self._size += size
 
     def finish(self) -> None:
         """Count what was gathered."""
@@ -168,7 +170,7 @@ class Counting:
             self._count(self._memory[: chunk.numel()].copy_(chunk), overwrite=True)
 
     def _count(self, scores: Tensor, *, overwrite: bool) -> None:
-        counts, total = self._into.counts[self._layer], self._into.sums[self._layer]
+        counts, total = self._counts[self._layer], self._sums[self._layer]
         precise = torch.float64 if has_float64(scores.device) else torch.float32
         total.add_(scores.sum(dtype=precise).to(total.device))
         found = torch.bincount(leading_bits(scores, _BITS, overwrite=overwrite), minlength=_BINS)

@@ -38,14 +38,15 @@ def score_layers(
     histogram = Histogram.empty(len(layers), device)
     parts = Histogram.empty(len(layers), device) if sharded else histogram
     of_whole, of_parts = Counting(histogram), Counting(parts)
+    blind = estimator.order == 0
     for index, layer in enumerate(layers):
         for name in layer.parameters:
             derivative = found[name]
-            if derivative is None and estimator.order > 0:
+            if derivative is None and not blind:
                 continue
-            own = local if name in sharded else Tensor.detach
+            counting, own = (of_parts, local) if name in sharded else (of_whole, Tensor.detach)
             scores = _scores(estimator, name, own(parameters[name]), None if derivative is None else own(derivative))
-            (of_parts if name in sharded else of_whole).add(index, scores.to(device))
+            counting.add(index, scores if scores.device == device else scores.to(device))
     of_whole.finish()
     if sharded:
         of_parts.finish()
