@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cost.figures import Figure, figure
 from benchmarks.cost.settings import Forced, Host, Setting
-from benchmarks.cost.timing import Spread, Times, interleaved, ratio, spread
+from benchmarks.cost.timing import OFTEN, Spread, Times, interleaved, ratio, spread
 from clda_core import CollaborativeLearner, Never, Schedule
 from clda_core._host.compat import adam
 from clda_core._host.names import looking_once
@@ -225,7 +225,7 @@ def _functional(host: Host, where: str, repeats: int, device: torch.device) -> I
         "teacher by hand": teacher_by_hand,
     }
     with looking_once(host.teacher, host.student):  # as a round does, for the update and all else
-        times = interleaved(tasks, repeats=repeats, device=device)
+        times = interleaved(tasks, repeats=OFTEN * repeats, device=device)
     note = (
         "by hand: the same passes, F.kl_div, and a step of the same optimizer, of the selected layers alone; without a "
         "look at whether a gradient is finite, and with modes, buffers and gradients left as they come"

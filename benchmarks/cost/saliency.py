@@ -9,7 +9,7 @@ import torch
 from benchmarks.cost.figures import Figure, figure
 from benchmarks.cost.others import missing, other
 from benchmarks.cost.settings import Forced, Host, Setting
-from benchmarks.cost.timing import interleaved, ratio
+from benchmarks.cost.timing import OFTEN, interleaved, ratio
 from clda_core import CollaborativeLearner
 from clda_core.layers import canonical_parameters, group_layers
 from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, Taylor, layer_saliency_rates
@@ -34,7 +34,7 @@ def saliency(setting: Setting, device: torch.device, repeats: int) -> Iterator[F
         torch.autograd.grad(probe(host.teacher(host.mixed)), parameters)
         host.teacher.requires_grad_(False)
 
-    times = interleaved({"observe": observe, "bare": bare}, repeats=repeats, device=device)
+    times = interleaved({"observe": observe, "bare": bare}, repeats=OFTEN * repeats, device=device)
     what = "saliency + LSR of one observation / bare forward + backward of the probe"
     yield figure("saliency", what, setting.name, ratio(times, "observe", "bare"), at_most=BARE)
     yield from _against_pruning(host, setting, repeats, device)

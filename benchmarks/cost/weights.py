@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.cost.figures import Figure, figure
 from benchmarks.cost.others import missing, other
 from benchmarks.cost.settings import Setting
-from benchmarks.cost.timing import interleaved, ratio, spread
+from benchmarks.cost.timing import OFTEN, interleaved, ratio, spread
 from clda_core._host.names import looking_once
 from clda_core.layers import canonical_buffers, canonical_parameters, group_layers
 from clda_core.update import Average, RoundContext
@@ -46,7 +46,7 @@ def weights(setting: Setting, device: torch.device, repeats: int) -> Iterator[Fi
         ema = timm.ModelEmaV3(target, decay=_DECAY)
         tasks["timm's ModelEmaV3"] = lambda: ema.update(source)
     with torch.no_grad(), looking_once(target, source):
-        times = interleaved(tasks, repeats=repeats, device=device)
+        times = interleaved(tasks, repeats=OFTEN * repeats, device=device)
     where = f"{setting.name}, {count / 2**20:,.0f} MiB in {len(tensors)} tensors"
     for name, seconds in times.items():
         rates = spread([_PASSES * count / 1e9 / second for second in seconds])

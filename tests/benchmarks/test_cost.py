@@ -66,7 +66,7 @@ def test_times_are_taken_in_turns_and_compared_repeat_by_repeat() -> None:
     calls = []
     tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = interleaved(tasks, repeats=3, device=CPU, at_least=0.0)
-    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ba"
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
     assert ratio({"a": [2.0, 30.0, 6.0], "b": [1.0, 10.0, 3.0]}, "a", "b").median == 2.0
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
