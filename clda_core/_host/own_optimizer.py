@@ -108,7 +108,6 @@ class OwnOptimizer:
         if self._optimizer is None:
             return {} if self._restored is None else dict(self._restored)
         saved = self._optimizer.state_dict()
-        held = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         state = {
             self._names[index]: {key: local(value) if is_sharded(value) else value for key, value in of_one.items()}
             for index, of_one in saved["state"].items()
@@ -119,7 +118,9 @@ class OwnOptimizer:
         return {
             "optimizer": {"state": state, "param_groups": groups},
             "base_rates": list(self._base_rates),
-            "shapes": {name: list(local(parameter).shape) for name, parameter in zip(self._names, held)},
+            "shapes": {
+                name: list(local(parameter).shape) for name, parameter in zip(self._names, _held(self._optimizer))
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -140,9 +141,8 @@ class OwnOptimizer:
         same_groups = _names_of(saved) == _names_of(own["optimizer"]) and own["shapes"] == state["shapes"]
         if not same_groups or not all(name in moments and _alike(moments[name], earlier[name]) for name in earlier):
             return False
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         with torch.no_grad():
-            for name, parameter in zip(self._names, held):
+            for name, parameter in zip(self._names, _held(optimizer)):
                 if name not in earlier:
                     optimizer.state.pop(parameter, None)
                 for key, value in earlier.get(name, {}).items():
@@ -176,24 +176,27 @@ class OwnOptimizer:
         return optimizer
 
 
+def _held(optimizer: torch.optim.Optimizer) -> List[Tensor]:
+    """Return an optimizer's parameters in its order; none of what is no optimizer."""
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
 def _holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> bool:
-    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
-    return held == {id(parameter) for parameter in parameters.values()}
+    return set(map(id, _held(optimizer))) == set(map(id, parameters.values()))
 
 
 def _other_parameters(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> CldaError:
-    count = sum(len(group["params"]) for group in getattr(optimizer, "param_groups", ()))
     return problem(
         "the update's optimizer does not hold the teacher's parameters",
         expected=f"an optimizer of these {len(parameters)} parameters",
-        received=f"{type(optimizer).__name__} of {count}, not the same ones",
+        received=f"{type(optimizer).__name__} of {len(_held(optimizer))}, not the same ones",
         fix="let optimizer= take all the parameters it is given, and give every learner an update of its own",
     )
 
 
 def _names_in_order(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> List[str]:
     names = {id(parameter): name for name, parameter in parameters.items()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return [names[id(parameter)] for parameter in _held(optimizer)]
 
 
 def _check_kernels(optimizer: torch.optim.Optimizer, moved: Mapping[str, Tensor]) -> None:

@@ -81,8 +81,4 @@ class ChannelWiseDistillation(LogitDistillation):
         0.0
     """
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the loss of logits ``(N, C, ...)``."""
-        return channel_wise_distillation(
-            student_logits, teacher_logits, mask, temperature=self.temperature, class_map=self.class_map
-        )
+    _loss = staticmethod(channel_wise_distillation)

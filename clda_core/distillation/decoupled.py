@@ -94,6 +94,9 @@ class DecoupledDistillation(LogitDistillation):
         0.0
     """
 
+    _loss = staticmethod(decoupled_distillation)
+    _weights = ("alpha", "beta")
+
     def __init__(
         self,
         *,
@@ -106,18 +109,6 @@ class DecoupledDistillation(LogitDistillation):
         check_options(temperature, alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
-
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the loss of logits ``(N, C, ...)``."""
-        return decoupled_distillation(
-            student_logits,
-            teacher_logits,
-            mask,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            beta=self.beta,
-            class_map=self.class_map,
-        )
 
 
 class _Decoupled(KeepsGradient):

@@ -89,6 +89,9 @@ class DISTDistillation(LogitDistillation):
         0.0
     """
 
+    _loss = staticmethod(dist_distillation)
+    _weights = ("inter", "intra")
+
     def __init__(
         self,
         *,
@@ -101,18 +104,6 @@ class DISTDistillation(LogitDistillation):
         check_options(temperature, inter=inter, intra=intra)
         self.inter = inter
         self.intra = intra
-
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the loss of logits ``(N, C, ...)``."""
-        return dist_distillation(
-            student_logits,
-            teacher_logits,
-            mask,
-            temperature=self.temperature,
-            inter=self.inter,
-            intra=self.intra,
-            class_map=self.class_map,
-        )
 
 
 class _DIST(KeepsGradient):

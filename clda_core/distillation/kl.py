@@ -77,14 +77,10 @@ class KLDistillation(LogitDistillation):
         0.0
     """
 
+    _loss = staticmethod(kl_distillation)
+
     def __init__(self, *, temperature: float = 2.0, class_map: Optional[Sequence[int]] = None) -> None:
         super().__init__(temperature=temperature, class_map=class_map)
-
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Return the loss of logits ``(N, C, ...)``."""
-        return kl_distillation(
-            student_logits, teacher_logits, mask, temperature=self.temperature, class_map=self.class_map
-        )
 
 
 def mean_kl(pair: Aligned, *, temperature: float = 1.0, dim: int = 1) -> Tensor:

@@ -44,7 +44,7 @@ class Classes(NamedTuple):
         count, least = len(self.class_map), max(self.class_map) + 1
         if tuple(teacher) == tuple(student) and list(self.class_map) == list(range(count)):
             return False
-        return any(ours >= least and theirs == count for ours, theirs in zip(teacher[:2], student[:2]))
+        return any(big >= least and small == count for big, small in zip(teacher[:2], student[:2]))
 
     def are_rows(self, teacher_name: str, teacher: Sequence[int], student_name: str, student: Sequence[int]) -> bool:
         """Return whether two tensors, by name and shape, surely have the classes in dimension 0 and nowhere else."""
@@ -57,8 +57,10 @@ class Classes(NamedTuple):
     def in_teachers(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Return the teacher's tensor with the student's row for every class that has one."""
         result, places = teacher.clone(), self.places
-        ours, theirs = (torch.tensor(list(side), device=teacher.device) for side in (places, places.values()))
-        result[ours.long()] = student.to(teacher)[theirs.long()]
+        rows_of_teacher, rows_of_student = (
+            torch.tensor(list(side), dtype=torch.int64, device=teacher.device) for side in (places, places.values())
+        )
+        result[rows_of_teacher] = student.to(teacher)[rows_of_student]
         return result
 
     def in_students(self, teacher: Tensor) -> Tensor:

@@ -107,15 +107,15 @@ def pair_tensors(
             if short not in available:
                 unpaired[f"{layer.name}: {short}"] = f"{roles[1]} layer {related.name!r} has no {short!r}"
                 continue
-            ours, theirs = targets[name], sources[available[short]]
-            sides = [(name, ours.shape), (available[short], theirs.shape)]
+            target, source = targets[name], sources[available[short]]
+            sides = [(name, target.shape), (available[short], source.shape)]
             (of_teacher, big), (of_student, small) = sides if roles[0] == "teacher" else sides[::-1]
             if classes is not None and classes.are_rows(of_teacher, big, of_student, small) and big[1:] == small[1:]:
                 pairs[name] = available[short]
             elif classes is not None and classes.concern(big, small):
                 unpaired[f"{layer.name}: {short}"] = MAY_BE_CLASSES
-            elif ours.shape != theirs.shape:
-                shapes = f"{tuple(ours.shape)} in the {roles[0]}, {tuple(theirs.shape)} in the {roles[1]}"
+            elif target.shape != source.shape:
+                shapes = f"{tuple(target.shape)} in the {roles[0]}, {tuple(source.shape)} in the {roles[1]}"
                 unpaired[f"{layer.name}: {short}"] = f"shapes differ: {shapes}"
             else:
                 pairs[name] = available[short]
