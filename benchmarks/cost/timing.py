@@ -59,13 +59,18 @@ def interleaved(
         calls[name] = max(1, min(10_000, math.ceil(at_least / max(_sample(task, 1, clock), 1e-7))))
     times: Times = {name: [] for name in tasks}
     names = list(tasks)
-    for repeat in range(repeats):
-        first = repeat // 2 % len(names)
-        turns = names[first:] + names[:first]
-        for name in turns[::-1] if repeat % 2 else turns:
-            if calls[name] > 1:
-                tasks[name]()
-            times[name].append(_sample(tasks[name], calls[name], clock))
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through before every sample
+    try:
+        for repeat in range(repeats):
+            first = repeat // 2 % len(names)
+            turns = names[first:] + names[:first]
+            for name in turns[::-1] if repeat % 2 else turns:
+                if calls[name] > 1:
+                    tasks[name]()
+                times[name].append(_sample(tasks[name], calls[name], clock))
+    finally:
+        gc.unfreeze()
     return times
 
 
