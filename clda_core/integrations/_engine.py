@@ -70,6 +70,7 @@ class Steps:
     def __init__(self, learner: CollaborativeLearner, fix: str) -> None:
         self._learner, self._fix = learner, fix
         self._observed = False
+        self._optimizer: Any = None
         self._batches, self._seen = 0, True
 
     def begin(self) -> None:
@@ -77,9 +78,14 @@ class Steps:
         self.end(made=False)
         self._batches, self._seen = 0, False
 
-    def observe(self, scaler: Any = None) -> None:
-        """Observe, once in a step: LBFGS and SAM evaluate its closure several times."""
-        self._seen = True
+    def observe(self, optimizer: Any, *, scaler: Any = None) -> None:
+        """Observe, once in a step: LBFGS and SAM evaluate its closure several times.
+
+        Args:
+            optimizer: The one that is about to step, whose learning rate rounds follow.
+            scaler: The GradScaler that scaled the loss, if any.
+        """
+        self._seen, self._optimizer = True, optimizer
         if not self._observed:
             self._learner.observe(scaler=scaler)
             self._observed = True
@@ -87,8 +93,8 @@ class Steps:
     def end(self, made: bool) -> None:
         """Count the step that was observed, if there is one and it was ``made``."""
         if self._observed:
-            self._observed = False
-            self._learner.after_step(stepped=made)
+            optimizer, self._observed, self._optimizer = self._optimizer, False, None
+            self._learner.after_step(stepped=made, optimizer=optimizer)
 
     def after_batch(self, accumulated: int = 1) -> None:
         """Note a batch; of those in ``accumulated`` one is a step."""

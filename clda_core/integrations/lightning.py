@@ -116,7 +116,7 @@ class CollaborationCallback(Callback):
         self._restored = True
 
     def _observe(self, trainer: Any) -> None:
-        self._steps.observe(scaler=getattr(trainer.precision_plugin, "scaler", None))
+        self._steps.observe(self._counted, scaler=getattr(trainer.precision_plugin, "scaler", None))
 
     def _reset(self) -> None:
         for watch in self._watches:

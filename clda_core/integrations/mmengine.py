@@ -157,7 +157,7 @@ class CollaborationHook(Hook):
 
 
 def _step(steps: Steps, wrapper: OptimWrapper, step: Callable[..., Any], **kwargs: Any) -> None:
-    steps.observe(scaler=getattr(wrapper, "loss_scaler", None))
+    steps.observe(wrapper.optimizer, scaler=getattr(wrapper, "loss_scaler", None))
     made = False
     try:
         with StepWatch(wrapper.optimizer) as watch:

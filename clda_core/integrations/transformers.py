@@ -78,7 +78,7 @@ class CollaborationCallback(TrainerCallback):
         self._end(made=False)  # a step that raised
         optimizer = kwargs.get("optimizer")
         engines = accelerated(optimizer)
-        self._steps.observe(scaler=None if engines is None else engines.scaler)
+        self._steps.observe(optimizer, scaler=None if engines is None else engines.scaler)
         self._watch = None if engines is None else AcceleratedWatch(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

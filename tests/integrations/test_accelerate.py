@@ -51,6 +51,16 @@ def test_optimizer_steps_are_counted_not_micro_batches(accumulate: int) -> None:
     assert [record.step for record in learner.report().rounds] == list(range(2, 8 // accumulate + 1, 2))
 
 
+def test_rounds_follow_the_learning_rate() -> None:
+    accelerator, optimizer, learner = training()
+    for step, rate in enumerate((0.1, 0.1, 0.05, 0.05)):
+        optimizer.param_groups[0]["lr"] = rate
+        accelerator.backward(learner.distill(learner.student(batch(step)), batch(step)))
+        learner.step(optimizer)
+        optimizer.zero_grad()
+    assert [record.strength for record in learner.report().rounds] == [1.0, 0.5]
+
+
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="GradScaler works on the CPU from torch 2.3 on")
 @pytest.mark.parametrize("fused", [False, True])  # of which Accelerate itself does not notice that it skipped
 def test_a_step_that_the_scaler_skips_is_none(fused: bool) -> None:

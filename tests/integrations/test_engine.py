@@ -9,7 +9,7 @@ from torch import nn
 
 from clda_core import CldaError
 from clda_core.integrations._engine import Steps, check_trains, students_optimizer
-from tests.helpers import batch, make_learner, networks, sgd
+from tests.helpers import batch, every_step, make_learner, networks, sgd
 
 
 def test_the_optimizer_that_holds_most_of_the_student_counts() -> None:
@@ -54,16 +54,29 @@ def test_a_step_is_observed_once_and_ended_once() -> None:
     steps.end(made=True)  # before anything was observed
     for made in (True, False, True):
         learner.distill(learner.student(batch()), batch()).backward()
-        steps.observe()
-        steps.observe()
+        steps.observe(None)
+        steps.observe(None)
         steps.end(made)
         steps.end(made)
     assert learner.report().steps == 2
     learner.distill(learner.student(batch()), batch())
-    steps.observe()
+    steps.observe(None)
     steps.begin()  # drops what a training that raised has left
     steps.end(made=True)
     assert learner.report().steps == 2
+
+
+def test_rounds_follow_the_learning_rate_of_the_optimizer_that_steps() -> None:
+    learner = make_learner(*networks(), schedule=every_step())
+    optimizer, steps = sgd(learner.student), Steps(learner, "")
+    steps.begin()
+    for rate in (0.1, 0.05, 0.025):
+        optimizer.param_groups[0]["lr"] = rate
+        learner.distill(learner.student(batch()), batch()).backward()
+        steps.observe(optimizer)
+        optimizer.step()
+        steps.end(made=True)
+    assert [record.strength for record in learner.report().rounds] == [1.0, 0.5, 0.25]
 
 
 def test_a_training_without_a_step_is_said_once() -> None:
@@ -74,7 +87,7 @@ def test_a_training_without_a_step_is_said_once() -> None:
         steps.begin()
         if happens.get("stepped"):
             learner.distill(learner.student(batch()), batch())
-            steps.observe()
+            steps.observe(None)
             steps.end(made=False)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

@@ -240,6 +240,9 @@ def test_a_scheduler_of_the_host_sees_the_steps(tmp_path: Path) -> None:
         (optimizer,) = trainer.optimizers
         assert learner.report().steps == 6
         assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+        assert [record.step for record in learner.report().rounds] == [3, 5]
+        # Rounds follow it: what an optimizer step was made with, against the highest so far.
+        assert [record.strength for record in learner.report().rounds] == pytest.approx([1.0, 0.1])
         trainer.lr_scheduler_configs[0].scheduler.step()  # would warn, had its own watch of the step been lost
 
 

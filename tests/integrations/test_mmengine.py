@@ -77,7 +77,7 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
     )
     student = seeded(lambda: Host(6), 6)
     student.overflow_at = overflow_at
-    hooked = options.pop("hooked", True)
+    hooked, param_scheduler = options.pop("hooked", True), options.pop("param_scheduler", None)
     if not hooked:
         student.learner = SimpleNamespace(distill=lambda output, images: output.sum() * 0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
@@ -87,6 +87,7 @@ def run(folder: Path, *, wrapper: Any = OptimWrapper, overflow_at: int = -1, res
         train_dataloader=DataLoader(data(), batch_size=4),
         train_cfg={"by_epoch": False, "max_iters": 8},
         optim_wrapper=wrapper(optimizer=optimizer, **options),
+        param_scheduler=param_scheduler,
         custom_hooks=[hook] if hooked else [],
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 4, "by_epoch": False}},
         load_from=resume,
@@ -114,6 +115,13 @@ def test_every_optimizer_step_is_one_of_the_learner(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "iter_4.pth", weights_only=False)
     assert sorted(saved["clda"]) == ["learner", "teacher"]
     assert sorted(saved["state_dict"]) == ["body.bias", "body.weight", "head.bias", "head.weight"]
+
+
+def test_rounds_follow_the_learning_rate(tmp_path: Path) -> None:
+    halved = {"type": "MultiStepLR", "milestones": [4], "gamma": 0.5, "by_epoch": False}
+    _, learner = run(tmp_path, param_scheduler=halved)
+    assert [record.step for record in learner.report().rounds] == [3, 5, 7]
+    assert [record.strength for record in learner.report().rounds] == pytest.approx([1.0, 0.5, 0.5])
 
 
 def test_accumulation_and_clipping(tmp_path: Path) -> None:
