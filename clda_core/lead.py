@@ -17,8 +17,6 @@ from .validation.base import check_statistics, nothing_unless_finite, score_by_c
 
 __all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
 
-NOT_TRUSTED = "the student is not trusted: by the validator it is behind the teacher"
-
 Trust = Callable[[float], float]
 """``trust(lead) -> t``: how far the student is trusted, in [0, 1], by its score minus the teacher's."""
 
@@ -86,11 +84,13 @@ class Look(NamedTuple):
         trust: How far the student is trusted.
         lead: The student's score minus the teacher's; ``None`` if it is unknown, or nobody asked.
         by_class: The same for each class, ``None`` where unknown; empty for validators that score no classes.
+        reason: Why the student is not trusted, where ``trust`` is 0.
     """
 
     trust: float
     lead: Optional[float] = None
     by_class: Tuple[Optional[float], ...] = ()
+    reason: str = "the student is not trusted: by the validator it is behind the teacher"
 
 
 class Averages(NamedTuple):
@@ -141,25 +141,28 @@ class Lead:
                 no number in [0, 1].
         """
         if isinstance(self._trust, FixedTrust):
-            return Look(self._trust.trust)
+            return Look(self._trust.trust, reason="the student is not trusted: trust= says so")
         if context.inputs is None:
-            return Look(0.0)
+            return Look(0.0, reason="the student is not trusted: distill() got no inputs to validate the networks on")
         validator = self.validator_of(context)
         teacher, student = sum_across_ranks(nothing_unless_finite(*_statistics(validator, context)))
         self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
-        lead = score_of(validator, self.averages.student) - score_of(validator, self.averages.teacher)
-        if math.isnan(lead):
-            return Look(0.0)
-        trust = self._trust(lead)
-        check_number("what trust= returned", trust, at_least=0, at_most=1)
-        return Look(float(trust), lead, self._by_class(validator))
+        return self._decided(validator, self.averages.teacher, self.averages.student)
 
     def rehearse(self, context: RoundContext) -> None:
         """Do all of a look that can fail, and forget it."""
         if not isinstance(self._trust, FixedTrust) and context.inputs is not None:
             validator = self.validator_of(context)
-            for statistics in _statistics(validator, context):
-                score_of(validator, statistics)
+            self._decided(validator, *_statistics(validator, context))
+
+    def _decided(self, validator: Validator, teacher: Tensor, student: Tensor) -> Look:
+        """Return what statistics of both networks say."""
+        lead = score_of(validator, student) - score_of(validator, teacher)
+        if math.isnan(lead):
+            return Look(0.0, reason="the student is not trusted: the validator could not score both networks")
+        trust = self._trust(lead)
+        check_number("what trust= returned", trust, at_least=0, at_most=1)
+        return Look(float(trust), lead, _by_class(validator, teacher, student))
 
     def validator_of(self, context: RoundContext) -> Validator:
         """Return the validator that goes by what the host hands a round.
@@ -181,16 +184,6 @@ class Lead:
             )
         return self._validator
 
-    def _by_class(self, validator: Validator) -> Tuple[Optional[float], ...]:
-        teacher, student = (
-            score_by_class(validator, self.averages.teacher),
-            score_by_class(validator, self.averages.student),
-        )
-        if student is None or teacher is None:
-            return ()
-        leads = (student.double().cpu() - teacher.double().cpu()).tolist()
-        return tuple(None if math.isnan(lead) else lead for lead in leads)
-
     def state_dict(self) -> Dict[str, Any]:
         """Return what is averaged, and by which validator."""
         return self.averages._asdict()
@@ -200,9 +193,18 @@ class Lead:
         self.averages = Averages(**state)
 
 
-def _statistics(validator: Validator, context: RoundContext) -> List[Tensor]:
+def _by_class(validator: Validator, teacher: Tensor, student: Tensor) -> Tuple[Optional[float], ...]:
+    """Return the lead of each class by statistics of both networks."""
+    of_teacher, of_student = score_by_class(validator, teacher), score_by_class(validator, student)
+    if of_teacher is None or of_student is None:
+        return ()
+    leads = (of_student.double().cpu() - of_teacher.double().cpu()).tolist()
+    return tuple(None if math.isnan(lead) else lead for lead in leads)
+
+
+def _statistics(validator: Validator, context: RoundContext) -> Tuple[Tensor, Tensor]:
     """Return what a validator counts of teacher and student on a batch."""
-    found = []
+    found: List[Tensor] = []
     for model, own in ((context.teacher, context.teacher_outputs), (context.student, context.student_outputs)):
         view: Optional[Tensor] = None
         if isinstance(validator, MakesView):
@@ -210,5 +212,6 @@ def _statistics(validator: Validator, context: RoundContext) -> List[Tensor]:
         elif validator.needs_view:
             view = context.predict(model, context.view_of(model)).logits
         with torch.no_grad():
-            found.append(check_statistics(validator, validator.statistics(own().logits, view, context.mask)))
-    return found
+            statistics = validator.statistics(own().logits, view, context.mask)
+        found.append(check_statistics(validator, statistics, found[0] if found else None))
+    return found[0], found[1]

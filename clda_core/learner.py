@@ -28,7 +28,7 @@ from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import RoundSchedule, Schedule, makes_rounds
 from .selection import DrawnFraction, Selection
 from .state import STATE_VERSION, configuration, restore
-from .step import Batch, Step
+from .step import Batch, Step, check_views
 from .strategy import ROLES, check_apart, check_strategies
 from .update import MaskedDistillation, SourceLoss, Update
 from .update.base import check_source_loss, check_teacher, load_state, state_of
@@ -259,6 +259,7 @@ class CollaborativeLearner:
         mask = valid_mask(mask, self.ignore_index)
         check_source_loss(source_loss)
         batch = Batch(inputs, student_inputs, view, student_view, source_loss, mask)
+        check_views(batch)
         pair = self._runner.pair(student_output, teacher_output, batch, wait=in_round)
         step.here = pair.has_data or bool(step.here)
         if pair.teacher is None:  # nothing to distil

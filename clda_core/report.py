@@ -228,6 +228,8 @@ class Report:
         if not self.made:
             return "\n".join([*lines, *(f"{name}: unrelated: {reason}" for name, reason in self.unrelated.items())])
         lines += _of_lead(self.rounds)
+        if self.rounds and not total.changed:
+            lines.append(f"no round changed the teacher: {self.rounds[-1].reason}")
         why_not = {key.partition(": ")[0]: why for record in self.rounds for key, why in record.skipped.items()}
         width = max(len(name) for name in (*self.layers, "layer"))
         lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
@@ -318,14 +320,12 @@ def _draw_lead(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
 
 
 def _of_lead(rounds: Sequence[RoundRecord]) -> List[str]:
-    """Return what the last rounds say of the lead, and why the last one changed nothing if none did."""
+    """Return what the last rounds say of the lead."""
     lines = []
     leads = [(record.lead, record.trust) for record in rounds if record.lead is not None]
     if leads:
         first, last = leads[0], leads[-1]
         lines.append(f"lead of the student: {first[0]:+.3f} at first, {last[0]:+.3f} at last (trust {last[1]:.2f})")
-    if rounds and not any(record.updated for record in rounds):
-        lines.append(f"no round changed the teacher: {rounds[-1].reason}")
     return lines
 
 

@@ -15,7 +15,7 @@ from ._host.ranks import adding
 from ._host.undo import undoing
 from .errors import CldaError, check_number, problem
 from .layers import Layer, ModelView, canonical_parameters
-from .lead import NOT_TRUSTED, Lead
+from .lead import Lead
 from .relation import RelatedLayers, Relation, check_related, needs_inputs
 from .report import Earlier, History, RoundRecord
 from .running import Runner
@@ -28,6 +28,8 @@ from .step import Step
 from .update import RoundContext, Update, UpdateResult
 from .update.base import check_result, check_update, needs_relation, rehearse, weighs_trust
 from .update.writable import check_memory, check_precision, check_writable, written_now
+
+NO_STRENGTH = "the strength is 0: the schedule's, or the host's learning rate"
 
 
 class Rounds:
@@ -212,7 +214,7 @@ class Rounds:
                 strength = self._strength(step, number)
                 look = self._lead.look(context)
                 context = replace(context, strength=strength, trust=look.trust, learning_rate=self._rate(step))
-                result = self._apply(context)
+                result = self._apply(context, look.reason)
                 torch.clear_autocast_cache()  # of the weights before, should the host go on in its autocast
                 self._observer.end_round(rates)
                 record = RoundRecord(
@@ -301,19 +303,19 @@ class Rounds:
         if step.learning_rate is None:
             return strength
         self.peak = max(self.peak, step.learning_rate.value)
-        return strength * step.learning_rate.value / self.peak
+        return strength * (step.learning_rate.value / self.peak if self.peak else 0.0)
 
     def _rate(self, step: Step) -> Optional[float]:
         """Return the host's learning rate at its peak, where its optimizer's steps are of about that size."""
         return self.peak if step.learning_rate is not None and step.learning_rate.adaptive else None
 
-    def _apply(self, context: RoundContext) -> UpdateResult:
+    def _apply(self, context: RoundContext, not_trusted: str) -> UpdateResult:
         if not context.layers:
             return UpdateResult(())
         weighs = weighs_trust(self._update)
         strength = context.strength if weighs else context.strength * context.trust
         if not strength:  # not even moments may move, and zero times infinity is no zero
-            reason = NOT_TRUSTED if context.strength else "the schedule's strength is 0"
+            reason = not_trusted if context.strength else NO_STRENGTH
             return UpdateResult((), {layer.name: reason for layer in context.layers})
         try:
             result = self._update.apply(replace(context, strength=strength))

@@ -130,9 +130,9 @@ class DrawnFraction(Strategy):
         known = _known(target)
         keys: Dict[str, float] = {}
         for place, name in enumerate(sorted(known, key=known.__getitem__)):
-            weight = float(len(known) - place) ** self.bias
-            # Sorting by -log(u) / w from below is sorting by u ** (1 / w) from above.
-            keys[name] = -math.log(_uniform(f"{self.seed}\n{step}\n{name}")) / weight
+            # Sorting by log(-log(u)) - log(w) from below is sorting by u ** (1 / w) from above, and never overflows.
+            drawn = math.log(-math.log(_uniform(f"{self.seed}\n{step}\n{name}")))
+            keys[name] = drawn - self.bias * math.log(len(known) - place)
         return _lowest({name: keys[name] for name in known}, self.fraction)
 
 

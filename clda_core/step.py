@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._host.ranks import adding, sum_across_ranks, world_size
 from ._host.stepping import LearningRate
+from .errors import problem
 from .outputs import Outputs, owned, without_graph
 from .saliency.observer import Observation
 from .update import SourceLoss
@@ -32,6 +33,25 @@ class Batch(NamedTuple):
     student_view: Any = None
     source_loss: Optional[SourceLoss] = None
     mask: Optional[Tensor] = None
+
+
+def check_views(batch: Batch) -> None:
+    """Raise unless the views of a batch have the inputs beside them that they are views of."""
+    lone = batch.view is not None and batch.inputs is None
+    if lone or (batch.student_view is not None and (batch.view is None or batch.student_inputs is None)):
+        name, beside = ("view", "the inputs") if lone else ("student_view", "view= and student_inputs=")
+        raise problem(
+            f"distill() got {name}= alone",
+            expected=f"{name}= with {beside} beside it",
+            received=f"inputs={_given(batch.inputs)}, student_inputs={_given(batch.student_inputs)}, "
+            f"view={_given(batch.view)}, student_view={_given(batch.student_view)}",
+            fix="call distill(student_output, images, view=changed_images), and student_view= only where the student "
+            "takes student_inputs=",
+        )
+
+
+def _given(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 class Pair(NamedTuple):

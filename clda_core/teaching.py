@@ -10,6 +10,7 @@ from ._host.borrowing import borrowed
 from .distillation import Distillation
 from .errors import problem
 from .layers import LayerGrouping
+from .lead import FixedTrust, LinearTrust, Trust
 from .learner import CollaborativeLearner
 from .outputs import Extract, call_model
 from .relation import Relation
@@ -17,7 +18,8 @@ from .report import Report
 from .saliency import Probe, SaliencyEstimator, Threshold
 from .schedule import RoundSchedule, Schedule
 from .selection import Selection
-from .update import Guard, MaskedDistillation, Update
+from .update import Guard, MaskedDistillation, SourceLoss, Update
+from .validation import Validator
 
 __all__ = ["teach"]
 
@@ -30,10 +32,14 @@ def teach(
     batches: Iterable[Any],
     *,
     student_inputs: Optional[Callable[[Any], Any]] = None,
+    view: Optional[Callable[[Any], Any]] = None,
+    source_loss: Optional[SourceLoss] = None,
     saliency: Optional[SaliencyEstimator] = None,
     threshold: Optional[Threshold] = None,
     selection: Optional[Selection] = None,
     relation: Optional[Relation] = None,
+    validator: Optional[Validator] = None,
+    trust: Optional[Trust] = None,
     update: Optional[Update] = None,
     distillation: Optional[Distillation] = None,
     schedule: Optional[RoundSchedule] = None,
@@ -55,12 +61,19 @@ def teach(
         batches: Of target images without labels, each as the teacher is called: a tuple of arguments, a mapping of
             keyword arguments, or one argument. A few dozen batches suffice; see docs/turns.md.
         student_inputs: Makes of a batch what the student is called with, where that is something else.
+        view: Makes of a batch the same images changed in colour, masked or the like, which the teacher learns on; the
+            student's come from these by ``student_inputs``.
+        source_loss: A supervised loss on source data as a function of the network; called in every round, so it may
+            take a new batch each time.
         saliency: As of :class:`~clda_core.CollaborativeLearner`, like all that follow.
         threshold: The score above which a parameter is salient.
         selection: Chooses the non-salient layers.
         relation: Teacher layer to student layer.
-        update: What the student does to them; by default that of the learner, with steps ten times as long, since there
-            are few and the student does not change.
+        validator: Scores both networks for ``trust``.
+        trust: How far the student is trusted by its lead; by default all the way, since it is trained, or by
+            :class:`~clda_core.lead.LinearTrust` where a ``validator`` is given.
+        update: What the student does to them; by default that of the learner inside a guard, with longer steps, since
+            there are few and the student does not change.
         distillation: Says by its ``class_map`` which classes both models have; nothing is trained by it.
         schedule: When rounds are made; by default after every batch, of which every fifth is observed.
         layers: Regrouping for both models.
@@ -96,6 +109,8 @@ def teach(
         threshold=threshold,
         selection=selection,
         relation=relation,
+        validator=validator,
+        trust=(FixedTrust() if validator is None else LinearTrust()) if trust is None else trust,
         update=Guard(MaskedDistillation(learning_rate=_LEARNING_RATE)) if update is None else update,
         distillation=distillation,
         schedule=Schedule(warmup=0, interval=1) if schedule is None else schedule,
@@ -110,8 +125,11 @@ def teach(
         empty = False
         with borrowed(student, doing="distill"):
             its = inputs if student_inputs is None else student_inputs(inputs)
-            of_student = None if student_inputs is None else its
-            learner.distill(call_model(student, its), inputs, student_inputs=of_student)
+            changed = None if view is None else view(inputs)
+            own = {}
+            if student_inputs is not None:
+                own = {"student_inputs": its, "student_view": None if view is None else student_inputs(changed)}
+            learner.distill(call_model(student, its), inputs, view=changed, source_loss=source_loss, **own)
         learner.step(step_fn=lambda: None)
     if empty:
         raise problem(

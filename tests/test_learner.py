@@ -748,7 +748,7 @@ def test_a_round_of_strength_zero_changes_nothing_and_says_so(update: Any) -> No
     train(learner, optimizer, 1, start=1)
     last = learner.report().rounds[-1]
     assert (last.strength, last.updated) == (0.0, ())
-    assert set(last.skipped.values()) == {"the schedule's strength is 0"}
+    assert set(last.skipped.values()) == {"the strength is 0: the schedule's, or the host's learning rate"}
     assert values(teacher) == before
     assert bits(learner.state_dict()["update"]) == state
 

@@ -15,7 +15,8 @@ class LearningRate(NamedTuple):
     """The learning rate of a host's optimizer.
 
     Attributes:
-        value: The lowest of its groups that is not 0: that of the backbone, where the head has a higher one.
+        value: The lowest of its groups that is not 0: that of the backbone, where the head has a higher one. 0 where
+            all of them are.
         adaptive: Whether it is about the size of the optimizer's steps, as in Adam and its kind.
     """
 
@@ -24,16 +25,16 @@ class LearningRate(NamedTuple):
 
 
 def learning_rate_of(optimizer: Any) -> Optional[LearningRate]:
-    """Return the learning rate of anything with ``param_groups``; ``None`` where there is none, or all are 0.
+    """Return the learning rate of anything with ``param_groups``; ``None`` where none is known.
 
     Where it is a tensor on a device, it waits for the device.
     """
     groups = [group for group in getattr(optimizer, "param_groups", None) or () if "lr" in group]
     rates = [float(group["lr"]) for group in groups]
-    positive = [rate for rate in rates if 0 < rate < math.inf]
-    if not positive:
+    known = [rate for rate in rates if 0 <= rate < math.inf]
+    if not known:
         return None
-    return LearningRate(min(positive), all("betas" in group for group in groups))
+    return LearningRate(min(filter(None, known), default=0.0), all("betas" in group for group in groups))
 
 
 class StepWatch:

@@ -27,6 +27,7 @@ from .base import (
     needs_relation,
     rehearse,
     state_of,
+    weighs_trust,
 )
 
 __all__ = ["Criterion", "Guard", "agreement", "consensus", "mutual_information"]
@@ -181,6 +182,11 @@ class Guard(Strategy):
     def needs_relation(self) -> bool:
         """The guarded update's."""
         return needs_relation(self.update)
+
+    @property
+    def weighs_trust(self) -> bool:
+        """The guarded update's."""
+        return weighs_trust(self.update)
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Apply the guarded update and accept it or roll it back."""

@@ -14,7 +14,7 @@ from .._host.own_optimizer import OptimizerFactory, OwnOptimizer
 from .._host.ranks import mean_where_seen
 from .._host.shards import gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
-from ..errors import check_number, problem
+from ..errors import CldaError, check_number, problem
 from ..layers import canonical_parameters
 from ..outputs import Outputs
 from ..strategy import Strategy
@@ -126,7 +126,7 @@ class MaskedDistillation(Strategy):
     def _targets(self, context: RoundContext) -> List[Tuple[float, Outputs]]:
         """Return what the teacher learns to predict on the view, each with its weight."""
         targets = []
-        if context.trust < 1 and context.has_view():
+        if context.trust < 1 and context.view is not None:
             targets.append((1.0 - context.trust, context.teacher_outputs()))
         if context.trust > 0:
             targets.append((context.trust, context.student_outputs()))
@@ -137,7 +137,7 @@ class MaskedDistillation(Strategy):
 
     def _factor(self, context: RoundContext) -> float:
         """Return what the optimizer's learning rate is multiplied by."""
-        alone = not context.has_view() and not self._supervises(context)
+        alone = context.view is None and not self._supervises(context)
         # Adam's steps do not shrink with the loss, so what is learnt from the student alone shrinks here.
         factor = context.strength * (context.trust if alone else 1.0)
         if self.learning_rate is not None or self.optimizer is not None or context.learning_rate is None:
@@ -145,13 +145,21 @@ class MaskedDistillation(Strategy):
         return factor * self.relative_rate * context.learning_rate / _RATE
 
     def _gradients(
-        self, context: RoundContext, targets: Sequence[Tuple[float, Outputs]], by: Sequence[Tensor]
+        self,
+        context: RoundContext,
+        targets: Sequence[Tuple[float, Outputs]],
+        by: Sequence[Tensor],
+        *,
+        by_all: bool = False,
     ) -> Sequence[Optional[Tensor]]:
-        """Return the loss's gradients averaged over ranks; one graph is held at a time."""
+        """Return the loss's gradients averaged over ranks; one graph is held at a time.
+
+        ``by_all`` says that every layer is differentiated by, so that the source loss must depend on them.
+        """
         found: List[Sequence[Optional[Tensor]]] = []
         with borrowed(context.teacher, grad_to=by) as teacher:
             if targets:
-                view = context.view if context.has_view() else context.required_inputs()
+                view = context.required_inputs() if context.view is None else context.view
                 prediction = context.forward(context.teacher, view)
                 losses = [
                     weight * distillation_loss(self.distillation, prediction, target, context.mask)
@@ -162,6 +170,8 @@ class MaskedDistillation(Strategy):
             if context.source_loss is not None and self._supervises(context):
                 loss = context.source_loss(teacher)
                 check_scalar(loss)
+                if by_all and not loss.requires_grad:
+                    raise no_graph()
                 found.append(_differentiated(self.source_weight * loss, by))
         summed = [_added(of_one) for of_one in zip(*found)]
         return summed if any(map(is_sharded, by)) else mean_where_seen(summed, by)
@@ -174,11 +184,11 @@ class MaskedDistillation(Strategy):
         """Differentiate the loss once by every layer, and drop the gradients.
 
         Raises:
-            CldaError: If none of the layers has a gradient.
+            CldaError: If none of the layers has a gradient, or the source loss does not depend on them.
         """
         everything = canonical_parameters(context.teacher)
         wanted = [everything[name] for layer in context.layers for name in layer.parameters]
-        found = self._gradients(context, [(1.0, context.student_outputs())], wanted)
+        found = self._gradients(context, [(1.0, context.student_outputs())], wanted, by_all=True)
         if all(gradient is None for gradient in found):
             raise problem(
                 "the update's loss does not depend on the teacher",
@@ -240,3 +250,14 @@ def check_scalar(loss: Any) -> None:
             received=f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
             fix="pass distill(source_loss=lambda teacher: F.cross_entropy(teacher(images_s), labels_s))",
         )
+
+
+def no_graph() -> CldaError:
+    """Return what to raise where a source loss has no gradient."""
+    return problem(
+        "the source loss does not depend on the teacher",
+        expected="a loss with a graph to the parameters of the network it is called with",
+        received="a tensor that requires no gradient",
+        fix="call the network that source_loss= is given, without detach() or no_grad(): "
+        "lambda teacher: F.cross_entropy(teacher(images_s), labels_s)",
+    )
