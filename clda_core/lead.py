@@ -161,8 +161,7 @@ class Lead:
         if math.isnan(lead):
             return Look(0.0, reason="the student is not trusted: the validator could not score both networks")
         trust = self._trust(lead)
-        check_number("what trust= returned", trust, at_least=0, at_most=1)
-        return Look(float(trust), lead, _by_class(validator, teacher, student))
+        return Look(_checked(trust), lead, _by_class(validator, teacher, student))
 
     def validator_of(self, context: RoundContext) -> Validator:
         """Return the validator that goes by what the host hands a round.
@@ -191,6 +190,19 @@ class Lead:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.averages = Averages(**state)
+
+
+def _checked(trust: Any) -> float:
+    """Return what a trust function returned if that is a number in [0, 1]."""
+    number = isinstance(trust, (int, float)) and not isinstance(trust, bool)
+    if not number or not 0 <= trust <= 1:  # NaN among them
+        raise problem(
+            "trust= returned no trust",
+            expected="a number in [0, 1]",
+            received=repr(trust),
+            fix="return one for every lead, as LinearTrust() does",
+        )
+    return float(trust)
 
 
 def _by_class(validator: Validator, teacher: Tensor, student: Tensor) -> Tuple[Optional[float], ...]:

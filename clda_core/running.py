@@ -80,7 +80,7 @@ class Runner:
         has_data = _has_samples(student, batch.mask, wait=wait)
         if not has_data:
             if world_size() == 1:
-                return Pair(student, None, Batch(), has_data)
+                return Pair(student, None, Batch(), has_data, as_in_rounds=False)
             # The other ranks wait for this one, so it makes all the calls that they make.
             student = stand_in(emptied(student))
             batch = Batch(*map(stand_in, batch))._replace(mask=None)
@@ -95,7 +95,7 @@ class Runner:
             check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
             self._own_graph = check_graph(self._student, student)
             self._checked = True
-        return Pair(student, teacher, batch, has_data)
+        return Pair(student, teacher, batch, has_data, teacher_output is None or not self._teacher.training)
 
     def in_common_classes(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
         """Run the teacher or the student in a round; the teacher's logits come in the student's classes."""

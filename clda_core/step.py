@@ -62,12 +62,14 @@ class Pair(NamedTuple):
         teacher: The teacher's; ``None`` where the only process has no data.
         batch: What both are run on in a round, with a mask of bool or float weights.
         has_data: Whether this process has any of it; all the others are stand-ins otherwise.
+        as_in_rounds: Whether the teacher's outputs are those of eval mode, as rounds make them.
     """
 
     student: Outputs
     teacher: Optional[Outputs]
     batch: Batch
     has_data: bool
+    as_in_rounds: bool
 
 
 class Step:
@@ -76,7 +78,7 @@ class Step:
     Attributes:
         here: Whether this process has target data; ``None`` as long as ``distill`` was not called.
         batch: What a round runs the models on.
-        teacher: The teacher's outputs on that batch.
+        teacher: The teacher's outputs on that batch; ``None`` where a round must ask for them.
         shapes: Of the logits that were distilled, without the batch, by whose they are.
         observed: The domains of which ``observe`` was called.
         pending: What was observed; it counts once the step is made.
@@ -110,7 +112,7 @@ class Step:
         self.batch = pair.batch._replace(**kept)
         both = {"student": pair.student, "teacher": pair.teacher} if pair.has_data else {}
         self.shapes = {whose: tuple(of.logits.shape[1:]) for whose, of in both.items() if of is not None}
-        self.teacher = None if pair.teacher is None else owned(pair.teacher)
+        self.teacher = owned(pair.teacher) if pair.teacher is not None and pair.as_in_rounds else None
 
     def anywhere(self, device: torch.device) -> bool:
         """Return whether any process has target data; all of them must ask, and all get the same answer."""

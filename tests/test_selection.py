@@ -1,4 +1,6 @@
+import itertools
 import math
+from typing import Dict
 
 import pytest
 import torch
@@ -6,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clda_core.errors import CldaError
-from clda_core.selection import AllLayers, BelowRate, DomainShift, HighestFraction, LowestFraction, RandomFraction
+from clda_core.selection import (
+    AllLayers,
+    BelowRate,
+    DomainShift,
+    DrawnFraction,
+    HighestFraction,
+    LowestFraction,
+    RandomFraction,
+)
 from tests import reference_saliency as reference
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -97,6 +107,7 @@ RULES = [
     LowestFraction(fraction=1.0),
     HighestFraction(fraction=1.0),
     RandomFraction(fraction=1.0),
+    DrawnFraction(fraction=1.0),
     BelowRate(rate=1.0),
     DomainShift(fraction=1.0),
     AllLayers(),
@@ -116,6 +127,10 @@ def test_unknown_layers_are_never_selected(rule) -> None:
         (lambda: HighestFraction(fraction=1.1), "fraction is out of range"),
         (lambda: RandomFraction(fraction=-0.1), "fraction is out of range"),
         (lambda: RandomFraction(seed=0.5), "seed is not an integer"),
+        (lambda: DrawnFraction(fraction=0), "fraction is out of range"),
+        (lambda: DrawnFraction(bias=-1), "bias is out of range"),
+        (lambda: DrawnFraction(bias=math.inf), "bias is not a finite number"),
+        (lambda: DrawnFraction(seed=0.5), "seed is not an integer"),
         (lambda: BelowRate(rate=0), "rate is out of range"),
         (lambda: BelowRate(rate=1.01), "rate is out of range"),
         (lambda: DomainShift(fraction=2), "fraction is out of range"),
@@ -126,3 +141,58 @@ def test_unknown_layers_are_never_selected(rule) -> None:
 def test_wrong_arguments(build, match) -> None:
     with pytest.raises(CldaError, match=match):
         build()
+
+
+# ------------------------------------------------------------------------------------------------ drawn in each round
+
+
+def chances(weights: Dict[str, float], count: int) -> Dict[str, float]:
+    """Return how likely each is among ``count`` drawn without replacement in proportion to the weights, exactly."""
+    found = dict.fromkeys(weights, 0.0)
+    for order in itertools.permutations(weights, count):
+        chance, left = 1.0, sum(weights.values())
+        for name in order:
+            chance *= weights[name] / left
+            left -= weights[name]
+        for name in order:
+            found[name] += chance
+    return found
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("fraction", [0.2, 0.4])
+def test_drawn_fraction_draws_by_the_weights_of_efraimidis_and_spirakis(bias: float, fraction: float) -> None:
+    rule, draws = DrawnFraction(fraction=fraction, bias=bias), 4000
+    order = sorted(TARGET, key=TARGET.__getitem__)
+    weights = {name: float(len(order) - place) ** bias for place, name in enumerate(order)}
+    expected = chances(weights, counted(fraction, len(TARGET)))
+    drawn = [rule.draw(TARGET, {}, step) for step in range(draws)]
+    for name, chance in expected.items():
+        deviation = math.sqrt(chance * (1 - chance) / draws)
+        assert sum(name in one for one in drawn) / draws == pytest.approx(chance, abs=4 * deviation + 1e-12), name
+
+
+@quick
+@given(rates, fractions, st.integers(), st.integers(0, 10**9))
+def test_drawn_fraction_depends_on_nothing_but_its_arguments(target, fraction, seed, step) -> None:
+    state = torch.get_rng_state()
+    rule = DrawnFraction(fraction=fraction, seed=seed)
+    found = rule.draw(target, {}, step)
+    rule.draw(target, {}, step + 1)
+    assert found == rule.draw(target, {}, step) == DrawnFraction(fraction=fraction, seed=seed).draw(target, {}, step)
+    assert len(found) == counted(fraction, len(target))
+    assert found == tuple(name for name in target if name in found)
+    assert rule(target, {}) == rule.draw(target, {}, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawn_fraction_differs_between_steps_and_seeds_and_not_between_processes() -> None:
+    assert len({DrawnFraction(fraction=0.4).draw(TARGET, {}, step) for step in range(50)}) > 5
+    assert len({DrawnFraction(fraction=0.4, seed=seed).draw(TARGET, {}, 1) for seed in range(50)}) > 5
+    assert DrawnFraction(fraction=0.4, seed=3).draw(TARGET, {}, 10) == ("block.0", "block.1")
+
+
+@pytest.mark.parametrize("bias", [1e3, 1e300])
+def test_drawn_fraction_of_a_large_bias_is_the_lowest_fraction(bias: float) -> None:
+    target = {str(index): index / 100 for index in range(80)}
+    assert DrawnFraction(fraction=0.1, bias=bias).draw(target, {}, 7) == LowestFraction(fraction=0.1)(target, {})

@@ -137,8 +137,8 @@ class MaskedDistillation(Strategy):
 
     def _factor(self, context: RoundContext) -> float:
         """Return what the optimizer's learning rate is multiplied by."""
-        alone = context.view is None and not self._supervises(context)
         # Adam's steps do not shrink with the loss, so what is learnt from the student alone shrinks here.
+        alone = self.optimizer is None and context.view is None and not self._supervises(context)
         factor = context.strength * (context.trust if alone else 1.0)
         if self.learning_rate is not None or self.optimizer is not None or context.learning_rate is None:
             return factor

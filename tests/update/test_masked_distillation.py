@@ -1,3 +1,4 @@
+import math
 from typing import Any, Callable, Dict, List
 
 import numpy as np
@@ -5,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clda_core import Schedule
 from clda_core.distillation import kl_distillation
 from clda_core.errors import CldaError
 from clda_core.layers import canonical_parameters
+from clda_core.selection import AllLayers
 from clda_core.update import MaskedDistillation, RoundContext
 from clda_core.update.masked_distillation import all_finite
+from tests import helpers
 from tests.helpers import no_traces
 from tests.models import ResNet, mlp
 from tests.reference_update import Adam, float64
@@ -392,3 +396,243 @@ def test_a_state_saved_with_the_plain_adam_is_continued_alike() -> None:
         then.apply(round_context(teacher, student, inputs=vectors(2)))
         teachers.append(teacher)
     assert not changed(teachers[0], values(teachers[1]))
+
+
+# ----------------------------------------------------------------------------- the whole equation, and its step size
+
+
+def changed_view(inputs: Tensor) -> Tensor:
+    return inputs + 0.5 * inputs.cos()
+
+
+def supervised(network: nn.Module) -> Tensor:
+    inputs = vectors(5, torch.float64)
+    return nn.functional.cross_entropy(network(inputs), inputs.argmax(1) % 3)
+
+
+def divergence(prediction: Tensor, target: Tensor) -> Tensor:
+    """KL by its definition, averaged over the batch."""
+    p, q = target.softmax(1), prediction.softmax(1)
+    return (p * (p.log() - q.log())).sum(1).mean()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("trust", [0.0, 0.3, 1.0])
+def test_the_whole_loss_by_an_independent_composition(trust: float, view: bool, source: bool, weight: float) -> None:
+    teacher, student = pair(torch.float64)
+    teacher.eval(), student.eval()
+    x = vectors(dtype=torch.float64)
+    seen = changed_view(x) if view else x
+    own, its = teacher(x).detach(), student(x).detach()
+    loss = trust * divergence(teacher(seen), its)
+    if view:
+        loss = loss + (1 - trust) * divergence(teacher(seen), own)
+    if source:
+        loss = loss + weight * supervised(teacher)
+    parameters = dict(teacher.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    expected = {name: value.detach() - 0.1 * by for (name, value), by in zip(parameters.items(), gradients)}
+    before = values(teacher)
+    update = MaskedDistillation(optimizer=sgd, source_weight=weight)
+    context = round_context(
+        teacher,
+        student,
+        inputs=x,
+        view=seen if view else None,
+        source_loss=supervised if source else None,
+        trust=trust,
+    )
+    result = update.apply(context)
+    if not trust and not view and not (source and weight):
+        assert not result.updated
+        assert set(result.skipped.values()) == {
+            "the student is not trusted, and there is neither a view nor a source loss to learn from"
+        }
+        assert not changed(teacher, before)
+        assert not update.state_dict()["optimizer"]["state"]
+        return
+    assert result.updated == tuple(layer.name for layer in context.layers)
+    for name, value in teacher.named_parameters():
+        assert torch.allclose(value.detach(), expected[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_a_view_teaches_where_the_students_view_is_not_known() -> None:
+    """The teacher learns on its own view; the student is asked for its prediction on the clean images alone."""
+    moved = []
+    for options in ({}, {"student_inputs": vectors(dtype=torch.float64)}):
+        teacher, student = pair(torch.float64)
+        x = vectors(dtype=torch.float64)
+        context = round_context(teacher, student, inputs=x, view=changed_view(x), trust=0.0, **options)
+        assert MaskedDistillation(optimizer=sgd).apply(context).updated
+        moved.append(values(teacher))
+    assert all(same_bits(moved[0][name], moved[1][name]) for name in moved[0])
+
+
+def largest_step(update: MaskedDistillation, **options: Any) -> float:
+    """Return how far Adam's first step moves the element that moves most: its learning rate."""
+    teacher, student = pair(torch.float64)
+    before = values(teacher)
+    update.apply(round_context(teacher, student, inputs=vectors(dtype=torch.float64), **options))
+    return max(float((value.detach() - before[name]).abs().max()) for name, value in teacher.named_parameters())
+
+
+def test_the_rate_follows_the_hosts_unless_it_is_given() -> None:
+    relative = MaskedDistillation().relative_rate
+    assert largest_step(MaskedDistillation()) == pytest.approx(1e-4, rel=1e-3)
+    assert largest_step(MaskedDistillation(), strength=0.25) == pytest.approx(0.25e-4, rel=1e-3)
+    assert largest_step(MaskedDistillation(), learning_rate=1e-2) == pytest.approx(relative * 1e-2, rel=1e-3)
+    doubled = MaskedDistillation(relative_rate=2 * relative)
+    assert largest_step(doubled, learning_rate=1e-2, strength=0.5) == pytest.approx(relative * 1e-2, rel=1e-3)
+    assert largest_step(MaskedDistillation(learning_rate=3e-3), learning_rate=1e-2) == pytest.approx(3e-3, rel=1e-3)
+
+
+def test_adams_step_shrinks_with_trust_where_the_student_alone_teaches() -> None:
+    x = vectors(dtype=torch.float64)
+    assert largest_step(MaskedDistillation(), trust=0.25) == pytest.approx(0.25e-4, rel=1e-3)
+    assert largest_step(MaskedDistillation(), trust=0.25, view=changed_view(x)) == pytest.approx(1e-4, rel=1e-3)
+    assert largest_step(MaskedDistillation(), trust=0.25, source_loss=supervised) == pytest.approx(1e-4, rel=1e-3)
+    unsupervised = MaskedDistillation(source_weight=0.0)
+    assert largest_step(unsupervised, trust=0.25, source_loss=supervised) == pytest.approx(0.25e-4, rel=1e-3)
+
+
+def host(kind: str) -> Any:
+    teacher, student = helpers.networks()
+    optimizers: Dict[str, Callable[[], Any]] = {
+        "Adam": lambda: torch.optim.Adam(student.parameters(), lr=1e-2),
+        "AdamW, two groups": lambda: torch.optim.AdamW(
+            [
+                {"params": list(student.stem.parameters()), "lr": 1e-2},
+                {"params": list(student.head.parameters()), "lr": 1e-1},
+                {"params": list(student.blocks.parameters()), "lr": 0.0},
+            ]
+        ),
+        "SGD": lambda: helpers.sgd(student),
+        "none": lambda: None,
+    }
+    return teacher, student, optimizers[kind]()
+
+
+def teach_once(teacher: nn.Module, student: nn.Module, learner: Any, optimizer: Any) -> float:
+    """Make a step with a round and return how far the teacher moved at most."""
+    before = values(teacher)
+    learner.distill(student(helpers.batch()), helpers.batch()).backward()
+    if optimizer is None:
+        learner.step(step_fn=lambda: None)
+    else:
+        learner.step(optimizer)
+    return max(float((value.detach() - before[name]).abs().max()) for name, value in teacher.named_parameters())
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("Adam", 1e-2), ("AdamW, two groups", 1e-2), ("SGD", None), ("none", None)])
+def test_the_hosts_optimizer_gives_the_rate_where_it_is_of_adams_kind(kind: str, rate: Any) -> None:
+    teacher, student, optimizer = host(kind)
+    update = MaskedDistillation()
+    learner = helpers.make_learner(teacher, student, update=update, selection=AllLayers())
+    expected = 1e-4 if rate is None else update.relative_rate * rate
+    assert teach_once(teacher, student, learner, optimizer) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_strength_follows_the_hosts_learning_rate_against_its_peak(as_tensor: bool) -> None:
+    teacher, student, optimizer = host("Adam")
+    learner = helpers.make_learner(teacher, student, update=MaskedDistillation(), selection=AllLayers())
+    if as_tensor:  # as torch.compile wants it
+        optimizer = type("Host", (), {"param_groups": [{"lr": torch.tensor(0.0), "betas": (0, 0)}], "step": none})()
+    strengths, peaks = [], []
+    for lr in (0.0, 1e-3, 4e-3, 2e-3, 0.0):
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr) if as_tensor else lr
+        before = values(teacher)
+        teach_once(teacher, student, learner, optimizer)
+        record = learner.report().rounds[-1]
+        strengths.append(record.strength)
+        peaks.append(learner.state_dict()["peak"])
+        assert bool(changed(teacher, before)) == bool(lr) == bool(record.updated)
+    assert strengths == pytest.approx([0.0, 1.0, 1.0, 0.5, 0.0])
+    assert peaks == pytest.approx([0.0, 1e-3, 4e-3, 4e-3, 4e-3])
+    assert record.reason == "the strength is 0: the schedule's, or the host's learning rate"
+
+
+def none(optimizer: Any) -> None:
+    """Step nothing."""
+
+
+# -------------------------------------------------------------------------------------------- a source loss that fails
+
+
+def raises(network: nn.Module) -> Tensor:
+    raise ZeroDivisionError("theirs")
+
+
+BAD: Dict[str, Any] = {
+    "no tensor": (lambda network: 1.0, "source loss is no scalar.*received float"),
+    "a vector": (lambda network: network(helpers.batch()).sum(1), r"source loss is no scalar.*shape \(64,\)"),
+    "an integer": (lambda network: torch.ones((), dtype=torch.int64), "source loss is no scalar.*int64"),
+    "raises": (raises, "ZeroDivisionError: theirs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_a_source_loss_that_fails_is_named_and_the_teacher_is_as_before(case: str, rehearsed: bool) -> None:
+    loss, match = BAD[case]
+    teacher, student = helpers.networks()
+    schedule = {"schedule": Schedule(warmup=20, interval=5)} if rehearsed else {}
+    learner = helpers.make_learner(teacher, student, update=MaskedDistillation(), **schedule)
+    learner.distill(student(helpers.batch()), helpers.batch(), source_loss=loss).backward()
+    before = values(teacher)
+    with no_traces(teacher, student), pytest.raises(CldaError, match=match):
+        learner.step(step_fn=lambda: None)
+    assert not changed(teacher, before)
+    assert not learner.report().rounds
+
+
+def test_a_source_loss_without_a_graph_fails_in_the_first_step() -> None:
+    teacher, student = helpers.networks()
+    learner = helpers.make_learner(
+        teacher, student, update=MaskedDistillation(), schedule=Schedule(warmup=20, interval=5)
+    )
+    learner.distill(student(helpers.batch()), helpers.batch(), source_loss=lambda _: torch.ones(())).backward()
+    with helpers.nothing_changed(learner), pytest.raises(CldaError, match="source loss does not depend on the teacher"):
+        learner.step(step_fn=lambda: pytest.fail("the optimizer was stepped"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_source_loss_that_is_not_finite_teaches_nothing(value: float) -> None:
+    teacher, student = pair()
+    before, update = values(teacher), MaskedDistillation()
+    context = round_context(
+        teacher, student, inputs=vectors(), source_loss=lambda network: network(vectors()).sum() * value
+    )
+    result = update.apply(context)
+    assert not result.updated
+    assert set(result.skipped.values()) == {"a gradient of the round is not finite"}
+    assert not changed(teacher, before)
+
+
+def test_a_source_loss_that_is_no_function_is_refused_at_once() -> None:
+    teacher, student = helpers.networks()
+    learner = helpers.make_learner(teacher, student)
+    with pytest.raises(CldaError, match="source_loss= cannot be called"):
+        learner.distill(student(helpers.batch()), helpers.batch(), source_loss=torch.ones(()))
+
+
+def test_the_source_loss_is_called_in_rounds_alone_with_the_teacher_in_eval_mode() -> None:
+    teacher, student = helpers.networks()
+    seen: List[Any] = []
+
+    def loss(network: nn.Module) -> Tensor:
+        seen.append((network, network.training))
+        return network(helpers.batch(9)).square().mean()
+
+    learner = helpers.make_learner(
+        teacher.train(), student, update=MaskedDistillation(), schedule=Schedule(interval=2, observe_every=1)
+    )
+    for number in range(4):
+        learner.distill(student(helpers.batch(number)), helpers.batch(number), source_loss=loss).backward()
+        learner.step(step_fn=lambda: None)
+    assert [network is teacher for network, _ in seen] == [True] * 3, "the rehearsal, and two rounds"
+    assert not any(training for _, training in seen)
+    assert teacher.training
