@@ -71,7 +71,8 @@ def train(
         of_host = host.loss(step, steps)
         loss = of_host.loss
         if learner is not None:
-            loss = loss + learner.distill(of_host.output(), of_host.images)
+            rounds = {"view": of_host.view, "source_loss": of_host.source_loss}
+            loss = loss + learner.distill(of_host.output(), of_host.images, **rounds)
         optimizer.zero_grad()
         loss.backward()
         if learner is not None and learner.observing and isinstance(learner.selection, DomainShift):

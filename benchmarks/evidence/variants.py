@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from benchmarks.evidence.task import Task
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
 from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, Distillation, KLDistillation
+from clda_core.lead import FixedTrust, Trust
 from clda_core.saliency import Fisher, Hessian, Magnitude
-from clda_core.selection import AllLayers, DomainShift, HighestFraction, LowestFraction, RandomFraction, Selection
+from clda_core.selection import (
+    AllLayers,
+    DomainShift,
+    DrawnFraction,
+    HighestFraction,
+    LowestFraction,
+    RandomFraction,
+    Selection,
+)
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, Update
 
 Strategies = Callable[[Task, int], Dict[str, Any]]
@@ -34,6 +43,7 @@ class Variant:
         dense: Whether it needs logits with positions.
         length: Optimizer steps, in units of the task's.
         turns: Students trained one after another, each from the same start and on the same batches.
+        oracle: Whether the lead is known from the labels of the evaluation, and not from a validator.
         after_turn: Called after each turn with teacher, trained student, batches and seed; returns the next's teacher.
     """
 
@@ -46,13 +56,25 @@ class Variant:
     dense: bool = False
     length: int = 1
     turns: int = 1
+    oracle: bool = False
     after_turn: Optional[AfterTurn] = None
 
     def learner(self, task: Task, teacher: nn.Module, student: nn.Module, seed: int) -> Optional[CollaborativeLearner]:
         """Return the learner of a run, or ``None``."""
         if self.strategies is None:
             return None
-        return CollaborativeLearner(teacher, student, **self.strategies(task, seed))
+        known = {"trust": by_labels(task, teacher, student)} if self.oracle else {}
+        return CollaborativeLearner(teacher, student, **{**self.strategies(task, seed), **known})
+
+
+def by_labels(task: Task, teacher: nn.Module, student: nn.Module) -> Trust:
+    """Return trust by the labels of the evaluation: it rises from 0 for a student 1 point behind to 1 for one ahead."""
+
+    def trust(lead: float) -> float:
+        ahead = task.evaluate(student)[task.metric] - task.evaluate(teacher)[task.metric]
+        return min(1.0, max(0.0, 0.5 + ahead / 2))
+
+    return trust
 
 
 def frozen(task: Task, seed: int) -> Dict[str, Any]:
@@ -82,6 +104,24 @@ def former(task: Task, seed: int) -> Dict[str, Any]:
 def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> Strategies:
     """Return the defaults, or others, with some strategies replaced."""
     return lambda task, seed: {**base(task, seed), **{role: make(task, seed) for role, make in makers.items()}}
+
+
+def lead_ignored(task: Task, seed: int) -> Dict[str, Any]:
+    """Return rounds that learn from the student alone, whoever leads."""
+    return {"trust": FixedTrust(1.0)}
+
+
+def without_student(task: Task, seed: int) -> Dict[str, Any]:
+    """Return the same rounds with the teacher's own predictions as targets."""
+    return {"trust": FixedTrust(0.0)}
+
+
+def lowest(task: Task, seed: int) -> Selection:
+    return LowestFraction()
+
+
+def uniform(task: Task, seed: int) -> Selection:
+    return DrawnFraction(bias=0.0, seed=seed)
 
 
 def random_layers(task: Task, seed: int) -> Selection:
@@ -166,6 +206,18 @@ VARIANTS: Dict[str, Variant] = {
     "rate-1e-3": Variant("longer steps of the teacher: Adam at 1e-3", "update", with_(update=longer_steps)),
     "interval-5": Variant("a round every 5 steps", "schedule", every(5)),
     "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
+    "lead-ignored": Variant("the student trusted whoever leads", "lead", lead_ignored),
+    "lead-known": Variant("the lead known from labels (oracle)", "lead", defaults, oracle=True),
+    "without-student": Variant("the same rounds without the student", "lead", without_student),
+    "lead-ignored-init": Variant("trusted whoever leads, student initialised", "lead", lead_ignored, start="teacher"),
+    "lead-known-init": Variant(
+        "lead known from labels, student initialised", "lead", defaults, start="teacher", oracle=True
+    ),
+    "without-student-init": Variant(
+        "without the student, student initialised", "lead", without_student, start="teacher"
+    ),
+    "select-lowest": Variant("always the lowest LSR", "selection", with_(selection=lowest)),
+    "select-uniform": Variant("drawn anew, uniformly", "selection", with_(selection=uniform)),
     "select-random": Variant("random layers", "selection", with_(selection=random_layers)),
     "select-highest": Variant("highest LSR", "selection", with_(selection=highest)),
     "select-all": Variant("all layers", "selection", with_(selection=all_layers)),
