@@ -20,8 +20,8 @@ __all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
 Trust = Callable[[float], float]
 """``trust(lead) -> t``: how far the student is trusted, in [0, 1], by its score minus the teacher's."""
 
-MEMORY = 0.9
-"""Of what earlier looks have counted, the share that the next one keeps: about the last ten looks are averaged."""
+MEMORY = 0.8
+"""Of what earlier looks have counted, the share that the next one keeps: about the last five looks are averaged."""
 
 
 class LinearTrust(Strategy):
@@ -133,8 +133,12 @@ class Lead:
         self._validator = validator
         self._trust = trust
 
-    def look(self, context: RoundContext) -> Look:
+    def look(self, context: RoundContext, *, renewed: bool = True) -> Look:
         """Validate both networks once more and return what is known now.
+
+        Args:
+            context: The round.
+            renewed: Whether the round has observations of its own; otherwise it goes by the last look, if there is one.
 
         Raises:
             CldaError: If the validator needs a view and there is none, or returns no statistics; or ``trust`` returns
@@ -145,8 +149,9 @@ class Lead:
         if context.inputs is None:
             return Look(0.0, reason="the student is not trusted: distill() got no inputs to validate the networks on")
         validator = self.validator_of(context)
-        teacher, student = sum_across_ranks(nothing_unless_finite(*_statistics(validator, context)))
-        self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
+        if renewed or self.averages.of != type(validator).__name__:
+            teacher, student = sum_across_ranks(nothing_unless_finite(*_statistics(validator, context)))
+            self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
         return self._decided(validator, self.averages.teacher, self.averages.student)
 
     def rehearse(self, context: RoundContext) -> None:

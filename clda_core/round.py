@@ -212,7 +212,7 @@ class Rounds:
             context = self._context(step, chosen)
             with self._whole_or_not(context):
                 strength = self._strength(step, number)
-                look = self._lead.look(context)
+                look = self._lead.look(context, renewed=observed)
                 context = replace(context, strength=strength, trust=look.trust, learning_rate=self._rate(step))
                 result = self._apply(context, look.reason)
                 torch.clear_autocast_cache()  # of the weights before, should the host go on in its autocast

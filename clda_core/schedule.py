@@ -44,8 +44,8 @@ class Schedule(Strategy):
         warmup: Optimizer steps before which nothing is observed or updated; a float in (0, 1) is a share of ``total``.
         interval: Optimizer steps between rounds, >= 1; a float in (0, 1) is a share of ``total``, at least one step.
         observations: Observed steps for a round, between 1 and ``interval``.
-        observe_every: Rounds from one that is observed to the next, >= 1. The rates change slowly, and an observation
-            costs a forward and a backward pass of the teacher.
+        observe_every: Rounds from one that is observed to the next, >= 1. Rates and lead change slowly, and an
+            observation costs a forward and a backward pass of the teacher, and a look at both networks their passes.
         decay: How the strength falls after the warm-up.
         total: Optimizer steps of the whole training; needed by ``"linear"``, ``"cosine"`` and shares, and > ``warmup``.
 
@@ -65,9 +65,9 @@ class Schedule(Strategy):
         self,
         *,
         warmup: Union[int, float] = 0,
-        interval: Union[int, float] = 10,
+        interval: Union[int, float] = 7,
         observations: int = 1,
-        observe_every: int = 5,
+        observe_every: int = 3,
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total: Optional[int] = None,
     ) -> None:

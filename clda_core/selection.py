@@ -114,7 +114,7 @@ class DrawnFraction(Strategy):
         draw: the largest :math:`u_r^{1 / w_r}` of uniform :math:`u_r`.
     """
 
-    def __init__(self, *, fraction: float = 0.3, bias: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, *, fraction: float = 0.5, bias: float = 1.0, seed: int = 0) -> None:
         check_number("bias", bias, at_least=0)
         check_number("seed", seed, integer=True)
         self.fraction = _checked(fraction)

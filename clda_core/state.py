@@ -193,7 +193,7 @@ def _rates_were_not_the_hosts(state: State) -> State:
 
 def _own_rate(strategy: Description) -> Description:
     if strategy["class"] == "MaskedDistillation":
-        return {"relative_rate": 0.15, "source_weight": 1.0, **strategy}
+        return {"relative_rate": 0.1, "source_weight": 1.0, **strategy}
     return strategy
 
 

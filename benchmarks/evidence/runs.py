@@ -159,6 +159,8 @@ def train_student(
         steps=variant.length * task.steps,
         learner=learner,
         cotraining=cotraining,
+        view=variant.view,
+        source=variant.source,
         look=None if look is None else partial(look, student),
         looks=looks,
     )

@@ -37,6 +37,8 @@ def train(
     learner: Optional[CollaborativeLearner] = None,
     cotraining: Optional[Cotraining] = None,
     evaluations: int = 4,
+    view: bool = True,
+    source: bool = False,
     look: Optional[Callable[[int], None]] = None,
     looks: int = 0,
 ) -> Dict[str, Any]:
@@ -50,6 +52,8 @@ def train(
         learner: Whose student is ``host.model``.
         cotraining: Of the learner's teacher.
         evaluations: Points on the curve.
+        view: Whether the learner gets the host's second view.
+        source: Whether it gets the host's supervised loss.
         look: Called with the number of steps made, ``looks`` times, the last time at the end; it may only read.
         looks: How often.
     """
@@ -71,7 +75,7 @@ def train(
         of_host = host.loss(step, steps)
         loss = of_host.loss
         if learner is not None:
-            rounds = {"view": of_host.view, "source_loss": of_host.source_loss}
+            rounds = {"view": of_host.view if view else None, "source_loss": of_host.source_loss if source else None}
             loss = loss + learner.distill(of_host.output(), of_host.images, **rounds)
         optimizer.zero_grad()
         loss.backward()
@@ -89,7 +93,7 @@ def train(
             optimizer.step()
             of_teacher.step()
             cotraining.host.after_step()
-            learner.after_step()
+            learner.after_step(optimizer=optimizer)
         host.after_step()
         seconds += time.perf_counter() - began
         of_steps.append(busy_seconds(host.model) - began_processor)

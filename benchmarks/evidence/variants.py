@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -43,6 +44,8 @@ class Variant:
         dense: Whether it needs logits with positions.
         length: Optimizer steps, in units of the task's.
         turns: Students trained one after another, each from the same start and on the same batches.
+        view: Whether the host hands its second view to the learner.
+        source: Whether it hands over its supervised loss.
         oracle: Whether the lead is known from the labels of the evaluation, and not from a validator.
         after_turn: Called after each turn with teacher, trained student, batches and seed; returns the next's teacher.
     """
@@ -56,6 +59,8 @@ class Variant:
     dense: bool = False
     length: int = 1
     turns: int = 1
+    view: bool = True
+    source: bool = False
     oracle: bool = False
     after_turn: Optional[AfterTurn] = None
 
@@ -67,12 +72,19 @@ class Variant:
         return CollaborativeLearner(teacher, student, **{**self.strategies(task, seed), **known})
 
 
-def by_labels(task: Task, teacher: nn.Module, student: nn.Module) -> Trust:
-    """Return trust by the labels of the evaluation: it rises from 0 for a student 1 point behind to 1 for one ahead."""
+def by_labels(task: Task, teacher: nn.Module, student: nn.Module, *, every: int = 8) -> Trust:
+    """Return trust by the labels of the evaluation: it rises from 0 for a student 1 point behind to 1 for one ahead.
+
+    Both are evaluated at one round in so many.
+    """
+    rounds = itertools.count()
+    known = [0.0]
 
     def trust(lead: float) -> float:
-        ahead = task.evaluate(student)[task.metric] - task.evaluate(teacher)[task.metric]
-        return min(1.0, max(0.0, 0.5 + ahead / 2))
+        if next(rounds) % every == 0:
+            ahead = task.evaluate(student)[task.metric] - task.evaluate(teacher)[task.metric]
+            known[0] = min(1.0, max(0.0, 0.5 + ahead / 2))
+        return known[0]
 
     return trust
 
@@ -92,9 +104,20 @@ def defaults(task: Task, seed: int) -> Dict[str, Any]:
     return {}
 
 
+def warmed(task: Task, seed: int) -> Dict[str, Any]:
+    """Return what the defaults were before rounds went by the lead; the records of seeds 0 to 9 are of these."""
+    return {
+        "schedule": Schedule(warmup=300),
+        "selection": LowestFraction(),
+        "trust": FixedTrust(1.0),
+        "update": Guard(MaskedDistillation(learning_rate=1e-4)),
+    }
+
+
 def former(task: Task, seed: int) -> Dict[str, Any]:
     """Return what the defaults were at first."""
     return {
+        **warmed(task, seed),
         "schedule": Schedule(warmup=task.steps // 2),
         "distillation": KLDistillation(),
         "update": longer_steps(task, seed),
@@ -216,6 +239,10 @@ VARIANTS: Dict[str, Variant] = {
     "without-student-init": Variant(
         "without the student, student initialised", "lead", without_student, start="teacher"
     ),
+    "no-view": Variant("CLDA without a view", "lead", defaults, view=False),
+    "with-source": Variant("CLDA with the source's loss in its rounds", "lead", defaults, source=True),
+    "warmed": Variant("the former defaults, rounds after 300 steps", "lead", warmed),
+    "warmed-init": Variant("the former defaults, student initialised", "lead", warmed, start="teacher"),
     "select-lowest": Variant("always the lowest LSR", "selection", with_(selection=lowest)),
     "select-uniform": Variant("drawn anew, uniformly", "selection", with_(selection=uniform)),
     "select-random": Variant("random layers", "selection", with_(selection=random_layers)),

@@ -80,7 +80,7 @@ class MaskedDistillation(Strategy):
         *,
         steps: int = 1,
         learning_rate: Optional[float] = None,
-        relative_rate: float = 0.15,
+        relative_rate: float = 0.1,
         source_weight: float = 1.0,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
