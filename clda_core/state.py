@@ -193,7 +193,8 @@ def _rates_were_not_the_hosts(state: State) -> State:
 
 def _own_rate(strategy: Description) -> Description:
     if strategy["class"] == "MaskedDistillation":
-        return {"relative_rate": 0.1, "source_weight": 1.0, **strategy}
+        new = {"relative_rate": 0.1, "learns_on": "inputs", "own_targets": False, "source_weight": 1.0}
+        return {**new, **strategy}
     return strategy
 
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Literal
 
 from .._host.borrowing import borrowed
 from .._host.compat import has_float64, norms
@@ -14,7 +15,7 @@ from .._host.own_optimizer import OptimizerFactory, OwnOptimizer
 from .._host.ranks import mean_where_seen
 from .._host.shards import gradients, is_sharded, local, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
-from ..errors import CldaError, check_number, problem
+from ..errors import CldaError, check_choice, check_number, problem
 from ..layers import canonical_parameters
 from ..outputs import Outputs
 from ..strategy import Strategy
@@ -28,18 +29,24 @@ _RATE = 1e-4
 
 
 class MaskedDistillation(Strategy):
-    r"""Distil predictions into the selected teacher layers, with the student's as far as it is trusted.
+    r"""Distil the student's predictions into the selected teacher layers, as far as the student is trusted.
 
-    A few steps on
+    A few steps, of a size that is proportional to the trust :math:`t` in the student (:mod:`clda_core.lead`), on
+
+    .. math:: L(\theta_T) = D(f_T(v; \theta_T), f_S(x)) + \lambda L_\text{source}(\theta_T)
+
+    where :math:`x` is this step's target batch, :math:`v` what the teacher learns on, :math:`D` a distillation loss
+    whose target is constant, and :math:`L_\text{source}` the host's supervised loss, where it is given. Every parameter
+    outside the selected layers is constant. A student that is not trusted changes nothing.
+
+    With ``own_targets`` the teacher learns its own prediction too, and rounds go on where the student is behind, with
+    steps of full size:
 
     .. math:: L(\theta_T) = (1 - t)\, D(f_T(v; \theta_T), f_T(x; \theta_T^0)) + t\, D(f_T(v; \theta_T), f_S(x))
               + \lambda L_\text{source}(\theta_T)
 
-    where :math:`x` is this step's target batch, :math:`v` the view of it that ``distill`` got (:math:`v = x` without
-    one), :math:`D` a distillation loss whose targets are constant, :math:`\theta_T^0` the teacher before the round,
-    :math:`t` the trust in the student (:mod:`clda_core.lead`), and :math:`L_\text{source}` the host's supervised loss,
-    where it is given. Every parameter outside the selected layers is constant. Without a view the first term has no
-    gradient and is left out; without that, a source loss and trust there is nothing to learn, and nothing is written.
+    where :math:`\theta_T^0` is the teacher before the round. On :math:`v = x` the first term has no gradient and is
+    left out.
 
     Both models run in eval mode: BatchNorm statistics stay. The networks need not be related and may differ in every
     shape. The optimizer is the learner's own. The paper speaks of layer-wise relations instead; this functional update
@@ -51,6 +58,9 @@ class MaskedDistillation(Strategy):
             ``relative_rate`` times that of the host's optimizer where that is of Adam's kind and known, and 1e-4 where
             it is not.
         relative_rate: See ``learning_rate``; > 0.
+        learns_on: ``"inputs"``, or ``"view"``: what the teacher sees in rounds, the target images as they are or the
+            view of them that ``distill`` got, where it got one.
+        own_targets: Whether the teacher learns its own predictions as far as the student is not trusted.
         source_weight: The weight :math:`\lambda` of the source loss, >= 0.
         distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
             has a ``class_map``, the teacher's logits come in the student's classes.
@@ -73,7 +83,6 @@ class MaskedDistillation(Strategy):
     """
 
     needs_relation = False
-    weighs_trust = True
 
     def __init__(
         self,
@@ -81,6 +90,8 @@ class MaskedDistillation(Strategy):
         steps: int = 1,
         learning_rate: Optional[float] = None,
         relative_rate: float = 0.1,
+        learns_on: Literal["inputs", "view"] = "inputs",
+        own_targets: bool = False,
         source_weight: float = 1.0,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
@@ -89,14 +100,22 @@ class MaskedDistillation(Strategy):
         if learning_rate is not None:
             check_number("learning_rate", learning_rate, above=0)
         check_number("relative_rate", relative_rate, above=0)
+        check_choice("learns_on", learns_on, ("inputs", "view"))
         check_number("source_weight", source_weight, at_least=0)
         self.steps = steps
         self.learning_rate = learning_rate
         self.relative_rate = relative_rate
+        self.learns_on = learns_on
+        self.own_targets = own_targets
         self.source_weight = source_weight
         self.distillation = KLDistillation(temperature=1.0) if distillation is None else distillation
         self.optimizer = optimizer
         self._own = OwnOptimizer(_RATE if learning_rate is None else learning_rate, optimizer)
+
+    @property
+    def weighs_trust(self) -> bool:
+        """With targets of the teacher's own the trust is a weight; else a factor on the steps, which do not shrink."""
+        return self.own_targets
 
     def apply(self, context: RoundContext) -> UpdateResult:
         """Take the steps on this step's target batch."""
@@ -105,9 +124,10 @@ class MaskedDistillation(Strategy):
         selected = [everything[name] for name in names]
         self._own.prepare(context.teacher, everything)
         targets = self._targets(context)
+        factor = self._factor(context)
         reached: Set[str] = set()
         reason = "no gradient reaches it"
-        if not targets and not self._supervises(context):
+        if not (targets or self._supervises(context)):
             reason = "the student is not trusted, and there is neither a view nor a source loss to learn from"
         else:
             for _ in range(self.steps):
@@ -118,15 +138,22 @@ class MaskedDistillation(Strategy):
                 if not all_finite(found.values()):
                     reason = "a gradient of the round is not finite"
                     break
-                self._own.step(everything, found, self._factor(context))
+                self._own.step(everything, found, factor)
                 reached.update(found)
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
 
+    def _seen(self, context: RoundContext) -> Any:
+        """Return what the teacher learns on."""
+        inputs = context.required_inputs()
+        return inputs if self.learns_on == "inputs" or context.view is None else context.view
+
     def _targets(self, context: RoundContext) -> List[Tuple[float, Outputs]]:
-        """Return what the teacher learns to predict on the view, each with its weight."""
+        """Return what the teacher learns to predict, each with its weight."""
+        if not self.own_targets:
+            return [(1.0, context.student_outputs())]
         targets = []
-        if context.trust < 1 and context.view is not None:
+        if context.trust < 1 and self._seen(context) is not context.inputs:
             targets.append((1.0 - context.trust, context.teacher_outputs()))
         if context.trust > 0:
             targets.append((context.trust, context.student_outputs()))
@@ -137,12 +164,9 @@ class MaskedDistillation(Strategy):
 
     def _factor(self, context: RoundContext) -> float:
         """Return what the optimizer's learning rate is multiplied by."""
-        # Adam's steps do not shrink with the loss, so what is learnt from the student alone shrinks here.
-        alone = self.optimizer is None and context.view is None and not self._supervises(context)
-        factor = context.strength * (context.trust if alone else 1.0)
         if self.learning_rate is not None or self.optimizer is not None or context.learning_rate is None:
-            return factor
-        return factor * self.relative_rate * context.learning_rate / _RATE
+            return context.strength
+        return context.strength * self.relative_rate * context.learning_rate / _RATE
 
     def _gradients(
         self,
@@ -159,8 +183,7 @@ class MaskedDistillation(Strategy):
         found: List[Sequence[Optional[Tensor]]] = []
         with borrowed(context.teacher, grad_to=by) as teacher:
             if targets:
-                view = context.required_inputs() if context.view is None else context.view
-                prediction = context.forward(context.teacher, view)
+                prediction = context.forward(context.teacher, self._seen(context))
                 losses = [
                     weight * distillation_loss(self.distillation, prediction, target, context.mask)
                     for weight, target in targets
