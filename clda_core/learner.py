@@ -10,7 +10,7 @@ from typing_extensions import Literal
 
 from ._host.accelerate import accelerated
 from ._host.plain import copied, plain
-from ._host.stepping import check_steppable, learning_rate_of, make_step, unscale
+from ._host.stepping import adaptive_rate, check_steppable, make_step, unscale
 from ._host.undo import settled
 from .distillation import DISTDistillation, Distillation, check_values, distillation_loss
 from .distillation.masks import valid_mask
@@ -376,7 +376,7 @@ class CollaborativeLearner:
         Args:
             stepped: ``False`` if the step was skipped, by a GradScaler for example: nothing is counted then, and what
                 was observed for it is dropped.
-            optimizer: The host's, whose learning rate rounds follow; without it they keep their own throughout.
+            optimizer: The host's, by whose learning rate an update may choose its own.
 
         Raises:
             CldaError: If :meth:`observe` was not called for this step, an update raised (its exception is the cause),
@@ -397,7 +397,7 @@ class CollaborativeLearner:
             return
         self._steps += 1
         if self._rounds.due(self._steps):
-            self._step.learning_rate = learning_rate_of(optimizer)
+            self._step.learning_rate = adaptive_rate(optimizer)
         try:
             self._projectors.step()
             self._rounds.follow(self._step, self._steps)

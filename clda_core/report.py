@@ -29,7 +29,7 @@ class RoundRecord:
         selected: The non-salient layers the selection chose.
         updated: The layers that were changed.
         skipped: By layer, or ``layer: parameter``, why something selected was not changed.
-        strength: The factor on the update's size: the schedule's, and the host's learning rate against its peak.
+        strength: The schedule's factor on the update's size.
         lead: The student's score minus the teacher's, averaged over the looks; ``None`` if unknown.
         lead_by_class: The same for each class where the validator scores classes, ``None`` where unknown.
         trust: How far the student was trusted, in [0, 1]; ``None`` in rounds of versions that did not ask.

@@ -29,7 +29,7 @@ from .update import RoundContext, Update, UpdateResult
 from .update.base import check_result, check_update, needs_relation, rehearse, weighs_trust
 from .update.writable import check_memory, check_precision, check_writable, written_now
 
-NO_STRENGTH = "the strength is 0: the schedule's, or the host's learning rate"
+NO_STRENGTH = "the schedule's strength is 0"
 
 
 class Rounds:
@@ -55,7 +55,7 @@ class Rounds:
         owed: The step whose round waits for target data, or ``None``.
         rehearsed: Whether a round was rehearsed, or need not be.
         take_inputs: Whether ``distill`` was ever given inputs, which rounds then wait for.
-        peak: The highest learning rate of the host's optimizer in any round, 0 where it is not known.
+        peak: The host's highest learning rate in any round, where its optimizer is of Adam's kind; else 0.
     """
 
     def __init__(
@@ -211,9 +211,10 @@ class Rounds:
             chosen = tuple(layers[name] for name in layers if name in selected)
             context = self._context(step, chosen)
             with self._whole_or_not(context):
-                strength = self._strength(step, number)
+                strength = self._schedule.strength(number)
+                check_number("the schedule's strength", strength, at_least=0, at_most=1)
                 look = self._lead.look(context, renewed=observed)
-                context = replace(context, strength=strength, trust=look.trust, learning_rate=self._rate(step))
+                context = replace(context, strength=strength, trust=look.trust, learning_rate=self._peak(step))
                 result = self._apply(context, look.reason)
                 torch.clear_autocast_cache()  # of the weights before, should the host go on in its autocast
                 self._observer.end_round(rates)
@@ -296,18 +297,10 @@ class Rounds:
             teacher_before=None if step.teacher is None else self._runner.common(step.teacher),
         )
 
-    def _strength(self, step: Step, number: int) -> float:
-        """Return the schedule's strength times the share of its peak at which the host's learning rate is now."""
-        strength = self._schedule.strength(number)
-        check_number("the schedule's strength", strength, at_least=0, at_most=1)
-        if step.learning_rate is None:
-            return strength
-        self.peak = max(self.peak, step.learning_rate.value)
-        return strength * (step.learning_rate.value / self.peak if self.peak else 0.0)
-
-    def _rate(self, step: Step) -> Optional[float]:
-        """Return the host's learning rate at its peak, where its optimizer's steps are of about that size."""
-        return self.peak if step.learning_rate is not None and step.learning_rate.adaptive else None
+    def _peak(self, step: Step) -> Optional[float]:
+        """Return the host's highest learning rate so far, where that is known."""
+        self.peak = max(self.peak, step.learning_rate)
+        return self.peak or None
 
     def _apply(self, context: RoundContext, not_trusted: str) -> UpdateResult:
         if not context.layers:

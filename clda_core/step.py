@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ._host.ranks import adding, sum_across_ranks, world_size
-from ._host.stepping import LearningRate
 from .errors import problem
 from .outputs import Outputs, owned, without_graph
 from .saliency.observer import Observation
@@ -85,7 +84,7 @@ class Step:
         loss_given: Whether the host gave a loss on target data to be observed.
         missed: Whether the step should have been observed and had no data then.
         unscaled: Whether the gradients of the KD loss's own parameters are unscaled.
-        learning_rate: The host's optimizer's, if it is known.
+        learning_rate: The host's, where its optimizer is of Adam's kind and known; else 0.
     """
 
     def __init__(self) -> None:
@@ -98,7 +97,7 @@ class Step:
         self.loss_given = False
         self.missed = False
         self.unscaled = False
-        self.learning_rate: Optional[LearningRate] = None
+        self.learning_rate = 0.0
         self._anywhere = False
 
     @property

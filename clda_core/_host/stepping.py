@@ -5,36 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from types import MethodType
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 from ..errors import problem
 from .accelerate import AcceleratedWatch, accelerated
 
 
-class LearningRate(NamedTuple):
-    """The learning rate of a host's optimizer.
+def adaptive_rate(optimizer: Any) -> float:
+    """Return the learning rate of an optimizer of Adam's kind, whose steps are of about that size; 0 where unknown.
 
-    Attributes:
-        value: The lowest of its groups that is not 0: that of the backbone, where the head has a higher one. 0 where
-            all of them are.
-        adaptive: Whether it is about the size of the optimizer's steps, as in Adam and its kind.
-    """
-
-    value: float
-    adaptive: bool
-
-
-def learning_rate_of(optimizer: Any) -> Optional[LearningRate]:
-    """Return the learning rate of anything with ``param_groups``; ``None`` where none is known.
-
-    Where it is a tensor on a device, it waits for the device.
+    It is the lowest of its groups that is not 0: that of the backbone, where the head has a higher one. Where it is a
+    tensor on a device, it waits for the device.
     """
     groups = [group for group in getattr(optimizer, "param_groups", None) or () if "lr" in group]
-    rates = [float(group["lr"]) for group in groups]
-    known = [rate for rate in rates if 0 <= rate < math.inf]
-    if not known:
-        return None
-    return LearningRate(min(filter(None, known), default=0.0), all("betas" in group for group in groups))
+    if not all("betas" in group for group in groups):
+        return 0.0
+    return min((rate for rate in (float(group["lr"]) for group in groups) if 0 < rate < math.inf), default=0.0)
 
 
 class StepWatch:

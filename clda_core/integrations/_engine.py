@@ -82,7 +82,7 @@ class Steps:
         """Observe, once in a step: LBFGS and SAM evaluate its closure several times.
 
         Args:
-            optimizer: The one that is about to step, whose learning rate rounds follow.
+            optimizer: The one that is about to step, by whose learning rate an update may choose its own.
             scaler: The GradScaler that scaled the loss, if any.
         """
         self._seen, self._optimizer = True, optimizer

@@ -44,7 +44,7 @@ class RoundContext:
         source_loss: The host's supervised loss on source data, a function of the network; ``None`` if there is none.
         trust: How far the student is trusted by its lead, in [0, 1]; see :mod:`clda_core.lead`.
         learning_rate: The host's at its peak so far, where its optimizer is of Adam's kind; ``None`` where that is not
-            known. Its decay is part of ``strength``.
+            known.
         teacher_before: The teacher's outputs on ``inputs`` before the round, where they are known;
             :meth:`teacher_outputs` gives them in any case.
     """
