@@ -28,7 +28,8 @@ class LinearTrust(Strategy):
     r"""Trust that rises from 0 to 1 with the lead: :math:`t = \min(1, \max(0, (d - a) / (b - a)))`.
 
     :math:`d` is the lead, :math:`a` is ``zero`` and :math:`b` is ``full``. Validators underrate a network whose
-    learning rate is still high, as the student's is for most of the training, so ``zero`` is below 0.
+    learning rate is still high, as the student's is for most of the training, so with ``zero`` at 0 rounds begin late
+    rather than early.
 
     Args:
         zero: The lead at which the student begins to be trusted, in the validator's units.
@@ -43,7 +44,7 @@ class LinearTrust(Strategy):
         [0.0, 0.5, 1.0]
     """
 
-    def __init__(self, *, zero: float = -0.05, full: float = 0.05) -> None:
+    def __init__(self, *, zero: float = 0.0, full: float = 0.05) -> None:
         check_number("zero", zero)
         check_number("full", full, above=zero)
         self.zero = zero

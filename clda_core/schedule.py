@@ -36,9 +36,9 @@ class Schedule(Strategy):
     :math:`w` and interval :math:`i`. For the first of every ``observe_every`` rounds the last ``observations`` steps
     before and including it are observed; the rounds between them go by the same rates. With
     :math:`p = (n - w) / (T - w)` the strength is 1, :math:`1 - p` (linear) or :math:`(1 + \cos \pi p) / 2` (cosine).
-    How far the student takes part in a round is a matter of its lead (:mod:`clda_core.lead`), and the learner lets the
-    strength follow the host's learning rate, so the defaults suit trainings of any length. The paper does not publish
-    its schedule; this one and its defaults are ours.
+    Whether a round changes the teacher, and by how much, is a matter of the student's lead (:mod:`clda_core.lead`), so
+    the defaults suit trainings of any length. The paper does not publish its schedule; this one and its defaults are
+    ours.
 
     Args:
         warmup: Optimizer steps before which nothing is observed or updated; a float in (0, 1) is a share of ``total``.
