@@ -73,7 +73,8 @@ class MaskedDistillation(Strategy):
 
     Note:
         Memory beyond the teacher's activations: gradients and optimizer state of the layers selected so far. The
-        strength scales the learning rate. A step with a non-finite gradient is not made. On several ranks gradients are averaged, so that the teacher stays equal everywhere.
+        strength scales the learning rate. A step with a non-finite gradient is not made. On several ranks gradients are
+        averaged, so that the teacher stays equal everywhere.
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015, for :math:`D`; Zhang et al., Deep Mutual
