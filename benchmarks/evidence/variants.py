@@ -134,9 +134,17 @@ def lead_ignored(task: Task, seed: int) -> Dict[str, Any]:
     return {"trust": FixedTrust(1.0)}
 
 
+def own_targets(task: Task, seed: int) -> Update:
+    return MaskedDistillation(learns_on="view", own_targets=True)
+
+
 def without_student(task: Task, seed: int) -> Dict[str, Any]:
-    """Return the same rounds with the teacher's own predictions as targets."""
-    return {"trust": FixedTrust(0.0)}
+    """Return as many rounds with the teacher's own predictions as targets, on the view."""
+    return {"trust": FixedTrust(0.0), "update": own_targets(task, seed)}
+
+
+def on_view(task: Task, seed: int) -> Update:
+    return MaskedDistillation(learns_on="view")
 
 
 def lowest(task: Task, seed: int) -> Selection:
@@ -231,7 +239,7 @@ VARIANTS: Dict[str, Variant] = {
     "interval-20": Variant("a round every 20 steps", "schedule", every(20)),
     "lead-ignored": Variant("the student trusted whoever leads", "lead", lead_ignored),
     "lead-known": Variant("the lead known from labels (oracle)", "lead", defaults, oracle=True),
-    "without-student": Variant("the same rounds without the student", "lead", without_student),
+    "without-student": Variant("rounds without the student", "lead", without_student),
     "lead-ignored-init": Variant("trusted whoever leads, student initialised", "lead", lead_ignored, start="teacher"),
     "lead-known-init": Variant(
         "lead known from labels, student initialised", "lead", defaults, start="teacher", oracle=True
@@ -241,6 +249,8 @@ VARIANTS: Dict[str, Variant] = {
     ),
     "no-view": Variant("CLDA without a view", "lead", defaults, view=False),
     "with-source": Variant("CLDA with the source's loss in its rounds", "lead", defaults, source=True),
+    "own-targets": Variant("the teacher's own targets too, on the view", "lead", with_(update=own_targets)),
+    "on-view": Variant("the teacher learns on the view", "lead", with_(update=on_view)),
     "warmed": Variant("the former defaults, rounds after 300 steps", "lead", warmed),
     "warmed-init": Variant("the former defaults, student initialised", "lead", warmed, start="teacher"),
     "select-lowest": Variant("always the lowest LSR", "selection", with_(selection=lowest)),
