@@ -229,11 +229,11 @@ class CollaborativeLearner:
                 of which ``ignore_index`` and negative labels are left out.
             student_inputs: What rounds call the student with, where that is something else.
             view: The same images changed in colour, masked or the like, position for position, as the teacher is called
-                with them: what the teacher learns on in rounds, and by which both networks are validated.
+                with them: both networks are validated by it.
             student_view: The same for the student, where it has ``student_inputs``.
             source_loss: The host's supervised loss on this step's source data as a function of the network, for example
-                ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; it is called in rounds only, with the
-                teacher in eval mode, and keeps the teacher from forgetting what the target's batch does not show.
+                ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; for updates that take it in
+                (``MaskedDistillation(source_weight=1.0)``), with the teacher in eval mode.
 
         Returns:
             A scalar to add to the host's loss; its gradient reaches the student (and our projectors) only. It is 0 for

@@ -193,7 +193,7 @@ def _rates_were_not_the_hosts(state: State) -> State:
 
 def _own_rate(strategy: Description) -> Description:
     if strategy["class"] == "MaskedDistillation":
-        new = {"relative_rate": 0.1, "learns_on": "inputs", "own_targets": False, "source_weight": 1.0}
+        new = {"relative_rate": 0.1, "learns_on": "inputs", "own_targets": False, "source_weight": 0.0}
         return {**new, **strategy}
     return strategy
 

@@ -160,7 +160,6 @@ def train_student(
         learner=learner,
         cotraining=cotraining,
         view=variant.view,
-        source=variant.source,
         look=None if look is None else partial(look, student),
         looks=looks,
     )

@@ -38,7 +38,6 @@ def train(
     cotraining: Optional[Cotraining] = None,
     evaluations: int = 4,
     view: bool = True,
-    source: bool = False,
     look: Optional[Callable[[int], None]] = None,
     looks: int = 0,
 ) -> Dict[str, Any]:
@@ -53,7 +52,6 @@ def train(
         cotraining: Of the learner's teacher.
         evaluations: Points on the curve.
         view: Whether the learner gets the host's second view.
-        source: Whether it gets the host's supervised loss.
         look: Called with the number of steps made, ``looks`` times, the last time at the end; it may only read.
         looks: How often.
     """
@@ -75,8 +73,8 @@ def train(
         of_host = host.loss(step, steps)
         loss = of_host.loss
         if learner is not None:
-            rounds = {"view": of_host.view if view else None, "source_loss": of_host.source_loss if source else None}
-            loss = loss + learner.distill(of_host.output(), of_host.images, **rounds)
+            given = {"view": of_host.view if view else None, "source_loss": of_host.source_loss}
+            loss = loss + learner.distill(of_host.output(), of_host.images, **given)
         optimizer.zero_grad()
         loss.backward()
         if learner is not None and learner.observing and isinstance(learner.selection, DomainShift):

@@ -45,7 +45,6 @@ class Variant:
         length: Optimizer steps, in units of the task's.
         turns: Students trained one after another, each from the same start and on the same batches.
         view: Whether the host hands its second view to the learner.
-        source: Whether it hands over its supervised loss.
         oracle: Whether the lead is known from the labels of the evaluation, and not from a validator.
         after_turn: Called after each turn with teacher, trained student, batches and seed; returns the next's teacher.
     """
@@ -60,7 +59,6 @@ class Variant:
     length: int = 1
     turns: int = 1
     view: bool = True
-    source: bool = False
     oracle: bool = False
     after_turn: Optional[AfterTurn] = None
 
@@ -141,6 +139,10 @@ def own_targets(task: Task, seed: int) -> Update:
 def without_student(task: Task, seed: int) -> Dict[str, Any]:
     """Return as many rounds with the teacher's own predictions as targets, on the view."""
     return {"trust": FixedTrust(0.0), "update": own_targets(task, seed)}
+
+
+def supervised(task: Task, seed: int) -> Update:
+    return MaskedDistillation(source_weight=1.0)
 
 
 def on_view(task: Task, seed: int) -> Update:
@@ -248,7 +250,7 @@ VARIANTS: Dict[str, Variant] = {
         "without the student, student initialised", "lead", without_student, start="teacher"
     ),
     "no-view": Variant("CLDA without a view", "lead", defaults, view=False),
-    "with-source": Variant("CLDA with the source's loss in its rounds", "lead", defaults, source=True),
+    "with-source": Variant("CLDA with the source's loss in its rounds", "lead", with_(update=supervised)),
     "own-targets": Variant("the teacher's own targets too, on the view", "lead", with_(update=own_targets)),
     "on-view": Variant("the teacher learns on the view", "lead", with_(update=on_view)),
     "warmed": Variant("the former defaults, rounds after 300 steps", "lead", warmed),

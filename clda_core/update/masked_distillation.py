@@ -61,7 +61,7 @@ class MaskedDistillation(Strategy):
         learns_on: ``"inputs"``, or ``"view"``: what the teacher sees in rounds, the target images as they are or the
             view of them that ``distill`` got, where it got one.
         own_targets: Whether the teacher learns its own predictions as far as the student is not trusted.
-        source_weight: The weight :math:`\lambda` of the source loss, >= 0.
+        source_weight: The weight :math:`\lambda` of the source loss that ``distill`` got, >= 0; 0 leaves it out.
         distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
             has a ``class_map``, the teacher's logits come in the student's classes.
         optimizer: Builds another optimizer from the teacher's parameters, for example
@@ -92,7 +92,7 @@ class MaskedDistillation(Strategy):
         relative_rate: float = 0.1,
         learns_on: Literal["inputs", "view"] = "inputs",
         own_targets: bool = False,
-        source_weight: float = 1.0,
+        source_weight: float = 0.0,
         distillation: Optional[Distillation] = None,
         optimizer: Optional[OptimizerFactory] = None,
     ) -> None:

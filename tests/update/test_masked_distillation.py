@@ -476,7 +476,7 @@ def test_by_default_the_student_alone_teaches_whatever_the_trust(learns_on: Any,
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     expected = {name: value.detach() - 0.1 * by for (name, value), by in zip(parameters.items(), gradients)}
     given = {"view": changed_view(x), "source_loss": supervised if source else None, "trust": 0.3}
-    update = MaskedDistillation(optimizer=sgd, learns_on=learns_on)
+    update = MaskedDistillation(optimizer=sgd, learns_on=learns_on, source_weight=1.0)
     assert not update.weighs_trust
     update.apply(round_context(teacher, student, inputs=x, **given))
     for name, value in teacher.named_parameters():
@@ -603,7 +603,7 @@ def test_a_source_loss_that_fails_is_named_and_the_teacher_is_as_before(case: st
     loss, match = BAD[case]
     teacher, student = helpers.networks()
     schedule = {"schedule": Schedule(warmup=20, interval=5)} if rehearsed else {}
-    learner = helpers.make_learner(teacher, student, update=MaskedDistillation(), **schedule)
+    learner = helpers.make_learner(teacher, student, update=MaskedDistillation(source_weight=1.0), **schedule)
     learner.distill(student(helpers.batch()), helpers.batch(), source_loss=loss).backward()
     before = values(teacher)
     with no_traces(teacher, student), pytest.raises(CldaError, match=match):
@@ -615,7 +615,7 @@ def test_a_source_loss_that_fails_is_named_and_the_teacher_is_as_before(case: st
 def test_a_source_loss_without_a_graph_fails_in_the_first_step() -> None:
     teacher, student = helpers.networks()
     learner = helpers.make_learner(
-        teacher, student, update=MaskedDistillation(), schedule=Schedule(warmup=20, interval=5)
+        teacher, student, update=MaskedDistillation(source_weight=1.0), schedule=Schedule(warmup=20, interval=5)
     )
     learner.distill(student(helpers.batch()), helpers.batch(), source_loss=lambda _: torch.ones(())).backward()
     with helpers.nothing_changed(learner), pytest.raises(CldaError, match="source loss does not depend on the teacher"):
@@ -625,7 +625,7 @@ def test_a_source_loss_without_a_graph_fails_in_the_first_step() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_source_loss_that_is_not_finite_teaches_nothing(value: float) -> None:
     teacher, student = pair()
-    before, update = values(teacher), MaskedDistillation()
+    before, update = values(teacher), MaskedDistillation(source_weight=1.0)
     context = round_context(
         teacher, student, inputs=vectors(), source_loss=lambda network: network(vectors()).sum() * value
     )
@@ -651,7 +651,10 @@ def test_the_source_loss_is_called_in_rounds_alone_with_the_teacher_in_eval_mode
         return network(helpers.batch(9)).square().mean()
 
     learner = helpers.make_learner(
-        teacher.train(), student, update=MaskedDistillation(), schedule=Schedule(interval=2, observe_every=1)
+        teacher.train(),
+        student,
+        update=MaskedDistillation(source_weight=1.0),
+        schedule=Schedule(interval=2, observe_every=1),
     )
     for number in range(4):
         learner.distill(student(helpers.batch(number)), helpers.batch(number), source_loss=loss).backward()
