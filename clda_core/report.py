@@ -244,11 +244,12 @@ class Report:
             lines.append(f"{name:<{width}}  {first}  {last}  {selected:8d}  {updated:7d}  {note}".rstrip())
         return "\n".join(lines)
 
-    def plot(self, axes: Optional[Axes] = None) -> Figure:
+    def plot(self, axes: Optional[Axes] = None, *, lead_axes: Optional[Axes] = None) -> Figure:
         """Draw LSR by layer over the rounds that are kept, with a dot where a layer was updated, and the lead below it.
 
         Args:
-            axes: Matplotlib axes to draw the LSR into, without the lead; a new figure of both by default.
+            axes: Matplotlib axes to draw the LSR into; a new figure of both by default.
+            lead_axes: Axes to draw the lead into, beside ``axes``; without them it is left out there.
 
         Returns:
             The figure; save it with ``figure.savefig(path)``.
@@ -256,10 +257,9 @@ class Report:
         Raises:
             CldaError: If matplotlib is not installed.
         """
-        of_lead: Optional[Axes] = None
         if axes is None:
             leads = any(record.lead is not None for record in self.rounds)
-            axes, of_lead = _new_axes(1.6 + 0.24 * len(self.layers), lead=leads)
+            axes, lead_axes = _new_axes(1.6 + 0.24 * len(self.layers), lead=leads)
         figure = cast("Figure", axes.figure)
         if self.rounds:
             nan = float("nan")
@@ -280,8 +280,8 @@ class Report:
         axes.set_yticklabels(self.layers, fontsize=7)
         axes.set_xlabel("optimizer step")
         axes.set_title("LSR of the teacher (dots: updated)", fontsize=10)
-        if of_lead is not None:
-            _draw_lead(of_lead, self.rounds)
+        if lead_axes is not None and self.rounds:
+            _draw_lead(lead_axes, self.rounds)
         figure.tight_layout()
         return figure
 

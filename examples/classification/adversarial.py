@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
@@ -27,7 +28,7 @@ if __package__ in (None, ""):  # run as a file: the imports below start at the r
 from examples.classification.digits import Config, options_of, run_command
 from examples.classification.digits_data import CLASSES
 from examples.classification.digits_training import HostAlone, Log, MakeLearner, Stage, Task, progress
-from examples.classification.self_training import Batches, SelfTraining, set_learning_rate
+from examples.classification.self_training import Batches, SelfTraining, set_learning_rate, source_loss
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def train(
         source_logits, target_logits = logits.chunk(2)
         loss = F.cross_entropy(source_logits, batch.labels)
         loss = loss + domain_loss(discriminator, features, logits, host, host.weight_at(step, task.steps))
-        loss = loss + learner.distill(target_logits, batch.target)  # CLDA 2 of 5
+        loss = loss + learner.distill(  # CLDA 2 of 5; the host itself has no use for the strong view
+            target_logits, batch.target, view=batch.target_strong, source_loss=partial(source_loss, batch)
+        )
         optimizer.zero_grad()
         optimizer_d.zero_grad()
         loss.backward()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 if __package__ in (None, ""):  # run as a file: the imports below start at the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
+from clda_core import CldaError, CollaborativeLearner, Never, teach
 from examples.classification import ranks
 from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
@@ -87,16 +87,12 @@ IN_TURNS = "UDA + CLDA in two turns"
 TEACHING_ROUNDS = 40  # at most; the teacher is at the student's level after ten or twenty
 
 
-def learners(steps: int = Config.steps) -> Dict[str, MakeLearner]:
-    """Return the ways that differ in one argument: no learner, KD without rounds, and rounds after half the training.
-
-    With the usual number of steps that warm-up is the default, and with fewer there are rounds all the same.
-    """
-    rounds = Schedule(warmup=steps // 2)
+def learners() -> Dict[str, MakeLearner]:
+    """Return the ways that differ in one argument: no learner, KD without rounds, and the defaults."""
     return {
         UDA_ALONE: lambda teacher, student: CollaborativeLearner(teacher, student, enabled=False),
         FROZEN_KD: lambda teacher, student: CollaborativeLearner(teacher, student, schedule=Never()),
-        CLDA: lambda teacher, student: CollaborativeLearner(teacher, student, schedule=rounds),
+        CLDA: CollaborativeLearner,
     }
 
 
@@ -129,7 +125,7 @@ def run(
     torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            chosen = learners(config.steps) if make_learners is None else make_learners
+            chosen = learners() if make_learners is None else make_learners
             return _run(config, chosen, train, folder, resume, teacher_file)
     finally:
         torch.set_num_threads(threads)

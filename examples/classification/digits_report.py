@@ -55,16 +55,17 @@ def save_json(results: Mapping[str, Any], path: Path) -> None:
 
 
 def save_figure(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the LSR by layer over the rounds of each student that made any, and the accuracies over the steps."""
+    """Draw the accuracies over the steps, and for each student with rounds the LSR by layer and its lead over them."""
     histories = {
         title: stage["report"] for title, stage in results["students"].items() if stage["report"].get("rounds")
     }
-    figure = Figure(figsize=(6.5 * (len(histories) + 1), 4.8))
-    for column, (title, report) in enumerate(histories.items(), start=1):
-        axes = figure.add_subplot(1, len(histories) + 1, column)
-        Report.from_dict(report).plot(axes)
+    figure = Figure(figsize=(6.5 * (len(histories) + 1), 7.4 if histories else 4.8))
+    grid = figure.add_gridspec(2, len(histories) + 1, height_ratios=[1.9, 1.0])
+    for column, (title, report) in enumerate(histories.items()):
+        axes = figure.add_subplot(grid[0, column])
+        Report.from_dict(report).plot(axes, lead_axes=figure.add_subplot(grid[1, column]))
         axes.set_title(f"{title}: {axes.get_title()}", fontsize=10)
-    _draw_accuracies(figure.add_subplot(1, len(histories) + 1, len(histories) + 1), results)
+    _draw_accuracies(figure.add_subplot(grid[:, -1]), results)
     figure.tight_layout()
     with atomically(path) as unfinished:
         figure.savefig(unfinished, dpi=120, format="png")

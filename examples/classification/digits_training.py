@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -16,7 +17,7 @@ from clda_core.checkpoint import pack, unpack
 from . import ranks
 from .checkpoint import Checkpoint
 from .digits_data import LabelledImages, TargetEvaluation, UnlabelledImages
-from .self_training import Batches, HostEma, forward, self_training_loss, set_learning_rate
+from .self_training import Batches, HostEma, forward, self_training_loss, set_learning_rate, source_loss
 
 MakeLearner = Callable[[nn.Module, nn.Module], Any]
 """Builds the learner from the teacher and the student."""
@@ -71,7 +72,7 @@ class HostAlone:
 
     teacher = nn.Module()  # an empty one: there is nothing to save
 
-    def distill(self, logits: Tensor, images: Tensor) -> float:
+    def distill(self, logits: Tensor, images: Tensor, **_: Any) -> float:
         return 0.0
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -80,7 +81,7 @@ class HostAlone:
     def observe(self) -> None:
         pass
 
-    def after_step(self) -> None:
+    def after_step(self, **_: Any) -> None:
         pass
 
     def metrics(self) -> Dict[str, float]:
@@ -135,7 +136,9 @@ def train(
         source_logits, target_logits = forward(parallel, batch)
         target_weight = task.host.target_weight_at(step, task.steps)
         loss = self_training_loss(source_logits, target_logits, batch, host_ema, target_weight)
-        loss = loss + learner.distill(target_logits, batch.target)  # CLDA 3 of 5
+        loss = loss + learner.distill(  # CLDA 3 of 5
+            target_logits, batch.target, view=batch.target_strong, source_loss=partial(source_loss, batch)
+        )
         optimizer.zero_grad()
         loss.backward()
         learner.step(optimizer)  # CLDA 4 of 5, instead of optimizer.step()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Iterable, List, Optional, Tuple
 
@@ -33,6 +34,7 @@ from examples.classification.self_training import (
     forward,
     self_training_loss,
     set_learning_rate,
+    source_loss,
 )
 
 
@@ -119,11 +121,13 @@ def train(
 
         loss, target_logits = masked_consistency(model, batch, host_ema, target_weight)
         # Where SAM climbs to is the host's own; the KD loss belongs to the descent.
-        loss = loss + learner.distill(target_logits, batch.target)  # CLDA 2 of 6
+        loss = loss + learner.distill(  # CLDA 2 of 6
+            target_logits, batch.target, view=batch.target_strong, source_loss=partial(source_loss, batch)
+        )
         loss.backward()
         learner.observe()  # CLDA 3 of 6
         sam.second_step()
-        learner.after_step()  # CLDA 4 of 6
+        learner.after_step(optimizer=optimizer)  # CLDA 4 of 6
         host_ema.update(model)
 
         if task.evaluates_after(step):

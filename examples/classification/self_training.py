@@ -117,6 +117,11 @@ def forward(model: nn.Module, batch: Batch) -> Tuple[Tensor, Tensor]:
     return logits[: len(batch.images)], logits[len(batch.images) :]
 
 
+def source_loss(batch: Batch, network: nn.Module) -> Tensor:
+    """Return any network's cross-entropy on the source."""
+    return F.cross_entropy(network(batch.images), batch.labels)
+
+
 def self_training_loss(
     source_logits: Tensor, target_logits: Tensor, batch: Batch, host_ema: HostEma, target_weight: float
 ) -> Tensor:

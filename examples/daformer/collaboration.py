@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,20 @@ STATE_VERSION = 1
 SUFFIX = ".clda.pth"
 _VIEW = "segmentor."
 """What the learner's view of the teacher puts before its names, which our files do not have."""
+
+
+class Distilled(NamedTuple):
+    """A batch on which the teacher is distilled.
+
+    Attributes:
+        images: Shape ``(N, 3, H, W)``.
+        view: The same images on another view, position for position, for rounds; ``None`` if there is none.
+        mask: What counts, ``(N, H, W)``, or ``None`` for everything.
+    """
+
+    images: Tensor
+    view: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
 
 
 class Collaboration:
@@ -51,24 +65,30 @@ class Collaboration:
                 self._learner = self.options.make_learner(Logits(self.teacher), Logits(student))
         return self._learner
 
-    def distil(self, student: nn.Module, images: Sequence[Tensor], masks: Sequence[Optional[Tensor]]) -> None:
+    def steps(self, student: nn.Module) -> int:
+        """Return how many optimizer steps the learner has counted, those before a resume included."""
+        return self.learner(student).report().steps
+
+    def distil(
+        self, student: nn.Module, batches: Sequence[Distilled], source_loss: Optional[Callable[[nn.Module], Tensor]]
+    ) -> None:
         """Add the gradient of the weighted KD loss to that of the host's losses, one batch of images after the other.
 
         The forward passes draw from our own random stream and leave BatchNorm's running statistics to the host.
 
         Args:
             student: The host's segmentor, in training mode.
-            images: Batches ``(N, 3, H, W)``.
-            masks: For each batch what counts, ``(N, H, W)``, or ``None`` for everything.
+            batches: What the teacher is distilled on.
+            source_loss: The host's supervised loss on this iteration's source images, as a function of the network.
         """
         learner = self.learner(student)
         losses = []
         with self.random.active(_device(student)):
-            for batch, mask in zip(images, masks):
+            for images, view, mask in batches:
                 with keeping_batch_statistics(student):
-                    output = learner.student(batch)
-                loss = learner.distill(output, batch, mask=mask)
-                (self.options.weight * loss / len(images)).backward()
+                    output = learner.student(images)
+                loss = learner.distill(output, images, mask=mask, view=view, source_loss=source_loss)
+                (self.options.weight * loss / len(batches)).backward()
                 losses.append(loss.detach())
         self._loss = torch.stack(losses).mean()
 

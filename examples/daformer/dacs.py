@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import warnings
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, List, Optional, Type
+from typing import Any, Callable, Dict, List, Optional, Sequence, Type
 
 import torch
 from torch import Tensor, nn
 
 from clda_core.errors import problem
 
-from .collaboration import Collaboration
+from .collaboration import Collaboration, Distilled
 from .options import Options
 from .segmentor import images_seen
 from .teacher import build_teacher
+from .views import changed_colours, source_loss
 
 _ALWAYS = ("img", "img_metas", "gt_semantic_seg", "target_img", "target_img_metas")
 _SOMETIMES = ("rare_class", "valid_pseudo_mask")
@@ -31,6 +32,7 @@ class CollaborativeDACS:
     # Given by the subclass, which knows the host.
     read_config: Callable[[str], Any]
     build_segmentor: Callable[[Any], nn.Module]
+    transforms: Any
 
     def __init__(self, **cfg: Any) -> None:
         options = Options.from_config(cfg.pop("clda", None))
@@ -75,19 +77,32 @@ class CollaborativeDACS:
         if self.clda is None:
             return host.forward_train(*arguments, **extra)
         student = self.get_model()
-        with images_seen(student) if self.clda.options.images != "target" else nullcontext([]) as seen:
+        options, masked = self.clda.options, self._masks_target()
+        with images_seen(student) if masked or options.images != "target" else nullcontext([]) as seen:
             log_vars = host.forward_train(*arguments, **extra)
-        images: List[Tensor] = []
-        masks: List[Optional[Tensor]] = []
-        if self.clda.options.images in ("mixed", "both"):
-            images.append(seen[1])  # the source comes first, the mixed images second, masked ones after them
-            masks.append(None)
-        if self.clda.options.images in ("target", "both"):
-            images.append(target_img)
-            masks.append(self._trusted(target_img, extra.get("valid_pseudo_mask")))
-        self.clda.distil(student, images, masks)
+        batches: List[Distilled] = []
+        if options.images in ("mixed", "both"):
+            mixed = seen[1]  # the source comes first, the mixed images second, masked ones after them
+            batches.append(Distilled(mixed, self._view(mixed, target_img_metas)))
+        if options.images in ("target", "both"):
+            view = self._view(target_img, target_img_metas, masked=seen[2] if masked else None)
+            batches.append(Distilled(target_img, view, self._trusted(target_img, extra.get("valid_pseudo_mask"))))
+        self.clda.distil(student, batches, source_loss(img, gt_semantic_seg))
         log_vars.update(self.clda.log())
         return log_vars
+
+    def _masks_target(self) -> bool:
+        """Return whether the host trains on masked target images, which are a view of them."""
+        mode = getattr(self, "mask_mode", None) or ""
+        masks = mode.startswith("separatetrg") and not getattr(self, "source_only", False)
+        return bool(masks and self.clda is not None and self.clda.options.view == "auto")
+
+    def _view(self, images: Tensor, metas: Sequence[Any], masked: Optional[Tensor] = None) -> Optional[Tensor]:
+        """Return the second view of the images: the host's own if it has one, else other colours."""
+        if masked is not None or self.clda is None or self.clda.options.view == "none":
+            return masked
+        seed = self.clda.steps(self.get_model())
+        return changed_colours(images, metas, self.transforms, strength=self.color_jitter_s, seed=seed)
 
     def _trusted(self, images: Tensor, valid_pseudo_mask: Optional[Tensor]) -> Optional[Tensor]:
         """Return where the host trusts pseudo-labels at all: margins and the ego car are no basis for KD either."""

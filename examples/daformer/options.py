@@ -11,7 +11,7 @@ from torch import nn
 from clda_core import CollaborativeLearner, Never, Schedule
 from clda_core.distillation import DISTDistillation
 from clda_core.errors import check_choice, check_number, problem
-from clda_core.update import Guard, MaskedDistillation
+from clda_core.update import MaskedDistillation
 
 MakeLearner = Callable[[nn.Module, nn.Module], CollaborativeLearner]
 
@@ -25,13 +25,14 @@ class Options:
         enabled: ``False`` is the host alone, bit for bit; the teacher is not even built.
         images: On which images the teacher is distilled: the host's ``"target"`` images, its ``"mixed"`` ones, or
             ``"both"``. Rounds use the last of them.
+        view: The second view of these images, for rounds: ``"auto"`` takes the host's masked target images where it
+            has them (MIC), else ``"colours"``: the host's own colour jitter and blur. ``"none"`` makes none.
         weight: Of the KD loss; the host's losses keep theirs.
         temperature: Of the KD loss, DIST.
         rounds: ``False`` is KD from the frozen teacher, the baseline to compare with.
-        warmup: Iterations before the first round, three quarters of the host's 40,000: a student that is behind the
-            teacher harms it.
-        interval: Iterations between rounds.
-        learning_rate: Of the update of the teacher, Adam.
+        warmup: Iterations before the first round; none are needed, since the student is trusted by its lead.
+        interval: Iterations between rounds; ``None`` is the library's.
+        learning_rate: Of the update of the teacher, Adam; ``None`` follows the host's.
         learner: ``"package.module:function"``, a function of your own from teacher and student to a
             :class:`~clda_core.CollaborativeLearner`, instead of the five before this one.
         resume_from: Our state file to resume from, where it does not lie in the work directory.
@@ -42,12 +43,13 @@ class Options:
     teacher: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
     images: str = "target"
+    view: str = "auto"
     weight: float = 1.0
     temperature: float = 1.0
     rounds: bool = True
-    warmup: int = 30_000
-    interval: int = 50
-    learning_rate: float = 1e-5
+    warmup: int = 0
+    interval: Optional[int] = None
+    learning_rate: Optional[float] = None
     learner: Optional[str] = None
     resume_from: Optional[str] = None
     restore_local_iter: bool = False
@@ -69,6 +71,7 @@ class Options:
             )
         options = Options(**config)
         check_choice("clda.images", options.images, ("target", "mixed", "both"))
+        check_choice("clda.view", options.view, ("auto", "colours", "none"))
         check_number("clda.weight", options.weight, at_least=0)
         own = sorted({"temperature", "rounds", "warmup", "interval", "learning_rate"} & set(config))
         if options.learner is not None and own:
@@ -84,12 +87,13 @@ class Options:
         """Build the learner: the user's, or the default one."""
         if self.learner is not None:
             return _imported(self.learner)(teacher, student)
+        interval = {} if self.interval is None else {"interval": self.interval}
         return CollaborativeLearner(
             teacher,
             student,
             distillation=DISTDistillation(temperature=self.temperature),
-            update=Guard(MaskedDistillation(learning_rate=self.learning_rate)),
-            schedule=Schedule(warmup=self.warmup, interval=self.interval) if self.rounds else Never(),
+            update=MaskedDistillation(learning_rate=self.learning_rate),
+            schedule=Schedule(warmup=self.warmup, **interval) if self.rounds else Never(),
         )
 
 

@@ -12,6 +12,7 @@ try:
     from mmcv.runner.hooks import HOOKS, CheckpointHook
     from mmseg.models import UDA, build_segmentor
     from mmseg.models.uda.dacs import DACS
+    from mmseg.models.utils import dacs_transforms
 except ImportError as error:
     raise problem(
         "the host cannot be imported",
@@ -30,6 +31,7 @@ class CLDADACS(CollaborativeDACS, DACS):
 
     read_config = staticmethod(Config.fromfile)
     build_segmentor = staticmethod(build_segmentor)
+    transforms = dacs_transforms
 
 
 @HOOKS.register_module()

@@ -188,6 +188,7 @@ class FakeDACS(FakeUDADecorator):
         super().__init__(**cfg)
         self.local_iter = 0
         self.alpha = cfg["alpha"]
+        self.color_jitter_s = cfg["color_jitter_strength"]
         self.psweight_ignore_top = cfg["pseudo_weight_ignore_top"]
         self.psweight_ignore_bottom = cfg["pseudo_weight_ignore_bottom"]
         self.ema_model = build_segmentor(copy.deepcopy(cfg["model"]))
@@ -250,6 +251,7 @@ class FakeMICDACS(FakeDACS):
     def __init__(self, **cfg: Any) -> None:
         super().__init__(**cfg)
         self.source_only = cfg.get("source_only", False)
+        self.mask_mode = cfg.get("mask_mode", "separatetrgaug")
 
     def forward_train(
         self,
@@ -264,6 +266,7 @@ class FakeMICDACS(FakeDACS):
         log_vars = self._train(img, img_metas, gt_semantic_seg, target_img, target_img_metas)
         labels = get_module(self.ema_model).encode_decode(target_img, target_img_metas).argmax(dim=1, keepdim=True)
         masked = target_img * (torch.rand(len(target_img), 1, *target_img.shape[2:]) > 0.5)
+        self.masked_for_tests = masked
         weight = None if valid_pseudo_mask is None else valid_pseudo_mask.squeeze(1).float()
         losses = self.get_model().forward_train(masked, img_metas, labels.detach(), seg_weight=weight)
         loss, masked_log = self._parse_losses({f"masked.{key}": value for key, value in losses.items()})
@@ -351,19 +354,39 @@ def batches(count: int, *, size: int = 32, seed: int = 0, mic: bool = False) -> 
     for _ in range(count):
         labels = torch.randint(CLASSES, (2, 1, size // 8, size // 8), generator=generator)
         labels = labels.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+        metas = [{"img_norm_cfg": {"mean": [120.0, 110.0, 100.0], "std": [60.0, 50.0, 40.0]}}] * 2
         images = labels.float() - 2 + 0.3 * torch.randn(2, 3, size, size, generator=generator)
         batch: Dict[str, Any] = {
             "img": images,
-            "img_metas": [{}, {}],
+            "img_metas": metas,
             "gt_semantic_seg": labels,
             "target_img": images.flip(0) + 0.5,
-            "target_img_metas": [{}, {}],
+            "target_img_metas": metas,
         }
         if mic:
             batch["rare_class"] = [0, 1]
             batch["valid_pseudo_mask"] = torch.ones(2, 1, size, size, dtype=torch.long)
         result.append(batch)
     return result
+
+
+def get_mean_std(img_metas: Any, dev: Any) -> Any:
+    norms = [meta["img_norm_cfg"] for meta in img_metas]
+    mean, std = (torch.stack([torch.as_tensor(norm[key], device=dev) for norm in norms]) for key in ("mean", "std"))
+    return mean.view(-1, 3, 1, 1), std.view(-1, 3, 1, 1)
+
+
+def strong_transform(param: Dict[str, Any], data: Any = None, target: Any = None) -> Any:
+    """The host's without its mixing: it writes to ``data``, and draws from torch for colours, from NumPy for blur."""
+    assert param["mix"] is None
+    if param["color_jitter"] > param["color_jitter_p"]:
+        data.mul_(param["std"]).add_(param["mean"]).div_(255.0)
+        strength = param["color_jitter_s"]
+        data = data * (1 + strength * (2 * torch.rand(len(data), 3, 1, 1) - 1))
+        data.mul_(255.0).sub_(param["mean"]).div_(param["std"])
+    if param["blur"] > 0.5:
+        data = torch.lerp(data, F.avg_pool2d(data, 3, 1, 1), np.random.uniform(0.15, 0.9))
+    return data, target
 
 
 class Registry:
@@ -390,6 +413,8 @@ def host_modules(dacs: Any, configs: Dict[str, Any]) -> Dict[str, Any]:
         "mmseg.models",
         "mmseg.models.uda",
         "mmseg.models.uda.dacs",
+        "mmseg.models.utils",
+        "mmseg.models.utils.dacs_transforms",
     ]
     modules: Dict[str, Any] = {name: types.ModuleType(name) for name in names}
     modules["mmcv"].Config = types.SimpleNamespace(fromfile=lambda path: copy.deepcopy(configs[path]))
@@ -398,4 +423,6 @@ def host_modules(dacs: Any, configs: Dict[str, Any]) -> Dict[str, Any]:
     modules["mmseg.models"].UDA = Registry()
     modules["mmseg.models"].build_segmentor = build_segmentor
     modules["mmseg.models.uda.dacs"].DACS = dacs
+    transforms = modules["mmseg.models.utils"].dacs_transforms = modules["mmseg.models.utils.dacs_transforms"]
+    transforms.get_mean_std, transforms.strong_transform = get_mean_std, strong_transform
     return modules

@@ -62,6 +62,7 @@ class Host:
     def uda(self, model: Optional[Any] = None, **extra: Any) -> Dict[str, Any]:
         model = fakes.model_config(kind=self.kind) if model is None else model
         settings = {"alpha": 0.9, "pseudo_weight_ignore_top": 0, "pseudo_weight_ignore_bottom": 0}
+        settings["color_jitter_strength"] = 0.2
         return {"model": model, "max_iters": 10, **settings, **extra}
 
     def build(self, dacs: Any, **extra: Any) -> Any:
@@ -243,11 +244,96 @@ def test_frozen_teacher_without_rounds(host: Host) -> None:
 def test_images_that_are_distilled(daformer: Host, images: str, expected: List[str], monkeypatch: Any) -> None:
     dacs, batch = daformer.ours(images=images), fakes.batches(1)[0]
     given: List[Any] = []
-    monkeypatch.setattr(dacs.clda, "distil", lambda student, images, masks: given.extend(images))
+    monkeypatch.setattr(dacs.clda, "distil", lambda student, batches, _: given.extend(one.images for one in batches))
     dacs.forward_train(**batch)
     kinds = {"target": batch["target_img"], "mixed": dacs.mixed_for_tests}
     assert len(given) == len(expected)
     assert all(torch.equal(image, kinds[kind]) for image, kind in zip(given, expected))
+
+
+def handed(dacs: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> List[Dict[str, Any]]:
+    """Return what the learner is handed in one iteration beside the student's output."""
+    learner, calls = dacs.clda.learner(dacs.get_model()), []
+    distill = type(learner).distill
+
+    def watched(self: Any, output: Any, inputs: Any, **more: Any) -> Any:
+        calls.append({"inputs": inputs, **more})
+        return distill(self, output, inputs, **more)
+
+    monkeypatch.setattr(type(learner), "distill", watched)
+    dacs.forward_train(**batch)
+    return calls
+
+
+@pytest.mark.parametrize("images", ["target", "mixed", "both"])
+def test_the_view_is_of_the_images_that_are_distilled_and_of_their_shape(
+    host: Host, images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dacs, batch = host.ours(images=images), fakes.batches(1, mic=host.mic)[0]
+    target = batch["target_img"].clone()
+    calls = handed(dacs, batch, monkeypatch)
+    assert len(calls) == 1 + (images == "both")
+    assert torch.equal(batch["target_img"], target)  # the host's functions write to what they are given
+    for call in calls:
+        view = call["view"]
+        assert view.shape == call["inputs"].shape
+        if host.mic and torch.equal(call["inputs"], target):
+            assert torch.equal(view, dacs.masked_for_tests)
+        else:
+            assert not torch.equal(view, call["inputs"])
+            assert float((view - call["inputs"]).abs().mean()) < 1.0  # other colours and blurred, nothing mixed in
+
+
+def test_the_source_loss_is_the_hosts_and_differentiable_by_the_teacher(
+    daformer: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dacs, batch = daformer.ours(), fakes.batches(1)[0]
+    (call,) = handed(dacs, batch, monkeypatch)
+    teacher = dacs.clda.teacher
+    losses = teacher.forward_train(batch["img"], batch["img_metas"], batch["gt_semantic_seg"])
+    assert torch.allclose(call["source_loss"](Logits(teacher)), losses["decode.loss_seg"])
+    batch["gt_semantic_seg"].fill_(255)
+    assert float(call["source_loss"](Logits(teacher))) == 0.0  # no label in the batch is no NaN
+
+
+@pytest.mark.parametrize(
+    ("uda", "view"),
+    [({}, "colours"), ({"mask_mode": None}, "auto"), ({"mask_mode": "separatesrcaug"}, "auto"), ({}, "none")],
+)
+def test_other_views_than_the_masked_images(
+    uda: Dict[str, Any], view: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host("mic", tmp_path, monkeypatch)
+    batch = fakes.batches(1, mic=True)[0]
+    (call,) = handed(host.ours(uda, view=view), batch, monkeypatch)
+    if view == "none":
+        assert call["view"] is None
+        return
+    assert not torch.equal(call["view"], batch["target_img"])
+    assert int((call["view"] == 0).sum()) == 0  # nothing is masked out
+
+
+def test_making_the_view_draws_nothing_from_the_hosts_random_states(host: Host) -> None:
+    images, metas = fakes.batches(1)[0]["target_img"], fakes.batches(1)[0]["target_img_metas"]
+    dacs = host.ours(view="colours")
+    dacs.clda.learner(dacs.get_model())
+    before = [torch.get_rng_state().tolist(), bits(np.random.get_state()[1].tolist()), random.getstate()]
+    views = [dacs._view(images, metas) for _ in range(2)]
+    assert [torch.get_rng_state().tolist(), bits(np.random.get_state()[1].tolist()), random.getstate()] == before
+    assert torch.equal(*views)  # it goes by the step
+    host.run(dacs, 1)
+    assert not torch.equal(dacs._view(images, metas), views[0])
+
+
+def test_rounds_are_made_by_the_view_and_follow_the_hosts_learning_rate(host: Host) -> None:
+    dacs = host.ours(interval=1)
+    runner = host.run(dacs, 2)
+    runner.optimizer.param_groups[0]["lr"] *= 0.5
+    runner.go_on(fakes.batches(1, mic=host.mic))
+    learner = dacs.clda.learner(dacs.get_model())
+    assert learner.state_dict()["lead"]["of"] == "SoftConsistency"
+    assert [record.strength for record in learner.report().rounds] == [1.0, 1.0, 0.5]
+    assert all(record.updated for record in learner.report().rounds)
 
 
 def test_positions_whose_pseudo_labels_the_host_ignores_do_not_count(daformer: Host) -> None:
@@ -487,6 +573,7 @@ def test_student_larger_than_the_teacher_warns(daformer: Host) -> None:
     ("options", "match"),
     [
         ({"images": "source"}, "clda.images is unknown"),
+        ({"view": "flipped"}, "clda.view is unknown"),
         ({"weight": -1.0}, "clda.weight is out of range"),
         ({"interval": 0}, "interval is out of range"),
         ({"temperature": 0.0}, "temperature is out of range"),

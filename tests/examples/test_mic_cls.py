@@ -117,6 +117,37 @@ def test_weight_zero_without_rounds_is_bitwise_the_host_alone(
     assert ended(alone) == ended(tmp_path)
 
 
+def test_the_view_is_the_hosts_masked_images_and_rounds_follow_its_learning_rate(
+    folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: List[Any] = []
+    rates: List[Any] = []
+    distill, after_step = CollaborativeLearner.distill, CollaborativeLearner.after_step
+
+    def watched(self: Any, output: Any, inputs: Any, **more: Any) -> Any:
+        calls.append((inputs, more["view"]))
+        return distill(self, output, inputs, **more)
+
+    def counted(self: Any, **more: Any) -> None:
+        rates.append(more["optimizer"].param_groups[0]["lr"])
+        after_step(self, **more)
+
+    monkeypatch.setattr(CollaborativeLearner, "distill", watched)
+    monkeypatch.setattr(CollaborativeLearner, "after_step", counted)
+    launched = launch(folder, tmp_path, with_teacher(teacher, "--clda-interval", "1"))
+    assert launched is not None
+    assert len(calls) == len(rates) == 6
+    for images, view in calls:
+        shown = (view != 0).any(dim=1, keepdim=True).float()
+        assert view.shape == images.shape
+        assert torch.equal(view, images * shown)
+        assert 0.3 < float(shown.mean()) < 0.7
+    assert launched.learner is not None
+    assert launched.learner.state_dict()["lead"]["of"] == "SoftConsistency"
+    made = [record.strength for record in launched.learner.report().rounds]
+    assert made == pytest.approx([rate / max(rates[: index + 1]) for index, rate in enumerate(rates)])
+
+
 def test_losses_of_the_first_iteration_are_the_hosts_own(
     folder: Path, alone: Path, teacher: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,8 @@
 One iteration of the host, and what happens at each point:
 
     teacher(x_t)                    the host EMA is called: the iteration's target images
-    model(cat(x_s, x_t)) .backward()
+    model(cat(x_s, x_t))
+    model(masked x_t)  .backward()  the masked images are the second view of them
     optimizer.first_step()          SAM climbs, with the host's losses alone
     model(cat(x_s, x_t))            the KD loss of the target half; its gradient is added to that of these logits
     .backward()                     ... in the host's own backward pass
@@ -66,8 +67,10 @@ class Plugin:
         self.optimizer: Any = None
         self._make_teacher, self._make_learner, self._resume = make_teacher, make_learner, resume
         self._hook: Any = None
-        # Of the iteration in the making: its target images, and whether the student's next output is to be distilled.
+        # Of the iteration in the making: its target images, their masked view, and whether the student's next output
+        # is to be distilled.
         self._images: Optional[Tensor] = None
+        self._view: Optional[Tensor] = None
         self._awaiting = False
         # KD losses since the last save, and their mean by save (the host saves once an epoch).
         self._losses: List[Tensor] = []
@@ -152,15 +155,18 @@ class Plugin:
     def _begin(self, images: Tensor) -> None:
         if self._images is not None:
             raise _unlike("second_step() after the host EMA was called", "another call of the host EMA")
-        self._images, self._awaiting = images, False
+        self._images, self._view, self._awaiting = images, None, False
 
     def _on_forward(self, student: nn.Module, inputs: Any, output: Any) -> None:
-        if not (self._awaiting and student.training and self._images is not None):
+        if self._images is None or not student.training:
             return
-        self._awaiting = False
-        self._distill(output, self._images)
+        if self._awaiting:
+            self._awaiting = False
+            self._distill(output, self._images, self._view)
+        elif inputs[0].shape == self._images.shape:  # not source and target together
+            self._view = inputs[0]
 
-    def _distill(self, output: Any, images: Tensor) -> None:
+    def _distill(self, output: Any, images: Tensor, view: Optional[Tensor]) -> None:
         if not isinstance(output, tuple) or len(output[0]) != 2 * len(images):
             received = [tuple(part.shape) for part in output] if isinstance(output, tuple) else type(output).__name__
             raise _unlike(f"(logits, features) of 2 x {len(images)} images, source then target", str(received))
@@ -168,7 +174,7 @@ class Plugin:
         # host's backward pass gets there. No second pass of the student, and no graph kept alive.
         target = tuple(part.detach()[len(images) :].requires_grad_() for part in output)
         learner = self._learner()
-        loss = learner.distill(target, images)
+        loss = learner.distill(target, images, view=view)
         self._losses.append(loss.detach())
         if self.weight == 0:
             return
@@ -186,8 +192,8 @@ class Plugin:
         self._learner().observe()
 
     def _after_step(self) -> None:
-        self._images = None
-        self._learner().after_step()
+        self._images = self._view = None
+        self._learner().after_step(optimizer=self.optimizer)
 
     def _learner(self) -> CollaborativeLearner:
         if self.learner is None:

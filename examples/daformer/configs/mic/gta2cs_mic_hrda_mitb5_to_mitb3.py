@@ -20,9 +20,6 @@ uda = dict(
         ),
         images="target",
         weight=1.0,
-        warmup=30000,
-        interval=50,
-        learning_rate=1e-5,
     ),
 )
 checkpoint_config = dict(type="CLDACheckpointHook", interval=4000)
