@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from clda_core import CldaError, Outputs, Schedule, group_layers, teach
 from clda_core.distillation import DISTDistillation, FeatureDistillation, KLDistillation, WeightedSum
+from clda_core.lead import FixedTrust, LinearTrust
 from clda_core.selection import AllLayers
 from clda_core.update import Guard, MaskedDistillation
+from clda_core.validation import MutualInformation, SoftConsistency
 
 UNGUARDED = MaskedDistillation  # the guard has nothing to go by where random networks agree on little
 
@@ -176,3 +178,66 @@ def test_a_student_that_takes_other_inputs_is_taught_with_its_own() -> None:
     batches = [torch.randn(8, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     report = teach(teacher, student, batches, student_inputs=lambda batch: batch[:, :3])
     assert len(report.rounds) == 2
+
+
+# ------------------------------------------------------------------------------- views, the source, and who leads
+
+
+def test_the_student_is_trusted_unless_a_validator_is_asked() -> None:
+    report = teach(network(32, 0), network(8, 1), images(2))
+    assert [(record.trust, record.lead) for record in report.rounds] == [(1.0, None)] * 2
+    report = teach(network(32, 0), network(8, 1), images(2), validator=MutualInformation())
+    assert all(record.lead is not None for record in report.rounds)
+    report = teach(network(32, 0), network(8, 1), images(2), trust=lambda lead: 0.25)
+    assert [record.trust for record in report.rounds] == [0.25] * 2
+
+
+def test_a_student_that_is_behind_teaches_nothing_where_somebody_asks() -> None:
+    teacher, student = network(32, 0), network(8, 1)
+    with torch.no_grad():
+        student[4].weight.zero_()
+        teacher[4].weight.mul_(20.0)
+    before = states(teacher)
+    trust = LinearTrust(zero=-0.01, full=0.01)
+    report = teach(teacher, student, images(3), validator=MutualInformation(), trust=trust, update=UNGUARDED())
+    assert all(record.lead < -0.01 and not record.updated for record in report.rounds)
+    assert equal(teacher.state_dict(), before[0])
+
+
+def test_view_and_source_loss_reach_every_round() -> None:
+    teacher, student = network(32, 0), network(8, 1)
+    batches, called, seen = images(3), [], []
+
+    def view(batch: Tensor) -> Tensor:
+        seen.append(batch)
+        return batch + 0.25
+
+    def source_loss(net: nn.Module) -> Tensor:
+        called.append(net)
+        return net(images(1, seed=9)[0]).square().mean()
+
+    class Spy(MaskedDistillation):
+        def apply(self, context: Any) -> Any:
+            assert torch.equal(context.view, context.inputs + 0.25)
+            assert context.source_loss is source_loss
+            return super().apply(context)
+
+    report = teach(teacher, student, batches, view=view, source_loss=source_loss, update=Spy(), trust=FixedTrust(0.0))
+    assert all(torch.equal(one, other) for one, other in zip(seen, batches))
+    assert len(seen) == 3
+    assert len(called) >= 3  # and perhaps a rehearsal
+    assert all(record.updated for record in report.rounds), "the teacher goes on without the student"
+
+
+def test_the_students_view_is_made_of_the_teachers() -> None:
+    teacher, student = nn.Linear(5, 3), nn.Linear(3, 3)
+    batches = [torch.randn(8, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    class Spy(MaskedDistillation):
+        def apply(self, context: Any) -> Any:
+            assert torch.equal(context.student_view, 2 * context.inputs[:, :3])
+            return super().apply(context)
+
+    options = {"student_inputs": lambda batch: batch[:, :3], "view": lambda batch: 2 * batch}
+    report = teach(teacher, student, batches, **options, validator=SoftConsistency(), update=Spy())
+    assert all(record.lead is not None for record in report.rounds)
