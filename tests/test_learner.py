@@ -609,6 +609,7 @@ def test_the_smallest_strategy_of_every_kind_works() -> None:
         saliency=MySaliency(),
         selection=my_selection,
         relation=my_relation,
+        trust=lambda lead: 1.0,
         update=MyUpdate(),
         distillation=lambda s, t, mask=None: (s - t).pow(2).mean(),
         schedule=MySchedule(),
