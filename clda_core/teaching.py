@@ -73,7 +73,8 @@ def teach(
         trust: How far the student is trusted by its lead; by default all the way, since it is trained, or by
             :class:`~clda_core.lead.LinearTrust` where a ``validator`` is given.
         update: What the student does to them; by default that of the learner inside a guard, with longer steps, since
-            there are few and the student does not change.
+            there are few and the student does not change. It learns on the view and from the source where these are
+            given; of another update see what it does with them.
         distillation: Says by its ``class_map`` which classes both models have; nothing is trained by it.
         schedule: When rounds are made; by default after every batch, of which every fifth is observed.
         layers: Regrouping for both models.
@@ -111,7 +112,7 @@ def teach(
         relation=relation,
         validator=validator,
         trust=(FixedTrust() if validator is None else LinearTrust()) if trust is None else trust,
-        update=Guard(MaskedDistillation(learning_rate=_LEARNING_RATE)) if update is None else update,
+        update=_default(view, source_loss) if update is None else update,
         distillation=distillation,
         schedule=Schedule(warmup=0, interval=1) if schedule is None else schedule,
         layers=layers,
@@ -139,3 +140,14 @@ def teach(
             fix="pass batches as a list or a fresh iterator: one that was read to its end gives nothing",
         )
     return learner.report()
+
+
+def _default(view: Any, source_loss: Any) -> Update:
+    """Return the update that learns from what there is."""
+    return Guard(
+        MaskedDistillation(
+            learning_rate=_LEARNING_RATE,
+            learns_on="inputs" if view is None else "view",
+            source_weight=0.0 if source_loss is None else 1.0,
+        )
+    )

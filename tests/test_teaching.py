@@ -222,7 +222,10 @@ def test_view_and_source_loss_reach_every_round() -> None:
             assert context.source_loss is source_loss
             return super().apply(context)
 
-    report = teach(teacher, student, batches, view=view, source_loss=source_loss, update=Spy(), trust=FixedTrust(0.0))
+    all_of_it: Any = {"learns_on": "view", "own_targets": True, "source_weight": 1.0}
+    report = teach(
+        teacher, student, batches, view=view, source_loss=source_loss, update=Spy(**all_of_it), trust=FixedTrust(0.0)
+    )
     assert all(torch.equal(one, other) for one, other in zip(seen, batches))
     assert len(seen) == 3
     assert len(called) >= 3  # and perhaps a rehearsal
@@ -241,3 +244,23 @@ def test_the_students_view_is_made_of_the_teachers() -> None:
     options = {"student_inputs": lambda batch: batch[:, :3], "view": lambda batch: 2 * batch}
     report = teach(teacher, student, batches, **options, validator=SoftConsistency(), update=Spy())
     assert all(record.lead is not None for record in report.rounds)
+
+
+def test_what_is_given_to_learn_from_is_learnt_from_by_default() -> None:
+    called, seen = [], []
+
+    def source_loss(net: nn.Module) -> Tensor:
+        called.append(net)
+        return net(images(1, seed=9)[0]).square().mean()
+
+    class Recording(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                seen.append(x)
+            return super().forward(x)
+
+    teacher = Recording(*network(32, 0))
+    batches = images(3)
+    teach(teacher, network(8, 1), batches, view=lambda batch: batch + 0.25, source_loss=source_loss)
+    assert called
+    assert any(torch.equal(one, batches[2] + 0.25) for one in seen)
