@@ -114,7 +114,7 @@ def teach(
         trust=(FixedTrust() if validator is None else LinearTrust()) if trust is None else trust,
         update=_default(view, source_loss) if update is None else update,
         distillation=distillation,
-        schedule=Schedule(warmup=0, interval=1) if schedule is None else schedule,
+        schedule=Schedule(interval=1, observe_every=5) if schedule is None else schedule,
         layers=layers,
         probe=probe,
         extract=extract,
