@@ -32,7 +32,7 @@ class Options:
         rounds: ``False`` is KD from the frozen teacher, the baseline to compare with.
         warmup: Iterations before the first round; none are needed, since the student is trusted by its lead.
         interval: Iterations between rounds; ``None`` is the library's.
-        learning_rate: Of the update of the teacher, Adam; ``None`` follows the host's.
+        learning_rate: Of the update of the teacher, Adam; ``None`` goes by the host's.
         learner: ``"package.module:function"``, a function of your own from teacher and student to a
             :class:`~clda_core.CollaborativeLearner`, instead of the five before this one.
         resume_from: Our state file to resume from, where it does not lie in the work directory.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clda_core import CldaError, CollaborativeLearner, Schedule, group_layers
+from clda_core.lead import FixedTrust
 from clda_core.update import MaskedDistillation
 from examples.daformer.collaboration import SUFFIX, fingerprint
 from examples.daformer.export import main as export
@@ -91,7 +92,8 @@ class Host:
 
 def learner_with_early_rounds(teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
     update = MaskedDistillation(learning_rate=1e-2)
-    return CollaborativeLearner(teacher, student, update=update, schedule=Schedule(warmup=1, interval=2))
+    schedule = Schedule(warmup=1, interval=2)
+    return CollaborativeLearner(teacher, student, update=update, schedule=schedule, trust=FixedTrust())
 
 
 EARLY = f"{__name__}:learner_with_early_rounds"

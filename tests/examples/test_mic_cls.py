@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clda_core import CldaError, CollaborativeLearner, Schedule, group_layers
+from clda_core.lead import FixedTrust
 from clda_core.update import MaskedDistillation
 from examples.mic.cls import compatibility, host, synthetic, train, verify
 from examples.mic.cls.plugin import Plugin, first_output
@@ -69,7 +70,12 @@ def with_teacher(file: Path, *more: str) -> List[str]:
 def eager(teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
     schedule = Schedule(warmup=1, interval=2)
     return CollaborativeLearner(
-        teacher, student, update=MaskedDistillation(learning_rate=0.05), schedule=schedule, extract=first_output
+        teacher,
+        student,
+        update=MaskedDistillation(learning_rate=0.05),
+        schedule=schedule,
+        trust=FixedTrust(),
+        extract=first_output,
     )
 
 

@@ -66,17 +66,17 @@ def test_a_step_is_observed_once_and_ended_once() -> None:
     assert learner.report().steps == 2
 
 
-def test_rounds_follow_the_learning_rate_of_the_optimizer_that_steps() -> None:
+def test_rounds_know_the_learning_rate_of_the_optimizer_that_steps() -> None:
     learner = make_learner(*networks(), schedule=every_step())
-    optimizer, steps = sgd(learner.student), Steps(learner, "")
+    optimizer, steps = torch.optim.Adam(learner.student.parameters()), Steps(learner, "")
     steps.begin()
-    for rate in (0.1, 0.05, 0.025):
+    for rate, peak in ((0.1, 0.1), (0.2, 0.2), (0.05, 0.2)):
         optimizer.param_groups[0]["lr"] = rate
         learner.distill(learner.student(batch()), batch()).backward()
         steps.observe(optimizer)
         optimizer.step()
         steps.end(made=True)
-    assert [record.strength for record in learner.report().rounds] == [1.0, 0.5, 0.25]
+        assert learner.state_dict()["peak"] == peak
 
 
 def test_a_training_without_a_step_is_said_once() -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
-from clda_core.update import MaskedDistillation
+from clda_core.lead import FixedTrust
 
 from . import compatibility, host
 from .plugin import first_output
@@ -34,11 +34,11 @@ TEACHER, STUDENT = "resnet34", "resnet18"
 
 
 def eager_learner(teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
-    """Build a learner that changes the teacher soon and unguarded, so that there is something to check."""
+    """Build a learner that changes the teacher soon and whoever leads, so that there is something to check."""
     return CollaborativeLearner(
         teacher,
         student,
-        update=MaskedDistillation(),
+        trust=FixedTrust(),
         schedule=Schedule(warmup=2, interval=2),
         extract=first_output,
     )

@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
+from torch import nn
+
+from clda_core import CollaborativeLearner, Schedule
+from clda_core.lead import FixedTrust
+
 from .data import HEIGHT, WIDTH
 
 CROP = 128
@@ -84,13 +89,18 @@ def with_clda(teacher_config: Path, teacher_checkpoint: Path, **clda: Any) -> Di
             "clda": {
                 "teacher": {"config": str(teacher_config), "checkpoint": str(teacher_checkpoint)},
                 "images": "target",
-                "warmup": ROUND_EVERY,
-                "interval": ROUND_EVERY,
+                **({} if "rounds" in clda else {"learner": f"{__name__}:eager_learner"}),
                 **clda,
             },
         },
         "checkpoint_config": {"type": "CLDACheckpointHook"},
     }
+
+
+def eager_learner(teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
+    """Build a learner that changes the teacher whoever leads, as often as a short run allows."""
+    schedule = Schedule(warmup=ROUND_EVERY, interval=ROUND_EVERY)
+    return CollaborativeLearner(teacher, student, schedule=schedule, trust=FixedTrust())
 
 
 def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Dict[str, Any]:
