@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from clda_core import CollaborativeLearner, Schedule, checkpoint
+from clda_core.lead import FixedTrust
 from tests.helpers import networks, sgd, train_step
 
 STEPS = 6
@@ -32,7 +33,8 @@ def main(where: str, at: int, path: Path) -> None:
     torch.manual_seed(0)
     teacher, student = networks()
     optimizer = sgd(student)
-    learner = CollaborativeLearner(teacher, student, schedule=Schedule(warmup=1, interval=2, observations=2))
+    schedule = Schedule(warmup=1, interval=2, observations=2)
+    learner = CollaborativeLearner(teacher, student, schedule=schedule, trust=FixedTrust())
     first = 0
     if path.exists():
         rest = checkpoint.load(path, learner, optimizer=optimizer)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from clda_core import CollaborativeLearner, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation
+from clda_core.lead import FixedTrust
 from clda_core.relation import BySimilarity
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement
 from tests.distributed.host import BATCH, INPUTS, Scenario, drawn, networks, train
@@ -52,7 +53,7 @@ def incomplete(rank: int, ranks: int) -> Dict[str, Any]:
 def all_empty(rank: int, ranks: int) -> Dict[str, Any]:
     """Return what came of steps of which the first has data on no rank, and the second on the last one only."""
     teacher, student = networks(Scenario())
-    learner = CollaborativeLearner(teacher, student, schedule=Schedule(warmup=0, interval=5, observations=5))
+    learner = CollaborativeLearner(teacher, student, schedule=Schedule(interval=5, observations=5), trust=FixedTrust())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     said = []
     for step in range(6):
@@ -95,7 +96,8 @@ def one_raises(rank: int, ranks: int, where: str, folder: str) -> Exception:
     learner = CollaborativeLearner(
         teacher,
         student,
-        schedule=Schedule(warmup=0, interval=1),
+        schedule=Schedule(interval=1),
+        trust=FixedTrust(),
         update=update,
         probe=raising_probe if where == "probe" and raises else probe,
     )

@@ -23,6 +23,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
+from clda_core.lead import FixedTrust
 from clda_core.saliency import Fisher, Hessian, Magnitude
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement
@@ -76,7 +77,7 @@ def refused(rank: int, ranks: int) -> Dict[str, str]:
     scenario = Scenario()
 
     def learner(teacher: nn.Module, student: nn.Module, **options: Any) -> CollaborativeLearner:
-        return CollaborativeLearner(teacher, student, schedule=Schedule(warmup=0, interval=1), **options)
+        return CollaborativeLearner(teacher, student, schedule=Schedule(interval=1), trust=FixedTrust(), **options)
 
     def fsdp1() -> None:
         teacher, student = networks(scenario)
@@ -118,7 +119,10 @@ class Job:
         self.teacher, self.student = shard(teacher.requires_grad_(False)), shard(student)
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=0.01)
         self.learner = CollaborativeLearner(
-            self.teacher, self.student, schedule=Schedule(warmup=1, interval=2, observations=2)
+            self.teacher,
+            self.student,
+            schedule=Schedule(warmup=1, interval=2, observations=2),
+            trust=FixedTrust(),
         )
 
     def train(self, steps: range, rank: int, ranks: int) -> None:

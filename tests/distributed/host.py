@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clda_core import CollaborativeLearner, Schedule
 from clda_core.distillation import KLDistillation
+from clda_core.lead import FixedTrust
 from tests.helpers import bits, seeded
 
 INPUTS, CLASSES, WIDTH, BATCH = 5, 3, 6, 256
@@ -95,7 +96,8 @@ def train(rank: int, ranks: int, scenario: Scenario) -> Dict[str, Any]:
 
 def collaborate(teacher: nn.Module, student: nn.Module, scenario: Scenario, rank: int, ranks: int) -> Dict[str, Any]:
     # A loss of single positions: what one rank computes does not depend on what the others have.
-    options = {"schedule": Schedule(warmup=0, interval=1), "distillation": KLDistillation(), **scenario.options()}
+    ours = {"schedule": Schedule(interval=1), "trust": FixedTrust(), "distillation": KLDistillation()}
+    options = {**ours, **scenario.options()}
     learner = CollaborativeLearner(teacher, student, **options)
     trained = [student, teacher] if scenario.co_trained else [student]
     optimizers = [torch.optim.SGD(model.parameters(), lr=scenario.rate, momentum=0.9) for model in trained]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clda_core import CollaborativeLearner, Outputs, Schedule, init_student
 from clda_core.distillation import KLDistillation
 from clda_core.errors import CldaError
+from clda_core.lead import FixedTrust
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average
 from clda_core.update.classes import MAY_BE_CLASSES, Classes, is_logits
@@ -211,7 +212,8 @@ def test_the_learner_passes_the_class_map_on(kind: Any) -> None:
         update=kind(decay=0.5),
         selection=AllLayers(),
         distillation=KLDistillation(class_map=ORDER),
-        schedule=Schedule(warmup=0, interval=1),
+        schedule=Schedule(interval=1),
+        trust=FixedTrust(),
     )
     for _ in range(2):
         assert learner.distill(student(images()), images()).item() == pytest.approx(0, abs=1e-6)
