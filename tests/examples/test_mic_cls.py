@@ -123,7 +123,7 @@ def test_weight_zero_without_rounds_is_bitwise_the_host_alone(
     assert ended(alone) == ended(tmp_path)
 
 
-def test_the_view_is_the_hosts_masked_images_and_rounds_follow_its_learning_rate(
+def test_the_view_is_the_hosts_masked_images_and_the_learner_gets_its_optimizer(
     folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: List[Any] = []
@@ -150,8 +150,7 @@ def test_the_view_is_the_hosts_masked_images_and_rounds_follow_its_learning_rate
         assert 0.3 < float(shown.mean()) < 0.7
     assert launched.learner is not None
     assert launched.learner.state_dict()["lead"]["of"] == "SoftConsistency"
-    made = [record.strength for record in launched.learner.report().rounds]
-    assert made == pytest.approx([rate / max(rates[: index + 1]) for index, rate in enumerate(rates)])
+    assert len(launched.learner.report().rounds) == 6
 
 
 def test_losses_of_the_first_iteration_are_the_hosts_own(
