@@ -40,6 +40,6 @@ def test_two_ranks_show_and_write_one_result(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(results["students"]) == {digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA, digits.IN_TURNS}
     rounds = results["students"][digits.CLDA]["report"]["rounds"]
-    assert [made["step"] for made in rounds] == [20], "a short run has rounds too"
+    assert [made["step"] for made in rounds] == [7, 14], "a short run has rounds too"
     assert results["config"]["threads"] == max(1, min(2, (os.cpu_count() or 1) // 2)), "the ranks share the cores"
     assert (tmp_path / "checkpoints" / "teacher.pt").exists()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
+from clda_core.lead import FixedTrust
 from clda_core.selection import AllLayers
 from clda_core.update import Average
 from tests.helpers import WithParameter, batch, bits, labels, make_sam, networks, traces, values
@@ -52,7 +53,12 @@ def learner_for(**options: Any) -> CollaborativeLearner:
     for module in student.modules():  # Lightning does not save the random state that dropout draws from
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    strategies = {"schedule": Schedule(warmup=1, interval=2), "update": Average(decay=0.8), "selection": AllLayers()}
+    strategies = {
+        "schedule": Schedule(warmup=1, interval=2),
+        "trust": FixedTrust(),
+        "update": Average(decay=0.8),
+        "selection": AllLayers(),
+    }
     return CollaborativeLearner(teacher, student, **{**strategies, **options})
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner, Schedule
 from clda_core.distillation import KLDistillation
+from clda_core.lead import FixedTrust
 from clda_core.selection import AllLayers
 from clda_core.update import Average
 from tests.docs.test_snippets import snippets
@@ -59,6 +60,7 @@ def learner_for(**options: Any) -> CollaborativeLearner:
         teacher,
         student,
         schedule=Schedule(warmup=1, interval=2),
+        trust=FixedTrust(),
         update=Average(decay=0.8),
         selection=AllLayers(),
         extract=lambda output: output["logits"],
