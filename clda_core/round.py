@@ -310,6 +310,7 @@ class Rounds:
         if not strength:  # not even moments may move, and zero times infinity is no zero
             reason = not_trusted if context.strength else NO_STRENGTH
             return UpdateResult((), {layer.name: reason for layer in context.layers})
+        context.before(self._update)  # what _whole_or_not goes back to
         try:
             result = self._update.apply(replace(context, strength=strength))
             check_result(result, context.layers)
@@ -331,11 +332,9 @@ class Rounds:
     def _whole_or_not(self, context: RoundContext) -> Iterator[None]:
         """Undo all of a round that does not come to its end: the teacher, the update's state and what is averaged."""
         own = self.history, self._observer.averages, self._lead.averages, self.peak
-        before = context.before(self._update) if context.layers else None
 
         def give_back() -> None:
-            if before is not None:
-                before.take_back()
+            context.take_back(self._update)
             self.history, self._observer.averages, self._lead.averages, self.peak = own
 
         with undoing(give_back, on_error_only=True):

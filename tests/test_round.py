@@ -215,6 +215,16 @@ def test_a_round_copies_what_it_changes_once(update: Any, monkeypatch: pytest.Mo
     assert (len(learner.report().rounds), copies) == (1, ["layers", "state"])
 
 
+def test_a_round_that_changes_nothing_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_copy(*_: Any) -> None:
+        pytest.fail("the teacher was copied")
+
+    monkeypatch.setattr(base, "Snapshot", no_copy)
+    learner = make_learner(*networks(), update=MaskedDistillation(), trust=lambda lead: 0.0)
+    train(learner, sgd(learner.student), 2)
+    assert [record.trust for record in learner.report().rounds] == [0.0, 0.0]
+
+
 class AddOne:
     """No more than an update must have."""
 

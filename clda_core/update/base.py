@@ -146,6 +146,11 @@ class RoundContext:
             self._before[id(update)] = Before(self, update)
         return self._before[id(update)]
 
+    def take_back(self, update: Update) -> None:
+        """Go back to what :meth:`before` has kept for an update; nothing was written where it was not asked."""
+        if id(update) in self._before:
+            self._before[id(update)].take_back()
+
 
 class Before:
     """What a round may change, as it was: the selected layers, and the state of an update.
