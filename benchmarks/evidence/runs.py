@@ -57,6 +57,7 @@ def run(task: Task, seed: int, name: str, beside: Sequence[Record] = ()) -> Reco
         **figures,
         "total_seconds": round(time.time() - began, 1),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "device": next(teacher.parameters()).device.type,
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

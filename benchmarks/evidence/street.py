@@ -87,7 +87,9 @@ class Street(Task):
     teacher_size: Size = TEACHER
     student_size: Size = STUDENT
     batch, resolution = BATCH, SMALL
-    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def teacher(self, seed: int) -> nn.Module:
         return segmenter(self.teacher_size, 5 * seed + 1).to(self.device)
@@ -143,10 +145,10 @@ class Pretrained(Street):
     learning_rate, related = 5e-4, False
 
     def teacher(self, seed: int) -> nn.Module:
-        return pretrained_segmenter("efficientnet-lite2", 5 * seed + 1)
+        return pretrained_segmenter("efficientnet-lite2", 5 * seed + 1).to(self.device)
 
     def student(self, seed: int) -> nn.Module:
-        return pretrained_segmenter("efficientnet-lite0", 5 * seed + 3)
+        return pretrained_segmenter("efficientnet-lite0", 5 * seed + 3).to(self.device)
 
 
 class StreetLarge(Street):
@@ -156,9 +158,6 @@ class StreetLarge(Street):
     steps, teacher_steps, learning_rate = 3000, 4000, 5e-4
     teacher_size, student_size, related = MIT_B3, MIT_B0, False
     batch, resolution = 8, LARGE
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache(maxsize=None)

@@ -252,11 +252,23 @@ VARIANTS: Dict[str, Variant] = {
     "no-view": Variant("CLDA without a view", "lead", defaults, view=False),
     "with-source": Variant("CLDA with the source's loss in its rounds", "lead", with_(update=supervised)),
     "own-targets": Variant("the teacher's own targets too, on the view", "lead", with_(update=own_targets)),
+    "own-targets-init": Variant(
+        "the teacher's own targets too, student initialised", "lead", with_(update=own_targets), start="teacher"
+    ),
     "on-view": Variant("the teacher learns on the view", "lead", with_(update=on_view)),
     "warmed": Variant("the former defaults, rounds after 300 steps", "lead", warmed),
     "warmed-init": Variant("the former defaults, student initialised", "lead", warmed, start="teacher"),
     "select-lowest": Variant("always the lowest LSR", "selection", with_(selection=lowest)),
     "select-uniform": Variant("drawn anew, uniformly", "selection", with_(selection=uniform)),
+    "select-uniform-init": Variant(
+        "drawn anew, uniformly, student initialised", "selection", with_(selection=uniform), start="teacher"
+    ),
+    "select-lowest-init": Variant(
+        "always the lowest LSR, student initialised", "selection", with_(selection=lowest), start="teacher"
+    ),
+    "select-all-init": Variant(
+        "all layers, student initialised", "selection", with_(selection=all_layers), start="teacher"
+    ),
     "select-random": Variant("random layers", "selection", with_(selection=random_layers)),
     "select-highest": Variant("highest LSR", "selection", with_(selection=highest)),
     "select-all": Variant("all layers", "selection", with_(selection=all_layers)),
