@@ -56,7 +56,8 @@ class OwnOptimizer:
     def prepare(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters, built if there is none.
 
-        Where the model's parameters were replaced since, the optimizer is built anew and the state follows by name.
+        Where the model's parameters were replaced or moved to another device since, the optimizer is built anew and the
+        state follows by name.
 
         Args:
             model: Whose parameters these are.
@@ -68,6 +69,8 @@ class OwnOptimizer:
         if self._optimizer is not None and not _holds(self._optimizer, parameters):
             if not self._grows and (self._model is None or self._model() is not model):
                 raise _other_parameters(self._optimizer, parameters)
+            self._restored, self._optimizer = self.state_dict(), None
+        elif self._optimizer is not None and _left_behind(self._optimizer):
             self._restored, self._optimizer = self.state_dict(), None
         if self._optimizer is None:
             self._optimizer = self._build(parameters)
@@ -165,12 +168,7 @@ class OwnOptimizer:
         if self._restored is not None:
             if self._grows and _is_by_name(self._restored):
                 self._restored = _of_these(self._restored, parameters)
-            kernels = [{key: group[key] for key in _KERNELS if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(_by_position(self._restored, optimizer, parameters))
-            for group, ours in zip(optimizer.param_groups, kernels):
-                for key in _KERNELS:  # another version of torch may have saved a choice that this one lacks
-                    group.pop(key, None)
-                group.update(ours)
             base_rates = list(self._restored["base_rates"])
         self._base_rates = base_rates
         return optimizer
@@ -183,6 +181,15 @@ def _held(optimizer: torch.optim.Optimizer) -> List[Tensor]:
 
 def _holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> bool:
     return set(map(id, _held(optimizer))) == set(map(id, parameters.values()))
+
+
+def _left_behind(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether parameters were moved to another device than their moments, as ``Module.to`` does."""
+    return any(
+        isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device
+        for parameter, moments in optimizer.state.items()
+        for value in moments.values()
+    )
 
 
 def _other_parameters(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> CldaError:
@@ -254,10 +261,14 @@ def _by_position(
                 of_one[key] = as_sharded(value, parameters[name])
         if of_one:
             state[index] = of_one
-    return {
-        "state": state,
-        "param_groups": [{**group, "params": ours["params"]} for group, ours in zip(groups, own)],
-    }
+    merged = []
+    for group, ours in zip(groups, own):
+        # The kernels of this process: by them torch decides on which device a step count belongs, and another version
+        # may have saved a choice that this one lacks.
+        options = {key: value for key, value in group.items() if key not in _KERNELS}
+        kernels = {key: ours[key] for key in _KERNELS if key in ours}
+        merged.append({**options, **kernels, "params": ours["params"]})
+    return {"state": state, "param_groups": merged}
 
 
 def _of_these(saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Dict[str, Any]:

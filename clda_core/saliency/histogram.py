@@ -194,8 +194,9 @@ def quantile(histogram: Histogram, q: float) -> Tensor:
         CldaError: If ``q`` is out of range.
     """
     check_number("q", q, above=0, below=1)
-    masses = _masses(histogram).sum(dim=0).double()
-    cumulative = masses.cumsum(dim=0)
+    counts = _masses(histogram).sum(dim=0)
+    # Summed up as integers, which CUDA does in deterministic mode too.
+    masses, cumulative = counts.double(), counts.cumsum(dim=0).double()
     rank = cumulative[-1:] * q
     place = torch.searchsorted(cumulative, rank)
     mass = masses.index_select(0, place)
