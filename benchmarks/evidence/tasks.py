@@ -17,6 +17,7 @@ TASKS: Dict[str, Tuple[str, str]] = {
     "street-large": ("benchmarks.evidence.street", "StreetLarge"),
     "pretrained": ("benchmarks.evidence.street", "Pretrained"),
     "letters": ("benchmarks.evidence.letters", "Letters"),
+    "vowels": ("benchmarks.evidence.vowels", "Vowels"),
 }
 
 

@@ -16,7 +16,7 @@ from benchmarks.evidence.variants import FROZEN_DIST, UDA, VARIANTS
 from clda_core import validation
 from clda_core.validation import ByClass, MakesView, Validator
 
-TASKS = ("digits", "street", "street-narrow", "letters")
+TASKS = ("digits", "street", "street-narrow", "letters", "vowels")
 KINDS = (UDA, FROZEN_DIST, "frozen-dist-init")  # of students; narrow ones are a task of their own
 LOOKS = 8
 POSITIONED, WHOLE = 100, 256  # images that a network is scored on: with positions, and without
