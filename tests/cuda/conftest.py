@@ -15,7 +15,9 @@ KNOWN = (
     "Synchronization debug mode is a prototype feature",
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
-    "Memory Efficient attention defaults to a non-deterministic algorithm",
+    ".*defaults to a non-deterministic algorithm",
+    "Grad strides do not match bucket view strides",
+    "Plan failed with a cudnnException",
 )
 """Warnings of torch that say nothing of the library."""
 
