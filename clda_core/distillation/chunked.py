@@ -30,7 +30,7 @@ __all__ = [
 
 Chunk = Tuple[slice, slice, slice]
 
-_ON_CPU, _ELSEWHERE = 1 << 17, 1 << 20
+_ON_CPU, _ELSEWHERE = 1 << 17, 1 << 19
 """Elements worked on at a time; the temporaries are a few times this. On a CPU small ones stay in the cache, and the
 allocator keeps the memory of larger ones; elsewhere each chunk costs the launch of its kernels."""
 

@@ -68,4 +68,5 @@ def test_a_learner_holds_no_more_and_more(device: torch.device, name: str, optio
         optimizer.zero_grad(set_to_none=True)
         held.append(allocated(device))
     assert len(learner.report().rounds) == len(held)
-    assert len(set(held[2:])) == 1, held
+    # The allocator's first steps may differ by a block; what grows, grows in every step.
+    assert len(set(held[-10:])) == 1, held
