@@ -12,7 +12,7 @@ from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
 from .strategy import Strategy
 from .update import RoundContext
-from .validation import ConsistencyIoU, MakesView, MutualInformation, Validator
+from .validation import MakesView, MutualInformation, SoftConsistency, Validator
 from .validation.base import check_statistics, nothing_unless_finite, score_by_class, score_of
 
 __all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
@@ -27,9 +27,9 @@ MEMORY = 0.8
 class LinearTrust(Strategy):
     r"""Trust that rises from 0 to 1 with the lead: :math:`t = \min(1, \max(0, (d - a) / (b - a)))`.
 
-    :math:`d` is the lead, :math:`a` is ``zero`` and :math:`b` is ``full``. By default a student that is level is
-    trusted alone, and one that is a little behind in part: two networks of one level err differently, and each has
-    something to teach the other.
+    :math:`d` is the lead, :math:`a` is ``zero`` and :math:`b` is ``full``. Validators underrate a network whose
+    learning rate is still high, as the student's is for most of the training, so with ``zero`` at 0 rounds begin late
+    rather than early.
 
     Args:
         zero: The lead at which the student begins to be trusted, in the validator's units.
@@ -44,7 +44,7 @@ class LinearTrust(Strategy):
         [0.0, 0.5, 1.0]
     """
 
-    def __init__(self, *, zero: float = -0.05, full: float = 0.0) -> None:
+    def __init__(self, *, zero: float = 0.0, full: float = 0.05) -> None:
         check_number("zero", zero)
         check_number("full", full, above=zero)
         self.zero = zero
@@ -121,8 +121,8 @@ class Lead:
     ago count no more.
 
     Args:
-        validator: Scores a network; ``None`` for the IoU between its predictions on two views where ``distill`` gets a
-            view, and for mutual information where it does not.
+        validator: Scores a network; ``None`` for soft consistency where ``distill`` gets a view, and for mutual
+            information where it does not.
         trust: How far the student is trusted by its lead.
 
     Attributes:
@@ -177,7 +177,7 @@ class Lead:
         """
         has_view = context.has_view()
         if self._validator is None:
-            return ConsistencyIoU() if has_view else MutualInformation()
+            return SoftConsistency() if has_view else MutualInformation()
         if self._validator.needs_view and not has_view and not isinstance(self._validator, MakesView):
             raise problem(
                 f"the validator {type(self._validator).__name__} needs a second view of the target images",

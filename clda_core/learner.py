@@ -58,7 +58,7 @@ class CollaborativeLearner:
         selection: Chooses the non-salient layers by their LSR; :class:`~clda_core.selection.DrawnFraction` by default.
         relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
         validator: Scores both networks on target data without labels; by default
-            :class:`~clda_core.validation.ConsistencyIoU` where :meth:`distill` gets a view, and
+            :class:`~clda_core.validation.SoftConsistency` where :meth:`distill` gets a view, and
             :class:`~clda_core.validation.MutualInformation` where it does not.
         trust: How far the student is trusted by its lead over the teacher, a function of the difference in score;
             :class:`~clda_core.lead.LinearTrust` by default.

@@ -47,7 +47,7 @@ ROLES: Mapping[str, Role] = {
     "threshold": Role(("__call__",), "MeanThreshold()"),
     "selection": Role(("__call__",), "DrawnFraction()"),
     "relation": Role(("__call__",), "ByRelativeDepth()"),
-    "validator": Role(("statistics", "score"), "ConsistencyIoU()", ("needs_view",)),
+    "validator": Role(("statistics", "score"), "SoftConsistency()", ("needs_view",)),
     "trust": Role(("__call__",), "LinearTrust()"),
     "update": Role(("apply",), "MaskedDistillation()"),
     "distillation": Role(("__call__",), "DISTDistillation()"),

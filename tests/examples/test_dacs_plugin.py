@@ -331,7 +331,7 @@ def test_rounds_are_made_by_the_view_and_know_the_hosts_learning_rate(host: Host
     dacs = host.ours(interval=1)
     runner = host.run(dacs, 2)
     learner = dacs.clda.learner(dacs.get_model())
-    assert learner.state_dict()["lead"]["of"] == "ConsistencyIoU"
+    assert learner.state_dict()["lead"]["of"] == "SoftConsistency"
     group = runner.optimizer.param_groups[0]
     assert learner.state_dict()["peak"] == (group["lr"] if "betas" in group else 0.0)
     assert len(learner.report().rounds) == 2

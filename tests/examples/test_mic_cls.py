@@ -149,7 +149,7 @@ def test_the_view_is_the_hosts_masked_images_and_the_learner_gets_its_optimizer(
         assert torch.equal(view, images * shown)
         assert 0.3 < float(shown.mean()) < 0.7
     assert launched.learner is not None
-    assert launched.learner.state_dict()["lead"]["of"] == "ConsistencyIoU"
+    assert launched.learner.state_dict()["lead"]["of"] == "SoftConsistency"
     assert len(launched.learner.report().rounds) == 6
 
 

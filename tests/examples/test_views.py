@@ -65,7 +65,7 @@ def test_the_host_hands_over_its_view_its_source_loss_and_its_learning_rate(
         assert torch.equal(more["view"], batch.target_strong)
         assert more["view"].shape == inputs.shape
         assert torch.equal(more["source_loss"](network), F.cross_entropy(network(batch.images), batch.labels))
-    assert learners[0].state_dict()["lead"]["of"] == "ConsistencyIoU"
+    assert learners[0].state_dict()["lead"]["of"] == "SoftConsistency"
     assert learners[0].state_dict()["peak"] > 0
     assert len(stage.report["rounds"]) == 5
 
