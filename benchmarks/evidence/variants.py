@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.evidence.task import Task
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule, teach
 from clda_core.distillation import ChannelWiseDistillation, DecoupledDistillation, Distillation, KLDistillation
-from clda_core.lead import FixedTrust, Trust
+from clda_core.lead import FixedTrust, LinearTrust, Trust
 from clda_core.saliency import Fisher, Hessian, Magnitude
 from clda_core.selection import (
     AllLayers,
@@ -23,6 +23,7 @@ from clda_core.selection import (
     Selection,
 )
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, Update
+from clda_core.validation import ConsistencyIoU
 
 Strategies = Callable[[Task, int], Dict[str, Any]]
 AfterTurn = Callable[[nn.Module, nn.Module, Sequence[Tensor], int], nn.Module]
@@ -130,6 +131,11 @@ def with_(base: Strategies = defaults, **makers: Callable[[Task, int], Any]) -> 
 def lead_ignored(task: Task, seed: int) -> Dict[str, Any]:
     """Return rounds that learn from the student alone, whoever leads."""
     return {"trust": FixedTrust(1.0)}
+
+
+def level_trusted(task: Task, seed: int) -> Dict[str, Any]:
+    """Return rounds that trust a student in full once it is level, and in part before."""
+    return {"validator": ConsistencyIoU(), "trust": LinearTrust(zero=-0.05, full=0.0)}
 
 
 def own_targets(task: Task, seed: int) -> Update:
@@ -252,6 +258,10 @@ VARIANTS: Dict[str, Variant] = {
     "no-view": Variant("CLDA without a view", "lead", defaults, view=False),
     "with-source": Variant("CLDA with the source's loss in its rounds", "lead", with_(update=supervised)),
     "own-targets": Variant("the teacher's own targets too, on the view", "lead", with_(update=own_targets)),
+    "level-trusted": Variant("trusted from level on, by IoU", "lead", level_trusted),
+    "level-trusted-init": Variant(
+        "trusted from level on, by IoU, student initialised", "lead", level_trusted, start="teacher"
+    ),
     "own-targets-init": Variant(
         "the teacher's own targets too, student initialised", "lead", with_(update=own_targets), start="teacher"
     ),
