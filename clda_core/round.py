@@ -234,6 +234,7 @@ class Rounds:
                     score_after=result.score_after,
                 )
                 self.history = self.history.and_then(record, keep=self._keep)
+            self.rehearsed |= bool(result.updated)  # all that a rehearsal tries was done
 
     def rehearse(self, step: Step, *, probed: bool) -> None:
         """Do all of a round that can fail, but write nothing.

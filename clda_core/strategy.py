@@ -29,6 +29,32 @@ class Strategy:
         return f"{type(self).__name__}({arguments})"
 
 
+def vouched_for(strategy: Any, name: str, *, by: Sequence[str]) -> bool:
+    """Return whether what a strategy has under a name was written for the methods that it has.
+
+    A subclass that overrides such a method, but not what goes with it, has inherited a claim about another one.
+
+    Args:
+        strategy: Any object.
+        name: Of an attribute or a method.
+        by: Names of the methods that it goes with.
+
+    Example:
+        >>> class Base:
+        ...     claim, method = True, id
+        >>> class Other(Base):
+        ...     method = hash
+        >>> [vouched_for(kind(), "claim", by=("method",)) for kind in (Base, Other)]
+        [True, False]
+    """
+    tables = [getattr(strategy, "__dict__", {}), *map(vars, type(strategy).__mro__)]
+
+    def place(attribute: str) -> int:
+        return next((index for index, table in enumerate(tables) if attribute in table), len(tables))
+
+    return place(name) <= min(map(place, by))
+
+
 def _shown(value: Any) -> str:
     """Return a value's ``repr``, of a function its name, without the address that ``repr`` adds."""
     return str(value.__name__) if inspect.isfunction(value) else repr(value)

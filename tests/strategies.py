@@ -154,6 +154,7 @@ NOT_STRATEGIES = {
     "Relation": "a protocol",
     "Report": "data: test_report.py",
     "RoundContext": "data",
+    "Elementwise": "a protocol",
     "RandomVectors": "a protocol",
     "RoundRecord": "data",
     "RoundSchedule": "a protocol",

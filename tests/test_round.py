@@ -204,12 +204,13 @@ def test_a_round_copies_what_it_changes_once(update: Any, monkeypatch: pytest.Mo
             copies.append("layers")
             super().__init__(*arguments)
 
-    def copied(state: Any) -> Any:
+    def keep_state(kept: Any, context: RoundContext) -> Any:
         copies.append("state")
-        return state
+        assert kept is update
+        return lambda: None
 
     monkeypatch.setattr(base, "Snapshot", Counted)
-    monkeypatch.setattr(base, "copied", copied)
+    monkeypatch.setattr(base, "keep_state", keep_state)
     learner = make_learner(*networks(), update=update)
     train(learner, sgd(learner.student), 1)
     assert (len(learner.report().rounds), copies) == (1, ["layers", "state"])
@@ -223,6 +224,64 @@ def test_a_round_that_changes_nothing_copies_nothing(monkeypatch: pytest.MonkeyP
     learner = make_learner(*networks(), update=MaskedDistillation(), trust=lambda lead: 0.0)
     train(learner, sgd(learner.student), 2)
     assert [record.trust for record in learner.report().rounds] == [0.0, 0.0]
+
+
+class First:
+    """A round after the first step, and no more."""
+
+    def due(self, step: int) -> bool:
+        return step == 1
+
+    def observes(self, step: int) -> bool:
+        return step == 1
+
+    def strength(self, step: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(("trust", "rehearsed"), [(1.0, []), (0.0, [2])])
+def test_a_round_in_the_first_step_is_not_rehearsed_afterwards(trust: float, rehearsed: List[int]) -> None:
+    """One that changes nothing is: what an update does was not tried yet."""
+    learner = make_learner(*networks(), schedule=First(), update=MaskedDistillation(), trust=lambda lead: trust)
+    rounds, steps = learner._rounds, []
+    rehearse = rounds.rehearse
+
+    def noted(*arguments: Any, **options: Any) -> None:
+        steps.append(learner.report().steps + 1)
+        rehearse(*arguments, **options)
+
+    rounds.rehearse = noted  # type: ignore[method-assign]
+    train(learner, sgd(learner.student), 3)
+    assert len(learner.report().rounds) == 1
+    assert steps == rehearsed
+
+
+class Remembering(MaskedDistillation):
+    """Has state beside the optimizer's, and says nothing of how to go back to it."""
+
+    rounds = 0
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        super().apply(context)
+        self.rounds += 1
+        raise ZeroDivisionError
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {**super().state_dict(), "rounds": self.rounds}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.rounds = state["rounds"]
+        super().load_state_dict({name: value for name, value in state.items() if name != "rounds"})
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_state_that_a_subclass_adds_is_taken_back_too(guarded: bool) -> None:
+    update = Remembering()
+    learner = make_learner(*networks(), update=Guard(update) if guarded else update)
+    with pytest.raises(CldaError, match="ZeroDivisionError"):
+        train(learner, sgd(learner.student), 1)
+    assert update.rounds == 0
+    assert update._own.state_dict() == {}
 
 
 class AddOne:

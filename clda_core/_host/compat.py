@@ -48,6 +48,39 @@ def halve_towards_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None
             torch._foreach_add_([target for target, _ in chosen], [source for _, source in chosen], alpha=0.5)
 
 
+def clones(tensors: Sequence[Tensor]) -> List[Tensor]:
+    """Return copies without a graph, those of one dtype and device in a few kernels where torch has them."""
+    with torch.no_grad():
+        if _fused_copy(tensors) is None:
+            return [tensor.clone() for tensor in tensors]
+        copies = [torch.empty_like(tensor) for tensor in tensors]
+        copy_(copies, tensors)
+    return copies
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Write each source into its target, those of one dtype and device in a few kernels where torch has them."""
+    fused = _fused_copy(targets)
+    with torch.no_grad():
+        if fused is None:
+            for target, source in zip(targets, sources):
+                target.copy_(source)
+            return
+        by_kind: Dict[Any, Tuple[List[Tensor], List[Tensor]]] = {}
+        for target, source in zip(targets, sources):
+            chosen = by_kind.setdefault((target.dtype, target.device), ([], []))
+            chosen[0].append(target)
+            chosen[1].append(source)
+        for chosen in by_kind.values():
+            fused(*chosen)
+
+
+def _fused_copy(tensors: Sequence[Tensor]) -> Optional[Callable[..., None]]:
+    """Return the operation that writes to all of these tensors, if torch has one: from 2.1 on, for no subclass."""
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return getattr(torch, "_foreach_copy_", None) if plain else None
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norms of tensors that are not empty, float32 on the first one's device.
 
@@ -123,10 +156,11 @@ def leading_bits(values: Tensor, bits: int, *, overwrite: bool = False) -> Tenso
         import numpy
 
         pattern = torch.from_numpy(values.numpy().view(numpy.int32))
-    if not overwrite:
-        pattern = pattern.clone()
     shift, mask = _shift_and_mask(bits)
-    pattern >>= shift
+    if overwrite:
+        pattern >>= shift
+    else:
+        pattern = pattern >> shift
     return pattern.bitwise_and_(mask)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, cast
+from typing import AbstractSet, Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CldaError, problem
 from .borrowing import requiring_grad
-from .compat import adam
+from .compat import adam, clones, copy_
 from .layout import is_dense, laid_out_like
 from .plain import copied
-from .shards import as_sharded, is_sharded, local
+from .shards import as_sharded, here, is_sharded, local
 from .undo import without_gradients
 
 __all__ = ["OptimizerFactory", "OwnOptimizer"]
@@ -22,6 +23,8 @@ OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 _KERNELS = ("foreach", "fused")
 _LOAD = torch.optim.Optimizer.load_state_dict
+_OF_ONE = ("_optimizer", "_names", "_base_rates", "_model", "_restored")
+"""The attributes that are of one optimizer."""
 
 
 class OwnOptimizer:
@@ -101,6 +104,39 @@ class OwnOptimizer:
                 group["lr"] = rate * strength
             optimizer.step()
 
+    def keep(self, names: AbstractSet[str]) -> Callable[[], None]:
+        """Return what goes back to the present state, if until then no other parameters than these are stepped.
+
+        Their moments are copied. Of an optimizer that may keep something elsewhere the whole state is.
+        """
+        optimizer = self._optimizer
+        if optimizer is None or not _keeps_by_parameter(optimizer):
+            return functools.partial(self.load_state_dict, copied(self.state_dict()))
+        own = {name: getattr(self, name) for name in _OF_ONE}
+        groups = [
+            {key: copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
+        chosen = [parameter for name, parameter in zip(self._names, _held(optimizer)) if name in names]
+        moments = {
+            parameter: {key: value if isinstance(value, Tensor) else copied(value) for key, value in of_one.items()}
+            for parameter, of_one in ((parameter, optimizer.state.get(parameter)) for parameter in chosen)
+            if of_one
+        }
+        tensors = [here(value) for of_one in moments.values() for value in of_one.values() if isinstance(value, Tensor)]
+        copies = clones(tensors)
+
+        def go_back() -> None:
+            vars(self).update(own)
+            for parameter in chosen:
+                optimizer.state.pop(parameter, None)
+                if parameter in moments:  # the same tensors, whose place others may have taken
+                    optimizer.state[parameter] = dict(moments[parameter])
+            copy_(tensors, copies)
+            for group, before in zip(optimizer.param_groups, groups):
+                group.update({key: copied(value) for key, value in before.items()})
+
+        return go_back
+
     def check_fits(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise unless a restored state belongs to parameters of these names and shapes."""
         if self._restored is not None:
@@ -122,7 +158,7 @@ class OwnOptimizer:
             "optimizer": {"state": state, "param_groups": groups},
             "base_rates": list(self._base_rates),
             "shapes": {
-                name: list(local(parameter).shape) for name, parameter in zip(self._names, _held(self._optimizer))
+                name: list(here(parameter).shape) for name, parameter in zip(self._names, _held(self._optimizer))
             },
         }
 
@@ -192,6 +228,12 @@ def _left_behind(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def _keeps_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step changes the state of the parameters with a gradient alone: torch's optimizers, but one."""
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.LBFGS)
+
+
 def _other_parameters(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> CldaError:
     return problem(
         "the update's optimizer does not hold the teacher's parameters",
@@ -209,7 +251,7 @@ def _names_in_order(optimizer: torch.optim.Optimizer, parameters: Mapping[str, T
 def _check_kernels(optimizer: torch.optim.Optimizer, moved: Mapping[str, Tensor]) -> None:
     fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
     flat = {id(parameter) for held in fused for parameter in held}
-    gaps = [name for name, value in moved.items() if id(value) in flat and not is_dense(local(value))]
+    gaps = [name for name, value in moved.items() if id(value) in flat and not is_dense(here(value))]
     if gaps:
         raise problem(
             "a fused optimizer cannot step parameters whose elements do not fill their memory",
@@ -273,7 +315,7 @@ def _by_position(
 
 def _of_these(saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Dict[str, Any]:
     """Return a saved state of one group for these parameters, with the moments of those that it was saved of."""
-    shapes = {name: list(local(parameter).shape) for name, parameter in parameters.items()}
+    shapes = {name: list(here(parameter).shape) for name, parameter in parameters.items()}
     former, optimizer = saved["shapes"], saved["optimizer"]
     state = {name: of_one for name, of_one in optimizer["state"].items() if former[name] == shapes.get(name)}
     groups = [{**group, "params": list(shapes)} for group in optimizer["param_groups"]]
@@ -295,7 +337,7 @@ def _check_shapes(
         parameters: By name.
         order: Their names in the optimizer's order; for states by position. The model's, if ``None``.
     """
-    shapes = {name: tuple(local(parameter).shape) for name, parameter in parameters.items()}
+    shapes = {name: tuple(here(parameter).shape) for name, parameter in parameters.items()}
     if _is_by_name(saved):
         received = {name: tuple(shape) for name, shape in saved["shapes"].items()}
         if received != shapes:

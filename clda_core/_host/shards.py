@@ -29,6 +29,11 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def here(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, detached; any other tensor itself, which takes no operation."""
+    return local(tensor) if is_sharded(tensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a detached tensor gathered from all ranks; each of them has to call this."""
     sharded: Any = tensor.detach()

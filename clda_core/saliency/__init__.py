@@ -1,6 +1,6 @@
 """Saliency: how much each parameter matters to a loss. Estimators only score; selection is elsewhere."""
 
-from .base import Probe, RandomVectors, SaliencyEstimator, derivatives
+from .base import Elementwise, Probe, RandomVectors, SaliencyEstimator, derivatives
 from .fisher import Fisher
 from .hessian import Hessian
 from .histogram import Histogram
@@ -18,6 +18,7 @@ from .threshold import (
 )
 
 __all__ = [
+    "Elementwise",
     "Fisher",
     "FixedThreshold",
     "Hessian",

@@ -11,7 +11,7 @@ from typing_extensions import Protocol, runtime_checkable
 from .._host.layout import strided
 from ..errors import check_number, problem
 
-__all__ = ["Probe", "RandomVectors", "SaliencyEstimator", "derivatives"]
+__all__ = ["Elementwise", "Probe", "RandomVectors", "SaliencyEstimator", "derivatives"]
 
 Probe = Callable[[Tensor, Optional[Tensor]], Tensor]
 """A loss on unlabelled target data: ``probe(logits, mask) -> scalar``, differentiable by the logits."""
@@ -20,7 +20,7 @@ Probe = Callable[[Tensor, Optional[Tensor]], Tensor]
 class SaliencyEstimator(Protocol):
     r"""Scores parameters; it neither selects layers nor touches the model.
 
-    An estimator of order 2 may be one of :class:`RandomVectors` too.
+    One of order 2 may be one of :class:`RandomVectors` too, and any one :class:`Elementwise`.
     """
 
     @property
@@ -51,6 +51,16 @@ class RandomVectors(Protocol):
     @property
     def samples(self) -> int:
         """The number of random vectors that the estimate averages over, >= 1."""
+        ...
+
+
+@runtime_checkable
+class Elementwise(Protocol):
+    """What an estimator may have: it is then given the parameters of a layer in one piece, which takes less time."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an element's score depends on its own value and derivative alone, not on its place in a tensor."""
         ...
 
 

@@ -40,6 +40,7 @@ class Fisher(Strategy):
     """
 
     order = 1
+    elementwise = True
 
     def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
         """Return ``(derivative * parameter) ** 2 / 2``.

@@ -44,6 +44,7 @@ class Hessian(Strategy):
     """
 
     order = 2
+    elementwise = True
 
     def __init__(self, *, samples: int = 1) -> None:
         check_number("samples", samples, at_least=1, integer=True)

@@ -20,7 +20,10 @@ _SIGN = _BINS // 2
 _NORMAL = 8
 _INFINITE = _SIGN - 8
 CHUNK = 1 << 18
-"""Scores that are counted at once on a CPU; as many are gathered before they are counted."""
+"""Scores that are counted at once on a CPU, where they stay in its cache; as many are gathered before that."""
+
+_CHUNK_ELSEWHERE = 1 << 22
+"""The same on other devices, where every operation takes time to launch, and memory is short: 16 MiB."""
 
 
 class Histogram:
@@ -126,6 +129,11 @@ class Histogram:
         return self.counts[:, _SIGN + _NORMAL : _SIGN + _INFINITE].sum() > 0
 
 
+def chunk_on(device: torch.device) -> int:
+    """Return how many scores are counted at once on a device."""
+    return CHUNK if device.type == "cpu" else _CHUNK_ELSEWHERE
+
+
 class Counting:
     """Counts the scores of one parameter after the other, those of several small ones of a layer at once.
 
@@ -146,7 +154,7 @@ class Counting:
     def add(self, layer: int, scores: Tensor) -> None:
         """Take scores of a layer, without a graph; see :meth:`Histogram.add`."""
         size = scores.numel()
-        if layer != self._layer or self._size + size > CHUNK:
+        if layer != self._layer or self._size + size > chunk_on(scores.device):
             self.finish()
             self._layer = layer
         self._parts.append((scores if scores.dim() == 1 else scores.reshape(-1)).float())
@@ -159,18 +167,22 @@ class Counting:
         if not size:
             return
         if parts[0].device.type != "cpu":
-            self._count(torch.cat(parts) if len(parts) > 1 else parts[0], overwrite=len(parts) > 1)
+            self._count(self._layer, torch.cat(parts) if len(parts) > 1 else parts[0], overwrite=len(parts) > 1)
             return
         if self._memory is None:
             self._memory = torch.empty(CHUNK, device="cpu")
         if size <= CHUNK:
-            self._count(torch.cat(parts, out=self._memory[:size]), overwrite=True)
+            self._count(self._layer, torch.cat(parts, out=self._memory[:size]), overwrite=True)
             return
         for chunk in torch.split(parts[0], CHUNK):
-            self._count(self._memory[: chunk.numel()].copy_(chunk), overwrite=True)
+            self._count(self._layer, self._memory[: chunk.numel()].copy_(chunk), overwrite=True)
 
-    def _count(self, scores: Tensor, *, overwrite: bool) -> None:
-        counts, total = self._counts[self._layer], self._sums[self._layer]
+    def add_chunk(self, layer: int, scores: Tensor) -> None:
+        """Take a vector of scores of a layer that was gathered already, at most :func:`chunk_on` its device."""
+        self._count(layer, scores.float(), overwrite=False)
+
+    def _count(self, layer: int, scores: Tensor, *, overwrite: bool) -> None:
+        counts, total = self._counts[layer], self._sums[layer]
         precise = torch.float64 if has_float64(scores.device) else torch.float32
         total.add_(scores.sum(dtype=precise).to(total.device))
         found = torch.bincount(leading_bits(scores, _BITS, overwrite=overwrite), minlength=_BINS)

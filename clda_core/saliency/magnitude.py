@@ -32,6 +32,7 @@ class Magnitude(Strategy):
     """
 
     order = 0
+    elementwise = True
 
     def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
         """Return ``|parameter|``.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Optional, Sequence
+from itertools import zip_longest
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from .._host.shards import is_sharded, local, sum_over_shards
+from .._host.shards import here, is_sharded, sum_over_shards
 from ..errors import problem
 from ..layers import Layer
-from .base import SaliencyEstimator
-from .histogram import Counting, Histogram
+from ..strategy import vouched_for
+from .base import Elementwise, SaliencyEstimator
+from .histogram import Counting, Histogram, chunk_on
 
 __all__ = ["score_layers"]
 
@@ -37,22 +39,92 @@ def score_layers(
     sharded = {name: parameter for name, parameter in parameters.items() if is_sharded(parameter)}
     histogram = Histogram.empty(len(layers), device)
     parts = Histogram.empty(len(layers), device) if sharded else histogram
-    of_whole, of_parts = Counting(histogram), Counting(parts)
+    of_whole, of_parts = _Scoring(estimator, histogram, device), _Scoring(estimator, parts, device)
     blind = estimator.order == 0
     for index, layer in enumerate(layers):
         for name in layer.parameters:
             derivative = found[name]
             if derivative is None and not blind:
                 continue
-            counting, own = (of_parts, local) if name in sharded else (of_whole, Tensor.detach)
-            scores = _scores(estimator, name, own(parameters[name]), None if derivative is None else own(derivative))
-            counting.add(index, scores if scores.device == device else scores.to(device))
+            scoring = of_parts if name in sharded else of_whole
+            scoring.add(index, name, here(parameters[name]), None if derivative is None else here(derivative))
     of_whole.finish()
     if sharded:
         of_parts.finish()
         counts, sums = (sum_over_shards(part, list(sharded.values())) for part in (parts.counts, parts.sums))
         histogram.merge(Histogram(counts, sums))
     return histogram
+
+
+class _Scoring:
+    """Scores parameters and counts the scores.
+
+    The parameters of a layer are scored together where the estimator is :class:`Elementwise`, so that the number of
+    operations goes with the layers, but for views; in pieces of bounded size.
+
+    Args:
+        estimator: Gives the scores.
+        into: What they are added to; complete after :meth:`finish`.
+        device: Where they are counted.
+    """
+
+    def __init__(self, estimator: SaliencyEstimator, into: Histogram, device: torch.device) -> None:
+        self._estimator = estimator
+        self._counting = Counting(into)
+        self._device = device
+        declared = isinstance(estimator, Elementwise) and estimator.elementwise
+        self._joins = declared and vouched_for(estimator, "elementwise", by=("score",))
+        self._kind: Tuple[Any, ...] = ()
+        self._names: List[str] = []
+        self._parameters: List[Tensor] = []
+        self._derivatives: List[Tensor] = []
+        self._size = 0
+
+    def add(self, layer: int, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> None:
+        """Take a parameter of a layer and its derivative."""
+        if not self._joins:
+            slope = None if derivative is None else derivative.detach()
+            self._counting.add(layer, self._scores(name, parameter.detach(), slope))
+            return
+        kind = (layer, parameter.device, parameter.dtype, None if derivative is None else derivative.dtype)
+        size = parameter.numel()
+        if kind != self._kind or self._size + size > chunk_on(parameter.device):
+            self._score()
+            self._kind = kind
+        self._names.append(name)
+        self._parameters.append(parameter)
+        if derivative is not None:
+            self._derivatives.append(derivative)
+        self._size += size
+
+    def finish(self) -> None:
+        """Count what was gathered."""
+        self._score()
+        self._counting.finish()
+
+    def _score(self) -> None:
+        names, size = self._names, self._size
+        values, slopes = self._parameters, self._derivatives
+        self._names, self._parameters, self._derivatives, self._size = [], [], [], 0
+        if not size:
+            return
+        layer, device = self._kind[:2]
+        chunk = chunk_on(device)
+        parts = [_pieces(tensors, chunk) for tensors in (values, slopes)]
+        for value, slope in zip_longest(*parts):
+            self._counting.add_chunk(layer, self._scores(", ".join(names), value, slope))
+
+    def _scores(self, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
+        scores = _scores(self._estimator, name, parameter, derivative)
+        return scores if scores.device == self._device else scores.to(self._device)
+
+
+def _pieces(tensors: Sequence[Tensor], chunk: int) -> Sequence[Tensor]:
+    """Return all elements as vectors without a graph, none longer than a chunk."""
+    if len(tensors) > 1:
+        with torch.no_grad():
+            return [torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors])]
+    return [part for tensor in tensors for part in torch.split(tensor.detach().reshape(-1), chunk)]
 
 
 def _scores(estimator: SaliencyEstimator, name: str, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:

@@ -33,6 +33,7 @@ class Taylor(Strategy):
     """
 
     order = 1
+    elementwise = True
 
     def score(self, parameter: Tensor, derivative: Optional[Tensor]) -> Tensor:
         """Return ``|derivative * parameter|``.

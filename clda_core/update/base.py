@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
@@ -13,6 +14,7 @@ from .._host.plain import copied
 from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned
+from ..strategy import vouched_for
 from .writing import Snapshot
 
 __all__ = ["RoundContext", "SourceLoss", "Update", "UpdateResult"]
@@ -162,13 +164,12 @@ class Before:
 
     def __init__(self, context: RoundContext, update: Update) -> None:
         self._snapshot = Snapshot(context.teacher, context.layers)
-        self._update = update
-        self._state = copied(state_of(update))
+        self._take_state_back = keep_state(update, context)
 
     def take_back(self) -> None:
         """Let both be as they were."""
         self._snapshot.restore()
-        load_state(self._update, self._state)
+        self._take_state_back()
 
     def go_halfway_back(self) -> None:
         """Let the layers be the mean of what they were and what they are."""
@@ -198,7 +199,7 @@ class Update(Protocol):
     """Changes the selected teacher layers in place; the learner undoes what it wrote there if it raises.
 
     No more than :meth:`apply` is needed. What else an update may have is declared by :class:`NeedsRelation`,
-    :class:`WeighsTrust`, :class:`Stateful`, :class:`Rehearses` and :class:`KnowsTeacher`.
+    :class:`WeighsTrust`, :class:`Stateful`, :class:`KeepsState`, :class:`Rehearses` and :class:`KnowsTeacher`.
     """
 
     def apply(self, context: RoundContext) -> UpdateResult:
@@ -236,6 +237,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """A :class:`Stateful` update that can go back after a round without a copy of its whole state."""
+
+    def keep(self, context: RoundContext) -> Callable[[], None]:
+        """Return what lets the state be as it is now, after a round of this context; it may be called twice."""
         ...
 
 
@@ -290,6 +300,13 @@ def load_state(update: Update, state: Mapping[str, Any]) -> None:
     """Restore what :func:`state_of` returned."""
     if isinstance(update, Stateful):
         update.load_state_dict(state)
+
+
+def keep_state(update: Update, context: RoundContext) -> Callable[[], None]:
+    """Return what lets an update's state be as it is now, after a round of this context."""
+    if isinstance(update, KeepsState) and vouched_for(update, "keep", by=("state_dict", "load_state_dict")):
+        return update.keep(context)
+    return functools.partial(load_state, update, copied(state_of(update)))
 
 
 def rehearse(update: Update, context: RoundContext) -> None:

@@ -23,6 +23,7 @@ from .base import (
     UpdateResult,
     check_teacher,
     check_update,
+    keep_state,
     load_state,
     needs_relation,
     rehearse,
@@ -219,6 +220,10 @@ class Guard(Strategy):
         original = context.predict(context.teacher).logits
         self._score(context, original, original)
         rehearse(self.update, context)
+
+    def keep(self, context: RoundContext) -> Callable[[], None]:
+        """Return what takes the guarded update's state back."""
+        return keep_state(self.update, context)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the guarded update's state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .._host.compat import has_float64, norms
 from .._host.layout import strided
 from .._host.own_optimizer import OptimizerFactory, OwnOptimizer
 from .._host.ranks import mean_where_seen
-from .._host.shards import gradients, is_sharded, local, sum_over_shards
+from .._host.shards import gradients, here, is_sharded, sum_over_shards
 from ..distillation import Distillation, KLDistillation, distillation_loss
 from ..errors import CldaError, check_choice, check_number, problem
 from ..layers import canonical_parameters
@@ -220,6 +220,10 @@ class MaskedDistillation(Strategy):
                 fix="take detach() and no_grad() out of the teacher's forward pass and of extract=",
             )
 
+    def keep(self, context: RoundContext) -> Callable[[], None]:
+        """Return what takes the optimizer back; of torch's own optimizers the selected layers' moments are copied."""
+        return self._own.keep({name for layer in context.layers for name in layer.parameters})
+
     def state_dict(self) -> Dict[str, Any]:
         """Return the optimizer's state by parameter name; under FSDP2 this rank's part of it, as plain tensors."""
         return self._own.state_dict()
@@ -235,7 +239,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     It synchronises with the device once, and once more if a norm overflows.
     """
     every = list(tensors)
-    parts = [torch.view_as_real(part) if part.is_complex() else part for part in map(local, every)]
+    parts = [torch.view_as_real(part) if part.is_complex() else part for part in map(here, every)]
     # Norms are NaN or infinite where an element is; where finite elements make one overflow, sums in float64 decide.
     if _on_every_rank(torch.isfinite(norms(parts)).all(), every):
         return True

@@ -8,9 +8,9 @@ from typing import AbstractSet, Dict, Iterable, Iterator, Mapping, Optional, Tup
 import torch
 from torch import Tensor, nn
 
-from .._host.compat import halve_towards_, lerp_
+from .._host.compat import clones, copy_, halve_towards_, lerp_
 from .._host.names import named_tensors
-from .._host.shards import local
+from .._host.shards import here
 from .._host.undo import undoing
 from ..layers import Layer, local_names
 from .classes import MAY_BE_CLASSES, Classes
@@ -29,18 +29,16 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
         tensors = tensors_of(model)
-        parts = [local(tensors[name]) for layer in layers for name in (*layer.parameters, *layer.buffers)]
-        self._copies = [(part, part.clone()) for part in parts]
+        self._tensors = [here(tensors[name]) for layer in layers for name in (*layer.parameters, *layer.buffers)]
+        self._copies = clones(self._tensors)
 
     def restore(self) -> None:
         """Write the copies back in place."""
-        with torch.no_grad():
-            for tensor, kept in self._copies:
-                tensor.copy_(kept)
+        copy_(self._tensors, self._copies)
 
     def go_halfway_back(self) -> None:
         """Write the mean of the copies and the present values, in place."""
-        halve_towards_([tensor for tensor, _ in self._copies], [kept for _, kept in self._copies])
+        halve_towards_(self._tensors, self._copies)
 
 
 @contextmanager

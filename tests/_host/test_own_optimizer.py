@@ -409,6 +409,43 @@ def test_a_round_that_is_taken_back_leaves_the_optimizer_as_it_was(factory: str,
     assert bits(state) == bits(kept), "the state that is given is not written"
 
 
+@pytest.mark.parametrize("factory", [*FACTORIES, "another's"])
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+@pytest.mark.parametrize("known", [["fc"], None])
+def test_what_is_kept_for_a_round_takes_the_optimizer_back(factory: str, rounds: int, known: Any) -> None:
+    """As often as it is called; of one that is not torch's own all is kept."""
+    teacher, optimizer = randomise(Sorted(), 1), FACTORIES.get(factory)
+    if factory == "another's":
+        optimizer = lambda parameters: Anothers(parameters, lr=RATE, momentum=0.9)  # noqa: E731
+    update = MaskedDistillation(learning_rate=RATE, optimizer=optimizer)
+    for number in range(rounds):
+        update.apply(round_context(teacher, student(), known, inputs=inputs(number)))
+    before, state = values(teacher), copy.deepcopy(update.state_dict())
+    context = round_context(teacher, student(), inputs=inputs(8), strength=0.5)
+    take_back = update.keep(context)
+    for _ in range(2):
+        update.apply(context)
+        take_back()
+        assert bits(update.state_dict()) == bits(state)
+        teacher.load_state_dict(before)
+
+
+class Anothers(torch.optim.SGD):
+    pass
+
+
+def test_moments_that_a_round_laid_out_anew_are_taken_back() -> None:
+    teacher, update = channels_last(), MaskedDistillation(learning_rate=RATE)
+    after_rounds(teacher, update, 0)
+    state = copy.deepcopy(update.state_dict())
+    take_back = update.keep(round_context(teacher, student()))
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.contiguous()
+    after_rounds(teacher, update, 1)
+    take_back()
+    assert bits(update.state_dict()) == bits(state)
+
+
 def test_an_optimizer_that_restores_itself_is_asked_to() -> None:
     teacher = randomise(Sorted(), 1)
     update = MaskedDistillation(optimizer=lambda parameters: Remembering(parameters, lr=RATE, momentum=0.9))

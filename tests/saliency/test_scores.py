@@ -55,6 +55,45 @@ def test_half_precision_is_scored_in_float32() -> None:
     assert seen == [(torch.float32, torch.float32)] * 2 + [(torch.float64, torch.float64)]
 
 
+def test_an_estimator_that_goes_by_the_place_in_a_tensor_gets_every_tensor_as_it_is() -> None:
+    shapes = []
+
+    class ByRow(Taylor):
+        def score(self, parameter: Tensor, derivative: Any) -> Tensor:
+            shapes.append(tuple(parameter.shape))
+            return super().score(parameter, derivative)
+
+    class Joined(ByRow):
+        elementwise = True
+
+        def score(self, parameter: Tensor, derivative: Any) -> Tensor:
+            return super().score(parameter, derivative)
+
+    parameters = {"a.w": torch.ones(2, 3), "a.b": torch.ones(2)}
+    layers = (Layer("a", ("a.w", "a.b"), (), 8, None),)
+    one, other = (score_layers(kind(), layers, parameters, parameters) for kind in (ByRow, Joined))
+    assert shapes == [(2, 3), (2,), (8,)]
+    assert torch.equal(one.counts, other.counts)
+    assert torch.equal(one.sums, other.sums)
+
+
+class Itself:
+    """Returns what it was given."""
+
+    order = 0
+    elementwise = True
+
+    def score(self, parameter: Tensor, derivative: Any) -> Tensor:
+        return parameter
+
+
+@pytest.mark.parametrize("size", [3, CHUNK + 1])
+def test_what_an_estimator_returns_is_not_written(size: int) -> None:
+    parameters = {"a": torch.ones(size, requires_grad=True)}
+    assert score_layers(Itself(), (Layer("a", ("a",), (), size, None),), parameters, {"a": None}).sums.item() == size
+    assert bool((parameters["a"] == 1).all())
+
+
 @pytest.mark.parametrize(
     ("score", "received"),
     [
