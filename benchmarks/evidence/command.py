@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, observe
 from benchmarks.evidence.records import FOLDER, Record, Records, claimed, validator_records
 from benchmarks.evidence.runs import WORK, run, trained_teacher
-from benchmarks.evidence.tables import runs_of, tables, withdrawn_of
+from benchmarks.evidence.tables import FORMER, runs_of, tables, withdrawn_of
 from benchmarks.evidence.tasks import TASKS, task
 from benchmarks.evidence.teaching import teach
 from benchmarks.evidence.variants import named
@@ -75,7 +75,7 @@ def _train(options: argparse.Namespace) -> int:
     of_runs = {f"{name} {seed}": (_run, options.name, seed, name, records) for seed, name in missing}
     failed = _make(options.jobs, [(options.name, seed) for seed, _ in missing], of_runs)
     runs, withdrawn = (of(records.read(), seeds).get(benchmark.setting(), {}) for of in (runs_of, withdrawn_of))
-    print(tables(runs, withdrawn))
+    print(tables(runs, withdrawn, alike=not set(seeds) <= set(FORMER)))
     for line in failed:
         print(f"evidence: {line}", file=sys.stderr)
     return 1 if failed else 0

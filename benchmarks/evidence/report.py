@@ -13,8 +13,18 @@ from tabulate import tabulate
 from benchmarks.evidence import validator_tables
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, overall
 from benchmarks.evidence.records import FOLDER, Record, Records, validator_records
-from benchmarks.evidence.tables import FORMER, REPORTED, Runs, cost_ratio, difference, runs_of, tables, withdrawn_of
-from benchmarks.evidence.variants import FROZEN, VARIANTS
+from benchmarks.evidence.tables import (
+    FORMER,
+    REPORTED,
+    Runs,
+    baseline,
+    cost_ratio,
+    difference,
+    runs_of,
+    tables,
+    withdrawn_of,
+)
+from benchmarks.evidence.variants import VARIANTS
 from clda_core import CldaError
 
 matplotlib.use("Agg")
@@ -23,16 +33,17 @@ matplotlib.rcParams["svg.hashsalt"] = "clda"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def cost_figure(runs: Runs, path: Path) -> None:
-    """Draw the gains of both models against the time a variant takes."""
+def cost_figure(runs: Runs, path: Path, *, alike: bool) -> None:
+    """Draw the gains of both models against the time a variant takes; ``alike`` as of :func:`baseline`."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, constrained_layout=True)
     colours = plt.get_cmap("tab20").colors
-    shown = {name: cost for name in runs for cost in [cost_ratio(runs, name)] if name != FROZEN and cost is not None}
+    costs = {name: cost_ratio(runs, name, alike=alike) for name in runs if name != baseline(name, alike=alike)}
+    shown = {name: cost for name, cost in costs.items() if cost is not None}
     for axis, role in zip(axes, ("student", "teacher")):
         for index, (name, cost) in enumerate(sorted(shown.items(), key=lambda item: item[1])):
-            item = difference(runs, name, role)
+            item = difference(runs, name, role, to=baseline(name, alike=alike))
             if item is not None:
                 bars = [[item.mean - item.low], [item.high - item.mean]]
                 style = {"color": colours[index % len(colours)], "marker": "os^"[index // len(colours) % 3]}
@@ -166,11 +177,12 @@ def _sections(folder: Path, docs: Path, seeds: Sequence[int], *, check: bool, ca
         for setting, runs in sorted(runs_of(records, seeds).items()):
             figure = Path("assets/evidence") / f"{'-'.join([setting, *called.split()])}.svg"
             if not check:
-                cost_figure(runs, docs / figure)
+                cost_figure(runs, docs / figure, alike=not called)
             counts = sorted({seed for of_variant in runs.values() for seed in of_variant})
             picture = f"![Gain against time]({figure.as_posix()})"
             gone = withdrawn.get(setting, {})
-            told = [_provenance(runs, counts), *withdrawal(gone), tables(runs, gone), picture]
+            told = [_provenance(runs, counts, alike=not called), *withdrawal(gone)]
+            told += [tables(runs, gone, alike=not called), picture]
             title = f"## {setting}, {called}" if called else f"## {setting}"
             sections.append("\n\n".join([title, *told]))
     return sections
@@ -219,14 +231,15 @@ def withdrawal(withdrawn: Runs) -> List[str]:
     ]
 
 
-def _provenance(runs: Runs, seeds: Sequence[int]) -> str:
+def _provenance(runs: Runs, seeds: Sequence[int], *, alike: bool) -> str:
     records = [record for of_variant in runs.values() for record in of_variant.values()]
     versions = sorted({f"torch {record['versions']['torch']}" for record in records})
     commits = sorted({record["versions"]["commit"] for record in records})
     metric = records[0]["metric"]
     named = ", ".join(commits[:4]) + (", …" if len(commits) > 4 else "")
     return (
-        f"{metric} on target data in %, means over seeds (of {seeds[0]} to {seeds[-1]}); differences are paired, with "
+        f"{metric} on target data in %, means over seeds (of {seeds[0]} to {seeds[-1]}); frozen KD is "
+        f"{'by the loss of CLDA, from the same start' if alike else 'by KL'}; differences are paired, with "
         f"their 95% bootstrap interval; a star where Holm's correction over the table leaves p < 0.05. "
         f"{len(records)} runs, "
         f"{', '.join(versions)}, commit {named}."

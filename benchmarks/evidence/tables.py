@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from benchmarks.evidence.records import Record, key_of, standing
 from benchmarks.evidence.statistics import Difference, holm, paired
-from benchmarks.evidence.variants import CLDA, FROZEN, FROZEN_DIST, TURNS, UDA, VARIANTS
+from benchmarks.evidence.variants import CLDA, FROZEN, FROZEN_DIST, FROZEN_DIST_INIT, TURNS, UDA, VARIANTS
 
 REPORTED = range(20, 30)
 FORMER = range(10)  # reported for the defaults before; settings and defaults were chosen knowing some of them
@@ -38,6 +38,11 @@ CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
     (CLDA, "without-student", BOTH),
     ("clda-init", "without-student-init", BOTH),
     (CLDA, "lead-ignored", BOTH),
+    ("lead-ignored", "without-student", BOTH),
+    (CLDA, "level-trusted", BOTH),
+    ("level-trusted", "without-student", BOTH),
+    ("clda-init", "level-trusted-init", BOTH),
+    ("level-trusted-init", "without-student-init", BOTH),
     ("lead-known", CLDA, BOTH),
     (CLDA, "select-uniform", BOTH),
     (CLDA, "select-lowest", BOTH),
@@ -96,13 +101,27 @@ def difference(runs: Runs, variant: str, role: str, *, to: str = FROZEN) -> Opti
     return paired([ours for ours, _ in whole], [theirs for _, theirs in whole])
 
 
-def tables(runs: Runs, withdrawn: Optional[Runs] = None) -> str:
+def baseline(name: str, *, alike: bool) -> str:
+    """Return the frozen-teacher KD that a variant is compared with.
+
+    Args:
+        name: Of the variant.
+        alike: Whether by the loss of CLDA, from the start that the variant has; otherwise by KL, from the student's
+            own start.
+    """
+    if not alike:
+        return FROZEN
+    return FROZEN_DIST_INIT if VARIANTS[name].start == "teacher" else FROZEN_DIST
+
+
+def tables(runs: Runs, withdrawn: Optional[Runs] = None, *, alike: bool) -> str:
     """Return one table per group: means, and paired differences to frozen KD, or to CLDA with one part replaced.
 
     Args:
         runs: By variant and seed.
         withdrawn: Runs whose figures do not count; a variant that has no others gets a row that says so, and stays in
             the family that Holm's correction is over.
+        alike: Which frozen KD, see :func:`baseline`.
     """
     parts: List[str] = []
     gone: Mapping[str, Any] = withdrawn or {}
@@ -111,9 +130,14 @@ def tables(runs: Runs, withdrawn: Optional[Runs] = None) -> str:
         names = [name for name in of_group if name in runs]
         if not names and not any(name in gone for name in of_group):
             continue
-        base, called = (CLDA, "CLDA") if group in COMPARED_WITH_CLDA else (FROZEN, "frozen KD")
-        compared = [name for name in names if name != base]
-        found = {(name, role): difference(runs, name, role, to=base) for name in compared for role in BOTH}
+        called = "CLDA" if group in COMPARED_WITH_CLDA else "frozen KD"
+        bases = {name: CLDA if called == "CLDA" else baseline(name, alike=alike) for name in names}
+        found = {
+            (name, role): difference(runs, name, role, to=base)
+            for name, base in bases.items()
+            if name != base
+            for role in BOTH
+        }
         uncounted = {name: 1.0 for name in of_group if name in gone and name not in runs}
         adjusted = {
             role: holm(
@@ -134,7 +158,7 @@ def tables(runs: Runs, withdrawn: Optional[Runs] = None) -> str:
             row: List[Any] = [VARIANTS[name].title, len(records)]
             for role in BOTH:
                 row += [_mean(records, role), _described(found.get((name, role)), adjusted[role].get(name))]
-            row.append(_cost(runs, name))
+            row.append(_cost(runs, name, alike=alike))
             rows.append(row)
         headers = ["", "seeds", "student", f"vs {called}", "teacher", f"vs {called}", "time"]
         parts.append(f"### {heading}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}")
@@ -174,7 +198,7 @@ def _titled(name: str) -> str:
 
 def per_class(runs: Runs) -> List[str]:
     """Return a table of the mean IoU of each class over the seeds that all have, where the records have it."""
-    names = [name for name in (UDA, FROZEN, CLDA) if name in runs]
+    names = [name for name in (UDA, FROZEN, FROZEN_DIST, CLDA) if name in runs]
     seeds = set.intersection(*(set(runs[name]) for name in names)) if names else set()
     columns = [
         (f"{VARIANTS[name].title}: {role}", [runs[name][seed][role] for seed in sorted(seeds)])
@@ -213,7 +237,7 @@ def _described(item: Optional[Difference], adjusted: Optional[float]) -> str:
     return f"{item.mean:+.2f} [{item.low:+.2f}, {item.high:+.2f}]{star}"
 
 
-def cost_ratio(runs: Runs, name: str) -> Optional[float]:
+def cost_ratio(runs: Runs, name: str, *, alike: bool) -> Optional[float]:
     """Return the median ratio of processor time: other jobs on the machine would distort the time by the clock.
 
     Of a run with rounds or in turns it is its own overhead over frozen-teacher KD, see
@@ -224,8 +248,8 @@ def cost_ratio(runs: Runs, name: str) -> Optional[float]:
     if with_rounds and not VARIANTS[name].cotrained:
         own = [record["overhead"] for record in records if record.get("overhead")]
         return float(np.median(own)) if own else None
-    baseline = runs.get(FROZEN, {})
-    pairs = [(record, baseline[seed]) for seed, record in runs.get(name, {}).items() if seed in baseline]
+    plain = runs.get(baseline(name, alike=alike), {})
+    pairs = [(record, plain[seed]) for seed, record in runs.get(name, {}).items() if seed in plain]
     ratios = [
         ours["processor_seconds"] / theirs["processor_seconds"]
         for ours, theirs in pairs
@@ -234,6 +258,6 @@ def cost_ratio(runs: Runs, name: str) -> Optional[float]:
     return float(np.median(ratios)) if ratios else None
 
 
-def _cost(runs: Runs, name: str) -> str:
-    ratio = cost_ratio(runs, name)
+def _cost(runs: Runs, name: str, *, alike: bool) -> str:
+    ratio = cost_ratio(runs, name, alike=alike)
     return "" if ratio is None else f"{ratio:.2f}×"

@@ -217,7 +217,8 @@ def in_turns(title: str, after: AfterTurn, *, turns: int = 2) -> Variant:
     return Variant(title, "in-turns", frozen, turns=turns, after_turn=after)
 
 
-UDA, FROZEN, FROZEN_DIST, CLDA, TURNS = "uda", "frozen", "frozen-dist", "clda", "turns"
+UDA, FROZEN, FROZEN_DIST, FROZEN_DIST_INIT = "uda", "frozen", "frozen-dist", "frozen-dist-init"
+CLDA, TURNS = "clda", "turns"
 
 VARIANTS: Dict[str, Variant] = {
     UDA: Variant("UDA alone", "main"),
@@ -225,7 +226,7 @@ VARIANTS: Dict[str, Variant] = {
     FROZEN_DIST: Variant("KD from the frozen teacher, the loss of CLDA", "main", frozen_alike),
     CLDA: Variant("CLDA", "main", defaults),
     "frozen-init": Variant("frozen KD (KL), student initialised", "main", frozen, start="teacher"),
-    "frozen-dist-init": Variant("frozen KD (DIST), student initialised", "init", frozen_alike, start="teacher"),
+    FROZEN_DIST_INIT: Variant("frozen KD (DIST), student initialised", "init", frozen_alike, start="teacher"),
     "clda-init": Variant("CLDA, student initialised", "init", defaults, start="teacher"),
     TURNS: in_turns("CLDA in two turns", taught(lambda seed: LowestFraction())),
     "turn": in_turns("CLDA in one turn", taught(lambda seed: LowestFraction()), turns=1),

@@ -378,7 +378,7 @@ def test_head_to_head_and_by_class() -> None:
 def test_the_report_leaves_withdrawn_runs_out_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("benchmarks.evidence.report")
     drawn: List[List[str]] = []
-    monkeypatch.setattr(report, "cost_figure", lambda runs, path: drawn.append(sorted(runs)))
+    monkeypatch.setattr(report, "cost_figure", lambda runs, path, alike: drawn.append(sorted(runs)))
     records = Records(tmp_path / "digits.jsonl")
     for seed in REPORTED[:4]:
         records.add(record(seed, FROZEN, student=80.0 + 0.1 * (seed % 10)))
@@ -402,6 +402,18 @@ def test_the_report_leaves_withdrawn_runs_out_and_says_why(tmp_path: Path, monke
     assert "66.6" not in text
 
 
+def test_gains_are_over_frozen_kd_of_the_same_loss_and_start() -> None:
+    """A better loss and a start from the teacher's layers are no gain of the rounds."""
+    tables = pytest.importorskip("benchmarks.evidence.tables")
+    figures = {FROZEN: 80.0, "frozen-dist": 81.0, CLDA: 82.0, "frozen-dist-init": 84.0, "clda-init": 84.5}
+    of = {name: {seed: record(seed, name, student=figure) for seed in range(5)} for name, figure in figures.items()}
+    for alike, gains in ((True, {CLDA: "+1.00", "clda-init": "+0.50"}), (False, {CLDA: "+2.00", "clda-init": "+4.50"})):
+        lines = tables.tables(of, alike=alike).splitlines()
+        for name, gain in gains.items():
+            (line,) = (line for line in lines if line[1:].split("|")[0].strip() == tables.VARIANTS[name].title)
+            assert gain in line
+
+
 def test_withdrawn_comparisons_stay_in_the_family_of_holms_correction() -> None:
     """A comparison does not become significant because others were withdrawn."""
     tables = pytest.importorskip("benchmarks.evidence.tables")
@@ -414,7 +426,7 @@ def test_withdrawn_comparisons_stay_in_the_family_of_holms_correction() -> None:
     starred = [re.findall(r"\]\*", table) for table in (tables.contrasts(of)[0], tables.contrasts(of, gone)[0])]
     assert [len(stars) for stars in starred] == [2, 0]
     heading = "### Which layers, with the former defaults"
-    beside = tables.tables(of, {f"former-{name}": {0: record()} for name in ("highest", "all")})
+    beside = tables.tables(of, {f"former-{name}": {0: record()} for name in ("highest", "all")}, alike=False)
     assert heading in beside
     assert "| all layers    | withdrawn (1)" in beside
 
@@ -422,7 +434,7 @@ def test_withdrawn_comparisons_stay_in_the_family_of_holms_correction() -> None:
 def test_former_seeds_have_sections_of_their_own_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("benchmarks.evidence.report")
     drawn: List[Path] = []
-    monkeypatch.setattr(report, "cost_figure", lambda runs, path: drawn.append(path))
+    monkeypatch.setattr(report, "cost_figure", lambda runs, path, alike: drawn.append(path))
     records = Records(tmp_path / "digits.jsonl")
     for seed, figure in ((0, 70.0), (1, 71.0), (REPORTED[0], 90.0), (100, 10.0), (200, 20.0)):
         records.add(record(seed, FROZEN, student=figure))
