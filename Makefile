@@ -15,7 +15,7 @@ EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick cost test test-oldest test-matrix lint format types docs wheel import-time ci clean
+.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs wheel import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -65,6 +65,9 @@ wheel: venv  ## build dist/ and check what the wheel holds
 
 cost: venv  ## times and memory against their budgets, up to 5 minutes (ARGS="--parts saliency")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --quick $(ARGS)
+
+gpu: venv  ## the tests, costs and one benchmark that need a GPU, 25 minutes (ARGS="--parts tests")
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 import-time: venv  ## what `import clda_core` costs over `import torch`
 	$(BIN)/python .ci/import_time.py
