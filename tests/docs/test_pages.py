@@ -1,5 +1,6 @@
 """Links resolve, public names are documented, and nothing names a path of somebody's machine."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Iterator, Tuple
 import pytest
 
 import clda_core
+from clda_core import distillation, relation, saliency, selection, update, validation
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,3 +73,23 @@ def test_no_file_names_a_path_of_a_machine() -> None:
         for match in MACHINE_PATH.finditer(path.read_text(encoding="utf-8"))
     ]
     assert not found
+
+
+FOLDERS = ("losses", "relation", "saliency", "selection", "update", "validation")
+CARDS = sorted(card for folder in FOLDERS for card in (ROOT / "docs" / folder).glob("*.md"))
+DEFAULT = re.compile(r"^\| `(\w+)` \| `?(-?[\d.]+(?:e-?\d+)?|None|True|False)`? \|", re.M)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_a_cards_defaults_are_those_of_the_code(card: Path) -> None:
+    text = card.read_text(encoding="utf-8")
+    modules = (distillation, relation, saliency, selection, update, validation)
+    known = {name: getattr(module, name) for module in modules for name in module.__all__}
+    signatures = [
+        inspect.signature(each).parameters
+        for name, each in known.items()
+        if inspect.isclass(each) and re.search(rf"\b{name}\(", text)
+    ]
+    for option, told in DEFAULT.findall(text):
+        defaults = [parameters[option].default for parameters in signatures if option in parameters]
+        assert ast.literal_eval(told) in defaults, f"{card.name} says {told} for {option}, the code {defaults}"
