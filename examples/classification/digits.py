@@ -29,7 +29,7 @@ from examples.classification import ranks
 from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
-from examples.classification.digits_report import save_figure, save_json, table, versions
+from examples.classification.digits_report import OVER_TEN_SEEDS, save_figure, save_json, table, versions
 from examples.classification.digits_training import MakeLearner, Stage, Task, train
 from examples.classification.self_training import SelfTraining
 
@@ -141,6 +141,7 @@ def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None)
         options,
         config or Config(),
         if_interrupted="the same command with --resume goes on from here",
+        beside=OVER_TEN_SEEDS,
         folder=options.output / "checkpoints",
         resume=options.resume,
     )
@@ -165,7 +166,13 @@ def options_of(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_command(
-    program: str, options: argparse.Namespace, config: Config, *, if_interrupted: str = "", **run_options: Any
+    program: str,
+    options: argparse.Namespace,
+    config: Config,
+    *,
+    if_interrupted: str = "",
+    beside: str = "",
+    **run_options: Any,
 ) -> int:
     """Run ``config`` with the command line's options, leave the results in the output folder, and print them.
 
@@ -174,17 +181,23 @@ def run_command(
         options: Parsed by :func:`options_of`.
         config: What the options do not say.
         if_interrupted: Said to whoever stops the run.
+        beside: Said below the results of one seed.
         run_options: Passed to :func:`run`.
 
     Returns:
         The exit status.
     """
     with ranks.joined():
-        return _run_command(program, options, config, if_interrupted, run_options)
+        return _run_command(program, options, config, if_interrupted, beside, run_options)
 
 
 def _run_command(
-    program: str, options: argparse.Namespace, config: Config, if_interrupted: str, run_options: Dict[str, Any]
+    program: str,
+    options: argparse.Namespace,
+    config: Config,
+    if_interrupted: str,
+    beside: str,
+    run_options: Dict[str, Any],
 ) -> int:
     given = {name: getattr(options, name) for name in ("seed", "steps", "device", "threads")}
     try:
@@ -200,7 +213,7 @@ def _run_command(
         return 0
     save_json(results, options.output / "results.json")
     save_figure(results, options.output / "figure.png")
-    print(_summary(results))
+    print("\n\n".join(filter(None, (_summary(results), beside))))
     print(f"\nwritten: {options.output / 'results.json'}, {options.output / 'figure.png'}")
     return 0
 
