@@ -49,10 +49,10 @@ def test_the_reason_says_whether_rounds_changed_a_layer_of_that_layout(name: str
 # ------------------------------------------------------------------------------------------------------ README's table
 
 ROWS: Tuple[Tuple[str, str, str], ...] = (
-    ("digits", "clda", "fonts → 1,797 real handwritten digits"),
-    ("street", "clda-init", "street, the student started from the teacher's layers"),
-    ("street", "clda", "street, the student's own start"),
-    ("street-narrow", "clda", "street, a student of half the width"),
+    ("digits", "clda", "digits"),
+    ("street", "clda-init", "street, student started from the teacher's layers"),
+    ("street", "clda", "street, student with its own start"),
+    ("street-narrow", "clda", "street, student of half the width"),
     ("vowels", "clda", "vowels, held out"),
 )
 
