@@ -13,6 +13,7 @@ from benchmarks.evidence.records import Record
 from benchmarks.evidence.tables import REPORTED
 
 TUNING = range(100, 200)
+ALL = (*REPORTED, *TUNING)
 CLEAR = 1.0  # points; which network is better is asked of gaps above this
 QUARTERS = ("first", "second", "third", "last")
 
@@ -125,26 +126,27 @@ def best_offset(pairs: Sequence[Pair]) -> Optional[float]:
 
 def tables(records: Dict[str, Sequence[Record]]) -> str:
     """Return the tables: all tasks, by task, by progress of the training, and by class."""
-    reported, tuning = pairs_of(records, REPORTED), pairs_of(records, TUNING)
-    if not reported:  # nothing but tuning seeds so far
-        reported = tuning
-    if not reported:
+    found, tuning = pairs_of(records, ALL), pairs_of(records, TUNING)
+    if not found:
         return "No pairs are recorded."
-    offsets = {name: best_offset(tuning.get(name, [])) for name in reported}
-    count = max(len(pairs) for pairs in reported.values())
-    tasks = sorted({pair.task for pairs in reported.values() for pair in pairs})
+    offsets = {name: best_offset(tuning.get(name, [])) for name in found}
+    count = max(len(pairs) for pairs in found.values())
+    seeds = {task: sorted({pair.seed for of in found.values() for pair in of if pair.task == task}) for task in records}
+    tasks = sorted(task for task, of_task in seeds.items() if of_task)
+    seen = "; ".join(f"{task}: {', '.join(map(str, seeds[task]))}" for task in tasks)
     told = (
-        f"{count} pairs of a teacher and a student during its training. *Right*: the share of pairs with a gap of more "
-        f"than {CLEAR:.0f} point in the figure whose sign the scores give; in brackets of those in which the student "
-        "is ahead, and behind. *At the offset*: the same where the student counts as ahead from another lead than 0 "
-        "on, the one that is right most often on tuning seeds. Correlations are of lead and gap, means over tasks."
+        f"{count} pairs of a teacher and a student during its training (seeds of {seen}). *Right*: the share of pairs "
+        f"with a gap of more than {CLEAR:.0f} point in the figure whose sign the scores give; in brackets of those in "
+        "which the student is ahead, and behind. *At the offset*: the same where the student counts as ahead from "
+        "another lead than 0 on, the one that is right most often on the seeds from 100 on. Correlations are of lead "
+        "and gap, means over tasks."
     )
-    parts = [told, _overall(reported, offsets)]
+    parts = [told, _overall(found, offsets)]
     by_task = {task: lambda pair, task=task: pair.task == task for task in tasks}
-    parts.append("### By task: right, and at the offset\n\n" + _split(reported, offsets, by_task))
+    parts.append("### By task: right, and at the offset\n\n" + _split(found, offsets, by_task))
     by_quarter = {name: lambda pair, at=at: pair.quarter == at for at, name in enumerate(QUARTERS)}
-    parts.append("### By quarter of the training: right, and at the offset\n\n" + _split(reported, offsets, by_quarter))
-    of_classes = class_pairs_of(records, REPORTED) or class_pairs_of(records, TUNING)
+    parts.append("### By quarter of the training: right, and at the offset\n\n" + _split(found, offsets, by_quarter))
+    of_classes = class_pairs_of(records, ALL)
     if of_classes:
         labels = sorted({pair.label for pairs in of_classes.values() for pair in pairs})
         by_label = {label: lambda pair, label=label: pair.label == label for label in labels}
@@ -155,9 +157,9 @@ def tables(records: Dict[str, Sequence[Record]]) -> str:
     return "\n\n".join(parts)
 
 
-def _overall(reported: Dict[str, List[Pair]], offsets: Dict[str, Optional[float]]) -> str:
+def _overall(found: Dict[str, List[Pair]], offsets: Dict[str, Optional[float]]) -> str:
     rows = []
-    for name, pairs in reported.items():
+    for name, pairs in found.items():
         plain, offset = agreement(pairs), offsets[name]
         of_tasks = [agreement([pair for pair in pairs if pair.task == task]) for task in {pair.task for pair in pairs}]
         rows.append(
@@ -204,7 +206,7 @@ def figure(records: Dict[str, Sequence[Record]], path: Path) -> None:
     """Draw leads against gaps, a panel for each validator, a colour for each task."""
     import matplotlib.pyplot as plt
 
-    pairs = pairs_of(records, REPORTED) or pairs_of(records, TUNING)
+    pairs = pairs_of(records, ALL)
     tasks = sorted({pair.task for of in pairs.values() for pair in of})
     columns = 4
     rows = -(-len(pairs) // columns)

@@ -126,11 +126,11 @@ def test_the_tables_take_offsets_from_tuning_seeds_alone() -> None:
     reported, tuning = shifted(record(20, gaps), 2.0), shifted(record(100, gaps), 2.0)
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in validator_tables.tables({"digits": [reported, tuning]}).splitlines()
+        for line in validator_tables.tables({"digits": [reported], "street": [tuning]}).splitlines()
         if line.startswith("| Exact")
     ]
-    assert rows[0] == ["Exact", "4", "4", "75% (50%, 100%)", "100% (100%, 100%)", "-2.0000", "1.00", "1.00"]
-    assert rows[1] == ["Exact", "75%, 100%"]  # by task
+    assert rows[0] == ["Exact", "8", "8", "75% (50%, 100%)", "100% (100%, 100%)", "-2.0000", "1.00", "1.00"]
+    assert rows[1] == ["Exact", "75%, 100%", "75%, 100%"]  # by task
     assert rows[2] == ["Exact", "100%, 100%", "100%, 100%", "0%, 100%", "100%, 100%"]  # by quarter
     assert rows[3] == ["Exact", "100%", "100%"]  # by class
     without = validator_tables.tables({"digits": [shifted(record(20, gaps), 2.0)]})
