@@ -19,19 +19,14 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
     Fused across tensors where torch has the kernel. Sources are brought to their target's dtype and device, unless
     ``alike`` says that they are of these already.
     """
+    fused = getattr(torch, "_foreach_lerp_", None)
     with torch.no_grad():
         matched = sources if alike else [source.to(target) for target, source in zip(targets, sources)]
-    fused = getattr(torch, "_foreach_lerp_", None)
-    with _without_autograd():
         if fused is not None and matched:
             fused(targets, matched, weight)
             return
         for target, source in zip(targets, matched):
             target.lerp_(source, weight)
-
-
-_without_autograd: Callable[[], ContextManager[Any]] = getattr(torch, "inference_mode", torch.no_grad)
-"""In place on tensors of the host's both do the same; the newer one, from torch 1.9 on, costs less for each tensor."""
 
 
 def halve_towards_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

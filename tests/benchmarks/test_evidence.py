@@ -455,7 +455,7 @@ def test_report_without_records_or_page_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CldaError, match="no records in"):
         report.write_report(folder=tmp_path, docs=tmp_path)
     for seed in REPORTED[:4]:
-        for variant, figure in ((FROZEN, 80.0), (CLDA, 81.0)):
+        for variant, figure in (("frozen-dist", 80.0), (CLDA, 81.0)):
             Records(tmp_path / "digits.jsonl").add(record(seed, variant, student=figure + 0.1 * (seed % 10)))
     with pytest.raises(CldaError, match="evidence.md is missing"):
         report.write_report(folder=tmp_path, docs=tmp_path)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -30,8 +31,8 @@ def test_utterances_are_a_function_of_the_seed(make: object) -> None:
     assert utterances.shape == (20, BANDS, FRAMES)
     assert labels.shape == (20, FRAMES)
     assert bool(utterances.isfinite().all())
-    torch.testing.assert_close(utterances.mean(dim=(1, 2)), torch.zeros(20), atol=1e-4, rtol=0)
-    torch.testing.assert_close(utterances.std(dim=(1, 2)), torch.ones(20), atol=1e-4, rtol=0)
+    assert torch.allclose(utterances.mean(dim=(1, 2)), torch.zeros(20), atol=1e-4, rtol=0)
+    assert torch.allclose(utterances.std(dim=(1, 2)), torch.ones(20), atol=1e-4, rtol=0)
     assert torch.equal(utterances, make(0, 20)[0])
     assert not torch.equal(utterances, make(1, 20)[0])
     share = torch.bincount(make(0, 200)[1].flatten(), minlength=len(CLASSES)).float() / (200 * FRAMES)
@@ -69,7 +70,7 @@ def test_the_strong_view_masks_and_keeps_frames_in_place() -> None:
     assert float((plain == 0).float().mean()) < 0.01
     loudness, changed = utterances.mean(dim=1), plain.mean(dim=1)
     for one, other in zip(loudness, changed):
-        assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.7
+        assert numpy.corrcoef(one.numpy(), other.numpy())[0, 1] > 0.7
 
 
 def test_a_run_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
