@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import benchmarks.cost.others  # noqa: F401  before transformers is imported
 from benchmarks.street.models import MIT_B0, MIT_B3, MIT_B5, STUDENT, TEACHER, Size, segmenter
-from benchmarks.street.self_training import HostEma, segmentation_loss
 from clda_core import CollaborativeLearner
 from examples.classification.digits_models import BIG, SMALL, residual_network
+from examples.huggingface.dacs import HostEma, segmentation_loss
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,8 @@ from benchmarks.evidence.task import Host, HostLoss, Task, evaluating
 from benchmarks.street.models import MIT_B0, MIT_B3, NARROW, STUDENT, TEACHER, Size, segmenter
 from benchmarks.street.pretrained import pretrained_segmenter
 from benchmarks.street.scenes import CLASSES, LARGE, SMALL, Frame, Resolution, game_frame, photo_frame
-from benchmarks.street.self_training import (
-    HostEma,
-    change_colours,
-    class_mix,
-    class_weights,
-    segmentation_loss,
-    upsample,
-)
 from clda_core.checkpoint import atomically
+from examples.huggingface.dacs import HostEma, change_colours, class_mix, segmentation_loss, upsample
 
 BATCH = 4
 THRESHOLD = 0.9
@@ -74,6 +67,12 @@ class StreetHost(Host):
 
     def _loss(self, logits: Tensor, labels: Tensor, weight: Optional[Tensor] = None) -> Tensor:
         return segmentation_loss(logits, labels, weight, of_classes=self.of_classes)
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return weights ``(classes,)`` that grow with a class's rarity as ``share ** -0.5``, 1 on average over pixels."""
+    share = torch.bincount(labels.flatten(), minlength=classes).float().clamp(min=1) / labels.numel()
+    return share**-0.5 / (share**0.5).sum()
 
 
 def changed_view(images: Tensor, seed: int) -> Tensor:

@@ -17,8 +17,8 @@ from benchmarks.evidence.training import train
 from benchmarks.street.models import NARROW, STUDENT, TEACHER, segmenter
 from benchmarks.street.pretrained import Encoder, Segmenter, widths_of
 from benchmarks.street.scenes import CLASSES, HEIGHT, LARGE, WIDTH, game_frame, photo_frame
-from benchmarks.street.self_training import HostEma, change_colours, class_mix, segmentation_loss
 from clda_core import CldaError, CollaborativeLearner, Never
+from examples.huggingface.dacs import HostEma, change_colours, class_mix, segmentation_loss
 
 # transformers and its dependencies warn of their own future.
 pytestmark = [

@@ -1,14 +1,15 @@
-"""The host: DACS-style self-training, as DAFormer and MIC do it, in small; it knows nothing of CLDA.
+"""DACS-style self-training, as DAFormer and MIC do it: what a host of this kind is made of; it knows nothing of CLDA.
 
 The *host EMA* labels the clean target images; half of a source image's classes are pasted onto a target image
 (ClassMix, Olsson et al., WACV 2021), the colours are changed, and the network learns the mixed labels, those of the
-target weighted by the share of confident pixels (Tranheden et al., DACS, WACV 2021).
+target weighted by the share of confident pixels (Tranheden et al., DACS, WACV 2021). Networks take images ``(N, 3, H,
+W)`` in [0, 1] and return logits, on a coarser grid if they like.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,15 @@ class HostEma:
         probability, labels = upsample(self.model(images), images).softmax(dim=1).max(dim=1)
         return labels, (probability > threshold).float().mean(dim=(1, 2))
 
+    def state_dict(self) -> Dict[str, Any]:
+        """Return everything that :meth:`load_state_dict` needs to go on bit for bit."""
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
+
 
 def upsample(logits: Tensor, images: Tensor) -> Tensor:
     """Return logits on the images' grid."""
@@ -54,12 +64,6 @@ def segmentation_loss(
     upsampled = upsample(logits, labels.unsqueeze(1))
     loss = F.cross_entropy(upsampled, labels, weight=of_classes, reduction="none", ignore_index=IGNORE)
     return (loss if weight is None else loss * weight).mean()
-
-
-def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """Return weights ``(classes,)`` that grow with a class's rarity as ``share ** -0.5``, 1 on average over pixels."""
-    share = torch.bincount(labels.flatten(), minlength=classes).float().clamp(min=1) / labels.numel()
-    return share**-0.5 / (share**0.5).sum()
 
 
 def class_mix(

@@ -1,0 +1,1 @@
+"""Training scripts for networks of Hugging Face's transformers, under Accelerate."""
