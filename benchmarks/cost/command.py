@@ -29,7 +29,7 @@ from clda_core import CldaError
 
 PARTS = ("iteration", "weights", "saliency", "distillation", "memory", "scaling", "imports", "synchronisation")
 SMALL = ("digits", "street")
-FULL = {"cpu": (*SMALL, "mit-b3-b0"), "cuda": ("street", "mit-b5-b3", "mit-b5-b0")}
+FULL = {"cpu": (*SMALL, "mit-b3-b0"), "cuda": ("street", "mit-b5-b3", "mit-b5-b0", "dinov2-l-s")}
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", choices=["measure", "report"], default="measure")
     parser.add_argument("--quick", action="store_true", help="small models and few repeats: minutes on two cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--models", help="with commas between: digits, street, mit-b5-b3, mit-b5-b0, ...")
+    parser.add_argument("--models", help="with commas between: digits, street, mit-b5-b3, mit-b5-b0, dinov2-l-s, ...")
     parser.add_argument("--parts", help=f"with commas between, of {', '.join(PARTS)}")
     parser.add_argument("--crop", type=int, help="the MiT pairs' images; 512 on a GPU, 128 on a CPU")
     parser.add_argument("--repeats", type=int, help="samples of each time")

@@ -15,7 +15,7 @@ from clda_core.layers import canonical_parameters, group_layers
 from clda_core.saliency import MeanThreshold, PseudoLabelCrossEntropy, Taylor, layer_saliency_rates
 from clda_core.saliency.scores import score_layers
 
-BARE, PRUNING = 1.15, 0.5
+BARE, PRUNING = 1.20, 0.5
 
 
 def saliency(setting: Setting, device: torch.device, repeats: int) -> Iterator[Figure]:

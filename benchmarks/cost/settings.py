@@ -56,6 +56,7 @@ def settings(device: torch.device, crop: Optional[int] = None) -> Dict[str, Sett
         _segformers("mit-b3-b0", MIT_B3, MIT_B0, (2, 3, crop, crop), 19),
         _segformers("mit-b5-b0", MIT_B5, MIT_B0, (2, 3, crop, crop), 19),
         _segformers("mit-b5-b3", MIT_B5, MIT_B3, (2, 3, crop, crop), 19),
+        Setting("dinov2-l-s", lambda: vit(VIT_L), lambda: vit(VIT_S), (2, 3, crop, crop), 19),
     ]
     return {setting.name: setting for setting in pairs}
 
@@ -65,6 +66,41 @@ _TINY = Size((1, 1, 1, 1), (8, 16, 32, 32), 16)
 
 def _segformers(name: str, big: Size, small: Size, images: Tuple[int, int, int, int], classes: int) -> Setting:
     return Setting(name, lambda: segmenter(big, 0, classes), lambda: segmenter(small, 1, classes), images, classes)
+
+
+VIT_L, VIT_S = (24, 1024, 16), (12, 384, 6)
+"""Blocks, width and heads of DINOv2's ViT-L and ViT-S (Oquab et al., TMLR 2024)."""
+
+
+class VitSegmenter(nn.Module):
+    """DINOv2 with a linear head, as VFM-UDA has it: logits of the images' size.
+
+    Args:
+        size: Blocks, width and heads.
+        classes: Number of classes.
+    """
+
+    def __init__(self, size: Tuple[int, int, int], classes: int) -> None:
+        from transformers import Dinov2Config, Dinov2Model
+
+        super().__init__()
+        blocks, width, heads = size
+        config = Dinov2Config(hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, image_size=518)
+        self.backbone = Dinov2Model(config)
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.backbone(images).last_hidden_state[:, 1:]
+        rows, columns = (side // self.backbone.config.patch_size for side in images.shape[2:])
+        logits = self.head(tokens.transpose(1, 2).unflatten(2, (rows, columns)))
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def vit(size: Tuple[int, int, int], classes: int = 19) -> VitSegmenter:
+    """Return a network with weights that are always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VitSegmenter(size, classes)
 
 
 class Host:

@@ -19,7 +19,7 @@ from benchmarks.cost.memory import memory
 from benchmarks.cost.report import END, START, read, write_report
 from benchmarks.cost.saliency import saliency
 from benchmarks.cost.scaling import scaling, slope
-from benchmarks.cost.settings import Host, plain_kl, settings
+from benchmarks.cost.settings import Host, VitSegmenter, plain_kl, settings
 from benchmarks.cost.synchronisation import LOSSES, waits
 from benchmarks.cost.timing import interleaved, ratio, spread
 from benchmarks.cost.weights import weights
@@ -93,9 +93,14 @@ def test_the_host_distils_the_same_with_the_learner_and_by_hand() -> None:
     torch.testing.assert_close(plain_kl(*logits), kl_distillation(*logits))
 
 
+def test_a_vision_transformer_has_logits_of_the_images_size() -> None:
+    network = VitSegmenter((1, 16, 2), classes=5)
+    assert network(torch.rand(2, 3, 28, 42)).shape == (2, 5, 28, 42)
+
+
 def test_an_iteration_has_a_figure_for_each_budget() -> None:
     found = list(iteration(TINY, CPU, 1))
-    assert [one.at_most for one in found if one.judged] == [1.005, 1.03, 1.03, 1.15, 1.3, 1.05, 1.05]
+    assert [one.at_most for one in found if one.judged] == [1.005, 1.03, 1.03, 1.25, 1.3, 1.1, 1.1]
     assert all(one.value is not None and one.value > 0 for one in found)
     by_name = {one.what: one.value for one in found}
     assert by_name["CLDA, guarded, all rejected / frozen-teacher KD"] > 0

@@ -48,6 +48,7 @@ def test_the_reason_says_whether_rounds_changed_a_layer_of_that_layout(name: str
 
 # ------------------------------------------------------------------------------------------------------ README's table
 
+TRAINING = 1.15  # times frozen-teacher KD: the budget of a training with the defaults, docs/cost.md
 ROWS: Tuple[Tuple[str, str, str], ...] = (
     ("digits", "clda", "digits"),
     ("street", "clda-init", "street, student started from the teacher's layers"),
@@ -96,6 +97,15 @@ def _row(of: Tuple[str, str, str]) -> str:
 
 def _tenths(value: float, sign: str = "") -> str:
     return f"{round(value, 1) + 0.0:{sign}.1f}"  # 0.0 and not -0.0
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[2])
+def test_a_whole_training_costs_at_most_its_budget(row: Tuple[str, str, str]) -> None:
+    name, variant, _ = row
+    (runs,) = runs_of(Records(FOLDER / f"{name}.jsonl").read()).values()
+    ratio = cost_ratio(runs, variant, alike=True)
+    assert ratio is not None
+    assert 1.0 <= ratio <= TRAINING
 
 
 def test_the_demo_tells_what_ten_seeds_gave() -> None:
