@@ -28,7 +28,7 @@ from .saliency.observer import LossOrFunction, Observer, check_loss
 from .schedule import RoundSchedule, Schedule, makes_rounds
 from .selection import DrawnFraction, Selection
 from .state import STATE_VERSION, configuration, restore
-from .step import Batch, Step, check_views
+from .step import Batch, Step, check_views, with_views
 from .strategy import ROLES, check_apart, check_strategies
 from .update import MaskedDistillation, SourceLoss, Update
 from .update.base import check_source_loss, check_teacher, load_state, state_of
@@ -229,7 +229,8 @@ class CollaborativeLearner:
                 of which ``ignore_index`` and negative labels are left out.
             student_inputs: What rounds call the student with, where that is something else.
             view: The same images changed in colour, masked or the like, position for position, as the teacher is called
-                with them: both networks are validated by it.
+                with them: both networks are validated by it. Or a function without arguments that returns them; it is
+                called at steps that end with a round, and at the first.
             student_view: The same for the student, where it has ``student_inputs``.
             source_loss: The host's supervised loss on this step's source data as a function of the network, for example
                 ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; for updates that take it in
@@ -260,7 +261,8 @@ class CollaborativeLearner:
         check_source_loss(source_loss)
         batch = Batch(inputs, student_inputs, view, student_view, source_loss, mask)
         check_views(batch)
-        pair = self._runner.pair(student_output, teacher_output, batch, wait=in_round)
+        keeps = in_round or (of_step and not self._rounds.rehearsed)
+        pair = self._runner.pair(student_output, teacher_output, with_views(batch, wanted=keeps), wait=in_round)
         step.here = pair.has_data or bool(step.here)
         if pair.teacher is None:  # nothing to distil
             loss = zero_loss(pair.student)
@@ -274,7 +276,6 @@ class CollaborativeLearner:
             self._kd_loss = loss.detach()
             self._rounds.take_inputs |= pair.batch.inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
-        keeps = in_round or not self._rounds.rehearsed
         if keeps and pair.batch.inputs is not None and (pair.has_data or step.batch.inputs is None):
             step.keep(pair)
         return loss

@@ -49,6 +49,15 @@ def check_views(batch: Batch) -> None:
         )
 
 
+def with_views(batch: Batch, wanted: bool) -> Batch:
+    """Return a batch whose views are made, where they are functions, if a round will want them; else one without."""
+    if not wanted:
+        return batch._replace(view=None, student_view=None)
+    with torch.no_grad():
+        view, student_view = (made() if callable(made) else made for made in (batch.view, batch.student_view))
+    return batch._replace(view=view, student_view=student_view)
+
+
 def _given(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 

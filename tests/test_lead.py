@@ -376,6 +376,47 @@ def test_a_view_of_another_resolution_fails_in_the_first_step() -> None:
         learner.step(step_fn=lambda: pytest.fail("the optimizer was stepped"))
 
 
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_a_view_may_be_a_function_that_only_rounds_and_the_first_step_call(own_inputs: bool) -> None:
+    made: List[int] = []
+
+    def train(lazy: bool) -> CollaborativeLearner:
+        torch.manual_seed(0)  # dropout
+        learner = make_learner(*networks(), schedule=Schedule(interval=3), trust=WIDE)
+        optimizer = sgd(learner.student)
+        for number in range(1, 8):
+            x = batch(number)
+
+            def view(x: Tensor = x, number: int = number) -> Tensor:
+                made.append(number)
+                return changed(x).requires_grad_()
+
+            views: Dict[str, Any] = {"view": view if lazy else changed(x)}
+            if own_inputs:
+                views.update(student_inputs=x, student_view=views["view"])
+            optimizer.zero_grad()
+            learner.distill(learner.student(x), x, **views).backward()
+            learner.step(optimizer)
+        return learner
+
+    by_tensor, by_function = train(False), train(True)
+    assert sorted(set(made)) == [1, 3, 6]
+    assert len(made) == 3 * (1 + own_inputs)
+    leads = [[record.lead for record in learner.report().rounds] for learner in (by_tensor, by_function)]
+    assert leads[0] == leads[1]
+    assert bits(by_tensor.teacher.state_dict()) == bits(by_function.teacher.state_dict())
+
+
+def test_a_view_that_cannot_be_made_leaves_everything_as_it_was() -> None:
+    def view() -> Tensor:
+        raise RuntimeError("out of colours")
+
+    learner = later()
+    output = learner.student(batch())
+    with nothing_changed(learner), pytest.raises(RuntimeError, match="out of colours"):
+        learner.distill(output, batch(), view=view)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ _VIEW = "segmentor."
 """What the learner's view of the teacher puts before its names, which our files do not have."""
 
 
+View = Union[Tensor, Callable[[], Tensor], None]
+"""A second view of a batch, or what makes it when a round wants it."""
+
+
 class Distilled(NamedTuple):
     """A batch on which the teacher is distilled.
 
@@ -35,7 +39,7 @@ class Distilled(NamedTuple):
     """
 
     images: Tensor
-    view: Optional[Tensor] = None
+    view: View = None
     mask: Optional[Tensor] = None
 
 

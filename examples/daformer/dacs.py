@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Type
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from clda_core.errors import problem
 
-from .collaboration import Collaboration, Distilled
+from .collaboration import Collaboration, Distilled, View
 from .options import Options
 from .segmentor import images_seen
 from .teacher import build_teacher
@@ -97,12 +98,13 @@ class CollaborativeDACS:
         masks = mode.startswith("separatetrg") and not getattr(self, "source_only", False)
         return bool(masks and self.clda is not None and self.clda.options.view == "auto")
 
-    def _view(self, images: Tensor, metas: Sequence[Any], masked: Optional[Tensor] = None) -> Optional[Tensor]:
-        """Return the second view of the images: the host's own if it has one, else other colours."""
+    def _view(self, images: Tensor, metas: Sequence[Any], masked: Optional[Tensor] = None) -> View:
+        """Return the second view of the images: the host's own if it has one, else what makes other colours."""
         if masked is not None or self.clda is None or self.clda.options.view == "none":
             return masked
         seed = self.clda.steps(self.get_model())
-        return changed_colours(images, metas, self.transforms, strength=self.color_jitter_s, seed=seed)
+        options = {"strength": self.color_jitter_s, "seed": seed}
+        return partial(changed_colours, images, metas, self.transforms, **options)
 
     def _trusted(self, images: Tensor, valid_pseudo_mask: Optional[Tensor]) -> Optional[Tensor]:
         """Return where the host trusts pseudo-labels at all: margins and the ego car are no basis for KD either."""
