@@ -42,9 +42,11 @@ def in_markdown(text: str, obj: griffe.Object) -> str:
 
 
 class Roles(griffe.Extension):
-    """Rewrites every docstring as it is loaded."""
+    """Rewrites every docstring as it is loaded, and leaves out the special methods that nobody calls by name."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one."""
+        if re.fullmatch(r"__(?!call__)\w+__", obj.name):
+            obj.public = False
         if obj.docstring is not None:
             obj.docstring.value = in_markdown(obj.docstring.value, obj)
