@@ -15,7 +15,7 @@ EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs wheel import-time ci clean
+.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs docs-check wheel import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -57,6 +57,10 @@ types: venv  ## check the package's types
 
 docs: venv  ## build the documentation into site/, any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
+
+docs-check: docs  ## open every page in Chromium at two widths, 5-15 minutes (ARGS="--pages hosts/ --schemes light")
+	PIP_CONSTRAINT=.ci/constraints.txt $(PIP) install -q playwright
+	$(BIN)/python .ci/docs_check.py $(ARGS)
 
 wheel: venv  ## build dist/ and check what the wheel holds
 	rm -rf dist

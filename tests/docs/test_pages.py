@@ -99,7 +99,7 @@ def test_the_repository_is_named_alike_everywhere() -> None:
     """Its owner is a placeholder until it is published, and is then written into all of these."""
     told = {
         name: set(re.findall(r"https://github\.com/[\w-]+/clda-core", (ROOT / name).read_text(encoding="utf-8")))
-        for name in ("pyproject.toml", "README.md", "CITATION.cff")
+        for name in ("pyproject.toml", "README.md", "CITATION.cff", "docs/index.md")
     }
     assert len(set.union(*told.values())) == 1
     assert all(told.values())

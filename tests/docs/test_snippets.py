@@ -11,6 +11,8 @@ from typing import List, NamedTuple, Tuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,14 +20,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # `<!-- not run: REASON -->` right above a block leaves it out, for one of these reasons only.
 REASONS = {
     "needs a host codebase",
-    "needs several processes",
     "needs a GPU",
-    "needs a newer torch than the oldest supported",
-    "is part of a class shown above",
 }
 
-# `<!-- needs: MODULE, MODULE -->` right above a block runs it only where these can be imported.
-NEEDS = re.compile(r"<!--\s*needs:\s*(?P<modules>[\w, ]+?)\s*-->\s*\Z")
+# `<!-- needs: MODULE, MODULE>=VERSION -->` right above a block runs it only where these can be imported.
+NEEDS = re.compile(r"<!--\s*needs:\s*(?P<modules>[\w., =><]+?)\s*-->\s*\Z")
 
 FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<code>.*?)^(?P=indent)(?P=fence)[ \t]*$", re.M | re.S
@@ -57,6 +56,14 @@ def snippets(page: Path) -> List[Snippet]:
     return found
 
 
+def there(need: str) -> bool:
+    """Return whether a module can be imported, and is as new as it has to be."""
+    requirement = Requirement(need)
+    if importlib.util.find_spec(requirement.name) is None:
+        return False
+    return not requirement.specifier or importlib.import_module(requirement.name).__version__ in requirement.specifier
+
+
 PAGES_WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
 
 
@@ -72,7 +79,7 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(0)
     try:
         for snippet in snippets(page):
-            if snippet.not_run or any(importlib.util.find_spec(name) is None for name in snippet.needs):
+            if snippet.not_run or not all(map(there, snippet.needs)):
                 continue
             with warnings.catch_warnings():
                 if snippet.needs:  # engines warn of the machine, and of what they use themselves
@@ -81,6 +88,8 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 exec(compile("\n" * snippet.line + snippet.code, str(page), "exec"), module.__dict__)
     finally:
         torch.set_num_threads(threads)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_every_reason_for_not_running_is_a_listed_one() -> None:
@@ -97,12 +106,16 @@ def test_blocks_are_found_with_their_line_indented_or_not(tmp_path: Path) -> Non
     page.write_text(
         "a\n```python\nx = 1\n```\n\n=== tab\n\n    ``` python title='t'\n    y = 2\n    ```\n\n"
         "<!-- not run: needs a GPU -->\n\n```python\nz = 3\n```\n\n```bash\nls\n```\n"
-        "<!-- needs: torch, no_such -->\n\n```python\nw = 4\n```\n",
+        "<!-- needs: torch>=1.7, no_such -->\n\n```python\nw = 4\n```\n",
         encoding="utf-8",
     )
     assert snippets(page) == [
         (2, "x = 1\n", "", ()),
         (8, "y = 2\n", "", ()),
         (14, "z = 3\n", "needs a GPU", ()),
-        (23, "w = 4\n", "", ("torch", "no_such")),
+        (23, "w = 4\n", "", ("torch>=1.7", "no_such")),
     ]
+
+
+def test_a_need_is_of_a_module_and_its_version() -> None:
+    assert [there(need) for need in ("torch", "torch>=1.7", "torch>=1000", "no_such")] == [True, True, False, False]
