@@ -69,6 +69,19 @@ class Curve:
     def __init__(self) -> None:
         self.points: List[Dict[str, Any]] = []
 
+    def add(self, step: int, **figures: Dict[str, float]) -> None:
+        """Add what each network came to; an empty dict stands for one that is not there."""
+        self.points.append({"step": step, **figures})
+
+    def last(self, network: str) -> Dict[str, float]:
+        """Return the figures that a network had last."""
+        return self.points[-1][network] if self.points else {}
+
+    def flat(self) -> Dict[str, float]:
+        """Return the last figures by ``network/name``, for a logger."""
+        last = {network: figures for network, figures in self.points[-1].items() if network != "step"}
+        return {f"{network}/{name}": value for network, each in last.items() for name, value in each.items()}
+
     def state_dict(self) -> Dict[str, Any]:
         return {"points": self.points}
 
@@ -80,16 +93,14 @@ class Checkpoints:
     """The newest state of a run, a folder that is there as a whole or not at all.
 
     Args:
-        accelerator: Whose ``save_state`` writes it: model, optimizer, scaler, random states by rank, and ``parts``.
+        accelerator: Whose ``save_state`` writes it: model, optimizer, scaler, and the random states of every rank.
         output: The run's folder.
         settings: What names the run, plain data; a checkpoint in which it differs is refused.
-        parts: Objects with ``state_dict()`` that ``prepare`` does not know.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, settings: Dict[str, Any], parts: Sequence[Any]) -> None:
+    def __init__(self, accelerator: Accelerator, output: Path, settings: Dict[str, Any]) -> None:
         self.accelerator, self.output = accelerator, output
         self.settings = {**settings, "processes": accelerator.num_processes}
-        accelerator.register_for_checkpointing(*parts)
 
     def newest(self) -> Path | None:
         """Return the folder of the last complete checkpoint."""
@@ -109,7 +120,7 @@ class Checkpoints:
                 shutil.rmtree(before)
         self.accelerator.wait_for_everyone()
 
-    def refuse_others(self, resume: bool) -> int:
+    def first_step(self, resume: bool) -> int:
         """Return the step to go on from, before anything is built.
 
         Raises:
@@ -137,8 +148,9 @@ class Checkpoints:
             )
         return int(saved["step"])
 
-    def load(self) -> None:
-        """Restore everything from the newest checkpoint, if there is one."""
+    def load(self, parts: Sequence[Any]) -> None:
+        """Save ``parts`` too from now on, objects with ``state_dict()``, and restore the newest checkpoint if any."""
+        self.accelerator.register_for_checkpointing(*parts)
         folder = self.newest()
         if folder is not None:
             self.accelerator.load_state(str(folder))
