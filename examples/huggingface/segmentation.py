@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -186,14 +185,14 @@ def loss_of(
     logits = student(torch.cat(images)).split(len(source))
     loss = segmentation_loss(logits[0], labels) + segmentation_loss(logits[1], mixed_labels, weights)
     if learner.enabled:
-        view = change_colours(target, torch.Generator().manual_seed(-1 - args.seed * 1_000_003 - number), VIEW_STRENGTH)
-        supervised = partial(_source_loss, source, labels)
-        loss = loss + args.kd_weight * learner.distill(logits[2], target, view=view, source_loss=supervised)  # CLDA 3
+        of_view = torch.Generator().manual_seed(-1 - args.seed * 1_000_003 - number)  # the host's draws stay the same
+        loss = loss + args.kd_weight * learner.distill(  # CLDA 3 of 4
+            logits[2],
+            target,
+            view=lambda: change_colours(target, of_view, VIEW_STRENGTH),
+            source_loss=lambda network: segmentation_loss(network(source), labels),
+        )
     return loss
-
-
-def _source_loss(source: Tensor, labels: Tensor, network: nn.Module) -> Tensor:
-    return segmentation_loss(network(source), labels)
 
 
 def parameter_groups(model: Segmenter, args: argparse.Namespace) -> List[Dict[str, Any]]:
