@@ -10,7 +10,8 @@ from .errors import CldaError
 from .layers import Layer, group_layers
 from .learner import CollaborativeLearner
 from .outputs import Outputs
-from .report import Report, RoundRecord
+from .history import RoundRecord
+from .report import Report
 from .saliency import saliency_rates
 from .schedule import Never, Schedule
 from .teaching import teach

@@ -14,10 +14,10 @@ from ._host.borrowing import borrowed
 from ._host.ranks import adding
 from ._host.undo import undoing
 from .errors import CldaError, check_number, problem
+from .history import Earlier, History, RoundRecord
 from .layers import Layer, ModelView, canonical_parameters
 from .lead import Lead
 from .relation import RelatedLayers, Relation, check_related, needs_inputs
-from .report import Earlier, History, RoundRecord
 from .running import Runner
 from .saliency import SaliencyEstimator
 from .saliency.host_gradients import explained

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Mapping, Tuple
 
 from .errors import CldaError, problem
+from .history import Earlier
 from .layers import ModelView
 from .lead import Averages
-from .report import Earlier
 from .strategy import PACKAGE, describe
 
 State = Dict[str, Any]

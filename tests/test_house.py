@@ -18,7 +18,7 @@ FLOORS = [
     {"saliency", "distillation", "validation"},
     {"relation", "similarity", "selection", "schedule"},
     {"update"},
-    {"report", "step", "running", "lead", "round"},
+    {"history", "drawing", "report", "step", "running", "lead", "round"},
     {"state"},
     {"learner"},
     {"checkpoint", "integrations", "teaching"},

@@ -1,12 +1,10 @@
 import json
-import math
-import sys
 from typing import Any
 
 import pytest
 
-from clda_core import CldaError, Report, RoundRecord
-from clda_core.report import Earlier
+from clda_core import Report, RoundRecord
+from clda_core.history import Earlier
 
 
 def report(**options: Any) -> Report:
@@ -117,15 +115,6 @@ def test_a_round_says_why_it_changed_nothing() -> None:
     assert RoundRecord(step=1, rates={}).reason == "no layer was selected"
 
 
-def test_the_lead_is_drawn_below_the_rates() -> None:
-    pytest.importorskip("matplotlib")
-    rounds = (led(10, -0.25, trust=0.0, lead_by_class=(0.5, None)), led(20, 0.5, trust=1.0, updated=("conv1",)))
-    _, of_lead, *_ = [axes for axes in report(rounds=rounds).plot().axes if axes.get_title()]
-    lines = {line.get_label(): list(line.get_ydata()) for line in of_lead.get_lines()}
-    assert lines["lead"] == [-0.25, 0.5]
-    assert len(report().plot().axes) < len(report(rounds=rounds).plot().axes)
-
-
 def test_from_dict_reads_a_report_from_before_rounds_were_summed_up() -> None:
     state = report().to_dict()
     assert state.pop("earlier") == Earlier().to_dict()
@@ -156,33 +145,3 @@ def test_to_dict_shares_nothing_with_the_report() -> None:
     made.to_dict()["rounds"][0]["rates"]["conv1"] = 9.0
     made.to_dict()["unrelated"].clear()
     assert str(made) == TABLE
-
-
-@pytest.mark.parametrize("options", [{}, EMPTY, {"rounds": (RoundRecord(step=3, rates={}),)}])
-def test_plot_returns_a_figure_that_can_be_saved(options: Any, tmp_path: Any) -> None:
-    figure_module = pytest.importorskip("matplotlib.figure")
-    before = set(sys.modules)
-    figure = report(**options).plot()
-    assert isinstance(figure, figure_module.Figure)
-    assert "matplotlib.pyplot" not in set(sys.modules) - before
-    figure.savefig(tmp_path / "lsr.png")
-    assert (tmp_path / "lsr.png").stat().st_size > 1000
-
-
-def test_plot_shows_rates_and_updates() -> None:
-    pytest.importorskip("matplotlib")
-    axes = report().plot().axes[0]
-    shown = axes.images[0].get_array().filled(float("nan")).tolist()
-    assert shown[:2] == [[0.5, 0.25], [0.125, 1.0]]
-    assert all(math.isnan(value) for value in shown[2])
-    assert axes.collections[0].get_offsets().tolist() == [[0.0, 1.0]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "layer1.0", "classifier"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["210", "220"]
-
-
-def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(CldaError, match=r"needs matplotlib.*Fix: pip install 'clda-core\[plots\]'"):
-        report().plot()
