@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "short_names"]
-
 BLUE, VERMILION = "#0072B2", "#D55E00"
 """Of Okabe and Ito's palette, which colour-blind readers tell apart."""
 

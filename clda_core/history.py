@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
 
-__all__ = ["Earlier", "History", "RoundRecord"]
+__all__ = ["Earlier", "RoundRecord"]
 
 
 @dataclass(frozen=True)

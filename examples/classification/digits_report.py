@@ -19,6 +19,8 @@ import clda_core
 from clda_core import Report
 from clda_core.checkpoint import atomically
 
+from .figures import OKABE_ITO, Label, label_at_the_right
+
 
 def versions() -> Dict[str, str]:
     """Return the versions that the figures depend on."""
@@ -61,36 +63,38 @@ def save_json(results: Mapping[str, Any], path: Path) -> None:
 
 
 def save_figure(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the accuracies over the steps, and for each student with rounds the LSR by layer and its lead over them."""
+    """Draw for each student with rounds the LSR by layer and its lead over them, and the accuracies over the steps."""
     histories = {
         title: stage["report"] for title, stage in results["students"].items() if stage["report"].get("rounds")
     }
-    figure = Figure(figsize=(6.5 * (len(histories) + 1), 7.4 if histories else 4.8))
-    grid = figure.add_gridspec(2, len(histories) + 1, height_ratios=[1.9, 1.0])
+    figure = Figure(figsize=(6.0 * (len(histories) + 1), 4.5), constrained_layout=True)
+    grid = figure.add_gridspec(2, len(histories) + 1, height_ratios=[2.0, 1.0])
     for column, (title, report) in enumerate(histories.items()):
         axes = figure.add_subplot(grid[0, column])
         Report.from_dict(report).plot(axes, lead_axes=figure.add_subplot(grid[1, column]))
-        axes.set_title(f"{title}: {axes.get_title()}", fontsize=10)
+        axes.set_title(title, fontsize=9, loc="left")
     _draw_accuracies(figure.add_subplot(grid[:, -1]), results)
-    figure.tight_layout()
     with atomically(path) as unfinished:
-        figure.savefig(unfinished, dpi=120, format="png")
+        figure.savefig(unfinished, dpi=150, format="png")
 
 
 def _draw_accuracies(axes: Any, results: Mapping[str, Any]) -> None:
-    for index, (title, stage) in enumerate(results["students"].items()):
+    """Draw a line per network, a colour for each way to train, with its name at the right; teachers are dashed."""
+    labels = []
+    for (title, stage), color in zip(results["students"].items(), OKABE_ITO):
         steps = [point["step"] for point in stage["curve"]]
-        axes.plot(steps, [point["accuracy"] for point in stage["curve"]], color=f"C{index}", label=f"student, {title}")
-        if stage["uses_teacher"]:
-            teacher = [point["teacher"] for point in stage["curve"]]
-            axes.plot(steps, teacher, color=f"C{index}", linestyle="--", label=f"teacher, {title}")
+        for role, style in (("student", "-"), *([("teacher", "--")] if stage["uses_teacher"] else [])):
+            heights = [point["accuracy" if role == "student" else role] for point in stage["curve"]]
+            axes.plot(steps, heights, color=color, linestyle=style, linewidth=1.2)
+            labels.append(Label(f"{title}: {role} {heights[-1]:.1f}", steps[-1], heights[-1], color))
     trained = [point["accuracy"] for stage in results["students"].values() for point in stage["curve"][1:]]
     axes.set_ylim(bottom=min(trained) - 1.0)  # the untrained start would flatten what differs
-    axes.set_xlabel("optimizer step of the student")
-    axes.set_ylabel("accuracy on the target (%)")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("optimizer step of the student", fontsize=8)
+    axes.set_ylabel("accuracy on the target (%)", fontsize=8)
+    axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    axes.set_title("Accuracy", fontsize=10)
+    label_at_the_right(axes, labels)
 
 
 def _percent(value: Optional[float]) -> str:

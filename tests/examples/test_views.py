@@ -88,10 +88,9 @@ def test_the_job_sets_no_warmup_and_its_figure_shows_the_lead(tmp_path: Any, mon
     clda = {"clda": lambda teacher, student: CollaborativeLearner(teacher, student, schedule=often)}
     results = digits.run(config, make_learners=clda).to_dict()
     digits_report.save_figure(results, tmp_path / "figure.png")
-    titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
-    lead = "Student's score minus teacher's (grey: by class)"
-    assert titles == ["clda: LSR of the teacher (dots: updated)", lead, "Accuracy"]
-    of_lead = next(axes for axes in figures[0].axes if axes.get_title() == lead)
+    of_rates, of_lead, of_trust, of_accuracy = figures[0].axes
+    assert of_rates.get_title(loc="left") == "clda"
+    assert [axes.get_ylabel() for axes in (of_lead, of_trust)] == ["student's lead", "trust (dashed)"]
     leads = [record["lead"] for record in results["students"]["clda"]["report"]["rounds"]]
-    (drawn,) = [line for line in of_lead.lines if line.get_label() == "lead"]
-    assert list(drawn.get_ydata()) == leads
+    assert leads in [list(line.get_ydata()) for line in of_lead.lines]
+    assert [text.get_text().split(":")[1].split()[0] for text in of_accuracy.texts] == ["student", "teacher"]
