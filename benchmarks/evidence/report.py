@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from benchmarks.evidence import validator_tables
 from benchmarks.evidence.observation import NETWORKS, TRAININGS, overall
 from benchmarks.evidence.records import FOLDER, Record, Records, validator_records
+from benchmarks.evidence.statistics import Difference
 from benchmarks.evidence.tables import (
     FORMER,
     REPORTED,
@@ -24,41 +26,74 @@ from benchmarks.evidence.tables import (
     tables,
     withdrawn_of,
 )
-from benchmarks.evidence.variants import VARIANTS
+from benchmarks.evidence.variants import CLDA, FROZEN, FROZEN_DIST, TURNS, UDA, VARIANTS
 from clda_core import CldaError
+from examples.classification.figures import OKABE_ITO, Label, label_at_the_right
 
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "clda"
+SVG = {"svg.hashsalt": "clda", "svg.fonttype": "none"}
+MAIN = (CLDA, "clda-init", TURNS, FROZEN_DIST, FROZEN, UDA, "select-uniform", "without-student", "former")
+"""The variants that a figure names: of those that were run the first six, and others where fewer are left."""
+GREY = " (grey: other variants, see the tables)"
+OF_DOMAIN = {
+    "source": {"color": OKABE_ITO[1], "marker": "o"},
+    "target": {"color": OKABE_ITO[2], "marker": "x", "linestyle": "--"},
+}
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def cost_figure(runs: Runs, path: Path, *, alike: bool) -> None:
-    """Draw the gains of both models against the time a variant takes; ``alike`` as of :func:`baseline`."""
-    import matplotlib.pyplot as plt
+    """Draw the gains of both models against the time a variant takes; ``alike`` as of :func:`baseline`.
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, constrained_layout=True)
-    colours = plt.get_cmap("tab20").colors
+    At most six variants are named, each in a colour of its own; the others are grey, and the tables name them. A gain
+    far outside those of most variants is drawn at the edge as an arrowhead.
+    """
     costs = {name: cost_ratio(runs, name, alike=alike) for name in runs if name != baseline(name, alike=alike)}
     shown = {name: cost for name, cost in costs.items() if cost is not None}
-    for axis, role in zip(axes, ("student", "teacher")):
-        for index, (name, cost) in enumerate(sorted(shown.items(), key=lambda item: item[1])):
-            item = difference(runs, name, role, to=baseline(name, alike=alike))
-            if item is not None:
-                bars = [[item.mean - item.low], [item.high - item.mean]]
-                style = {"color": colours[index % len(colours)], "marker": "os^"[index // len(colours) % 3]}
-                axis.errorbar(
-                    [cost], [item.mean], yerr=bars, linestyle="", capsize=2, label=VARIANTS[name].title, **style
-                )
-        axis.axhline(0, color="0.7", linewidth=0.8)
-        axis.axvline(1.1, color="0.7", linewidth=0.8, linestyle=":")
-        axis.set_xlabel("time, in units of frozen-teacher KD")
-        axis.set_ylabel(f"{role}: points above frozen-teacher KD")
-    labels = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(labels.values(), labels.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+    main = [name for name in dict.fromkeys([*MAIN, *VARIANTS]) if name in shown][: len(OKABE_ITO)]
+    figure = Figure(figsize=(6.5, 5.5), constrained_layout=True)
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, role in ((above, "student"), (below, "teacher")):
+        gains = {name: difference(runs, name, role, to=baseline(name, alike=alike)) for name in shown}
+        known = {name: gain for name, gain in gains.items() if gain is not None}
+        low, high = _limits(known, main)
+        axes.set_ylim(low, high)
+        labels = []
+        for name in sorted(known, key=lambda name: name in main):  # the named ones last, over the others
+            gain, cost = known[name], shown[name]
+            color = OKABE_ITO[main.index(name)] if name in main else "0.7"
+            if not low <= gain.mean <= high:
+                edge, marker = (low, "v") if gain.mean < low else (high, "^")
+                axes.plot([cost], [edge], marker=marker, color=color, markersize=5, clip_on=False, linestyle="")
+            else:
+                bars = [[gain.mean - gain.low], [gain.high - gain.mean]]
+                style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "capsize": 2 if name in main else 0}
+                axes.errorbar([cost], [gain.mean], yerr=bars, color=color, **style)
+            if name in main:
+                at = min(high, max(low, gain.mean))
+                labels.append(Label(f"{VARIANTS[name].title} {round(gain.mean, 1) + 0.0:+.1f}", cost, at, color))
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        axes.set_ylabel(f"{role}: points above frozen KD", fontsize=8)
+        axes.tick_params(labelsize=7)
+        label_at_the_right(axes, labels, size=6.5)
+    below.set_xlabel("time, in units of frozen KD" + (GREY if len(shown) > len(main) else ""), fontsize=8)
+    _save(figure, path)
+
+
+def _limits(gains: Mapping[str, Difference], main: Sequence[str]) -> Tuple[float, float]:
+    """Return what the middle nine tenths of the gains, 0 and the intervals of those named span, and a margin."""
+    middle = np.quantile([*(gain.mean for gain in gains.values()), 0.0], [0.05, 0.95])
+    ends = [end for name in main if name in gains for end in (gains[name].low, gains[name].high)]
+    low, high = min([*middle, *ends]), max([*middle, *ends])
+    margin = 0.05 * max(high - low, 0.5)
+    return float(low - margin), float(high + margin)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write an SVG that is the same for the same records, with letters as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
+    with matplotlib.rc_context(SVG):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def observation_table(records: Sequence[Record]) -> str:
@@ -103,26 +138,26 @@ def _means(figures: Sequence[Record], metric: str) -> List[str]:
 
 def observation_figure(records: Sequence[Record], path: Path) -> None:
     """Draw each layer's LSR on both domains, one panel a network and training."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(NETWORKS), len(TRAININGS), figsize=(9, 5), sharey=True, squeeze=False, constrained_layout=True
-    )
-    for row, network in zip(axes, NETWORKS):
-        for axis, training in zip(row, TRAININGS):
+    figure = Figure(figsize=(6.5, 4.5), constrained_layout=True)
+    panels = figure.subplots(len(NETWORKS), len(TRAININGS), sharey=True, squeeze=False)
+    for row, network in zip(panels, NETWORKS):
+        for axes, training in zip(row, TRAININGS):
             chosen = [record for record in records if record["variant"] == f"{network}-{training}"]
-            for domain, marker in (("source", "o"), ("target", "x")):
+            for domain, style in OF_DOMAIN.items():
                 rates = [list(record["own_threshold"][domain].values()) for record in chosen]
                 if rates:
-                    axis.plot(np.mean(rates, axis=0), marker=marker, linewidth=1, label=f"{domain} images")
-            axis.set_title(f"{network}, {'source only' if training == 'source' else 'UDA'}", fontsize=9)
-            axis.set_xlabel("layer, from input to output")
-            axis.set_ylabel("LSR")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+                    mean = np.mean(rates, axis=0)
+                    axes.plot(mean, linewidth=1, markersize=3.5, label=f"{domain} images", **style)
+            axes.set_ylim(0, 1)
+            axes.set_title(f"{network}, {'source only' if training == 'source' else 'UDA'}", fontsize=8, loc="left")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.tick_params(labelsize=7)
+    for axes in panels[-1]:
+        axes.set_xlabel("layer, from input to output", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("LSR", fontsize=8)
+    panels[0, 0].legend(fontsize=7, frameon=False)
+    _save(figure, path)
 
 
 def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = False) -> int:
@@ -195,7 +230,7 @@ def _validators(folder: Path, docs: Path, *, check: bool) -> List[str]:
         return []
     picture = Path("assets/evidence/validators.svg")
     if not check:
-        validator_tables.figure(records, docs / picture)
+        _save(validator_tables.figure(records), docs / picture)
     return [f"## The validators\n\n{validator_tables.tables(records)}\n\n![Leads against gaps]({picture.as_posix()})"]
 
 

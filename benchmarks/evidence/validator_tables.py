@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.tables import REPORTED
+from examples.classification.figures import OKABE_ITO
 
 TUNING = range(100, 200)
 ALL = (*REPORTED, *TUNING)
@@ -202,40 +203,43 @@ def _split(
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def figure(records: Dict[str, Sequence[Record]], path: Path) -> None:
-    """Draw leads against gaps, a panel for each validator, a colour for each task."""
-    import matplotlib.pyplot as plt
+def figure(records: Dict[str, Sequence[Record]]) -> Figure:
+    """Draw leads against gaps, a panel for each validator, a colour and a marker for each task.
 
+    The points are thousands: they are drawn as an image, what is written as text.
+    """
     pairs = pairs_of(records, ALL)
     tasks = sorted({pair.task for of in pairs.values() for pair in of})
     columns = 4
     rows = -(-len(pairs) // columns)
-    drawn, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.7 * rows), squeeze=False, constrained_layout=True)
+    drawn = Figure(figsize=(6.5, 1.5 * rows + 0.5), dpi=150, constrained_layout=True)
+    axes = drawn.subplots(rows, columns, squeeze=False)
     for axis, (name, of) in zip(axes.flat, pairs.items()):
-        for task in tasks:
-            for last in (False, True):
-                chosen = [pair for pair in of if pair.task == task and (pair.quarter == 3) == last]
-                axis.scatter(
-                    [pair.gap for pair in chosen],
-                    [pair.lead for pair in chosen],
-                    s=9 if last else 4,
-                    alpha=0.9 if last else 0.4,
-                    linewidths=0,
-                    color=f"C{tasks.index(task)}",
-                    label=task if last else None,
-                )
-        axis.axhline(0, color="0.7", linewidth=0.8)
-        axis.axvline(0, color="0.7", linewidth=0.8)
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
+        for task, color, marker in zip(tasks, OKABE_ITO[1:], "o^sDv"):
+            chosen = [pair for pair in of if pair.task == task]
+            axis.scatter(
+                [pair.gap for pair in chosen],
+                [pair.lead for pair in chosen],
+                s=[9 if pair.quarter == 3 else 3 for pair in chosen],
+                alpha=0.6,
+                linewidths=0,
+                color=color,
+                marker=marker,
+                rasterized=True,
+            )
+            axis.scatter([], [], s=16, color=color, marker=marker, label=task)
+        axis.axhline(0, color="0.6", linewidth=0.6)
+        axis.axvline(0, color="0.6", linewidth=0.6)
+        axis.set_title(name, fontsize=7)
+        axis.tick_params(labelsize=6)
     for axis in list(axes.flat)[len(pairs) :]:
         axis.set_visible(False)
-    drawn.supxlabel("student − teacher in accuracy or mIoU, points", fontsize=9)
-    drawn.supylabel("student − teacher in the validator's score", fontsize=9)
-    axes[0, 0].legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, metadata={"Date": None})
-    plt.close(drawn)
+    drawn.supxlabel(
+        "student − teacher in accuracy or mIoU, points (large: the last quarter of the training)", fontsize=8
+    )
+    drawn.supylabel("student − teacher in the validator's score", fontsize=8)
+    axes[0, 0].legend(fontsize=6, frameon=False, borderpad=0, handletextpad=0)
+    return drawn
 
 
 def _looks(records: Dict[str, Sequence[Record]], seeds: Sequence[int]) -> Iterable[Tuple[str, Record, Record]]:
