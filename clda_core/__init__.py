@@ -7,10 +7,10 @@ from typing import List as _List
 
 from . import checkpoint
 from .errors import CldaError
+from .history import RoundRecord
 from .layers import Layer, group_layers
 from .learner import CollaborativeLearner
 from .outputs import Outputs
-from .history import RoundRecord
 from .report import Report
 from .saliency import saliency_rates
 from .schedule import Never, Schedule
