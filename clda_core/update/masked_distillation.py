@@ -25,7 +25,8 @@ __all__ = ["MaskedDistillation"]
 
 
 _RATE = 1e-4
-"""Of Adam, where neither the caller nor the host gives one."""
+"""Of Adam, the highest unless the caller gives another: how far a step may go is a matter of the weights, which differ
+less from host to host than learning rates do."""
 
 
 class MaskedDistillation(Strategy):
@@ -55,8 +56,8 @@ class MaskedDistillation(Strategy):
     Args:
         steps: Optimizer steps a round, >= 1.
         learning_rate: Of the default optimizer, Adam, whose steps move every element by about as much; > 0. By default
-            ``relative_rate`` times that of the host's optimizer where that is of Adam's kind and known, and 1e-4 where
-            it is not.
+            1e-4, or less where ``relative_rate`` times that of the host's optimizer is less, if that is of Adam's kind
+            and known.
         relative_rate: See ``learning_rate``; > 0.
         learns_on: ``"inputs"``, or ``"view"``: what the teacher sees in rounds, the target images as they are or the
             view of them that ``distill`` got, where it got one.
@@ -166,7 +167,7 @@ class MaskedDistillation(Strategy):
         """Return what the optimizer's learning rate is multiplied by."""
         if self.learning_rate is not None or self.optimizer is not None or context.learning_rate is None:
             return context.strength
-        return context.strength * self.relative_rate * context.learning_rate / _RATE
+        return context.strength * min(1.0, self.relative_rate * context.learning_rate / _RATE)
 
     def _gradients(
         self,
