@@ -45,7 +45,10 @@ ENVIRONMENTS = {
     "integrations": Environment(
         "3.11",
         "Lightning, transformers, Accelerate, mmengine: torch 2.13",
-        tests=("tests/integrations", "tests/docs/test_snippets.py", "tests/examples/test_huggingface_segmentation.py"),
+        tests=(
+            *("tests/integrations", "tests/docs/test_snippets.py"),
+            *("tests/examples/test_huggingface_segmentation.py", "tests/examples/test_huggingface_classification.py"),
+        ),
     ),
     "py39": Environment("3.9", "torch 1.12"),
     "py310": Environment("3.10", "torch 2.1"),

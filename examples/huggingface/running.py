@@ -37,7 +37,7 @@ class HostAlone:
         return {}
 
 
-def start(output: Path, accumulate: int) -> Accelerator:
+def start(output: Path, accumulate: int, *handlers: Any) -> Accelerator:
     """Return the Accelerator that ``accelerate launch``, torchrun or nobody has set up, logging to TensorBoard."""
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(
@@ -45,6 +45,7 @@ def start(output: Path, accumulate: int) -> Accelerator:
         gradient_accumulation_steps=accumulate,
         log_with="tensorboard" if importlib.util.find_spec("tensorboard") else None,
         project_dir=str(output),
+        kwargs_handlers=list(handlers),
     )
     if accelerator.distributed_type not in PLAIN:
         raise problem(
