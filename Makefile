@@ -13,9 +13,11 @@ SPREAD := -n $(WORKERS) --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
+# Every file that names the repository's owner; tests/test_packaging.py looks for others.
+OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml .github/ISSUE_TEMPLATE/config.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs docs-check wheel import-time ci clean
+.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs docs-check wheel owner import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -62,10 +64,17 @@ docs-check: docs  ## open every page in Chromium at two widths, 5-15 minutes (AR
 	PIP_CONSTRAINT=.ci/constraints.txt $(PIP) install -q playwright
 	$(BIN)/python .ci/docs_check.py $(ARGS)
 
-wheel: venv  ## build dist/ and check what the wheel holds
+wheel: venv  ## build dist/ and check what it holds
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+owner:  ## write the repository's owner into every file that names it (NAME=...)
+	@test -n "$(NAME)" || { echo "who? make owner NAME=..." >&2; exit 1; }
+	sed -i.bak -E 's#(github\.com/|githubusercontent\.com/)[A-Za-z0-9-]+/clda-core#\1$(NAME)/clda-core#g; s#//[A-Za-z0-9-]+\.github\.io/clda-core#//$(NAME).github.io/clda-core#g' $(OWNED)
+	rm $(OWNED:=.bak)
 
 cost: venv  ## times and memory against their budgets, up to 5 minutes (ARGS="--parts saliency")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --quick $(ARGS)

@@ -1,4 +1,7 @@
-"""Check that the built wheel holds the package, its marker and its licence, and nothing else."""
+"""Check that the built wheel holds the package, its marker, the examples and the licence, and nothing else.
+
+twine and check-wheel-contents judge what every wheel must have; this is about ours.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,12 @@ def check(wheel: Path) -> None:
         for path in (ROOT / "clda_core").rglob("*")
         if path.suffix == ".py" or path.name == "py.typed"
     }
-    expected = package | {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    examples = {
+        f"clda_core/_shipped/{path.relative_to(ROOT).as_posix()}"
+        for path in [ROOT / "tests/__init__.py", *(ROOT / "examples").rglob("*"), *(ROOT / "tests/hosts").rglob("*")]
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("test_")
+    }
+    expected = package | examples | {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
     if names != expected:
         sys.exit(f"{wheel.name}: missing {sorted(expected - names)}, unexpected {sorted(names - expected)}")
     if "clda_core/py.typed" not in names:
@@ -36,7 +44,9 @@ def check(wheel: Path) -> None:
         sys.exit(f"{wheel.name}: requires {required}, expected {REQUIREMENTS}")
     if metadata["License-Expression"] != "Apache-2.0" or metadata["Requires-Python"] != ">=3.8":
         sys.exit(f"{wheel.name}: wrong licence or Python version in the metadata")
-    print(f"{wheel.name}: {len(package)} package files, py.typed, licence, metadata: as they should be")
+    print(
+        f"{wheel.name}: {len(package)} files of the package, {len(examples)} of examples, licence, metadata: all there"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .teaching import teach
 from .update import init_student
 from .validation import validate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CldaError",

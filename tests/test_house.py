@@ -25,6 +25,9 @@ FLOORS = [
 ]
 """Files and folders of the package from the ground up: each imports from its own floor and from those below."""
 
+COMMANDS = {"examples", "info"}
+"""Run by ``python -m``, on the roof: they may import everything, and nothing imports them."""
+
 MOST_LINES = 400
 LONGER = {"learner": 500}
 """A third of the learner's are docstrings: they say what its methods promise."""
@@ -107,10 +110,14 @@ def test_no_integration_is_imported_with_the_package() -> None:
     assert all(name.startswith("integrations.") for name in importing)
 
 
+def test_nothing_imports_a_command() -> None:
+    assert not [name for name, others in graph().items() if COMMANDS.intersection(others)]
+
+
 def test_every_module_has_a_floor() -> None:
     """And no private module stands beside the concepts, but for the wing that touches what is the user's."""
-    homeless = [module for module in graph() if module and floor_of(module) == len(FLOORS)]
-    assert not homeless
+    homeless = {module for module in graph() if module and floor_of(module) == len(FLOORS)}
+    assert homeless == COMMANDS
     empty = [name for names in FLOORS for name in names if name not in graph()]
     assert not empty
 

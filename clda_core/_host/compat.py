@@ -135,6 +135,25 @@ def _has_fused_adam() -> bool:
     return True
 
 
+def fast_paths() -> Dict[str, bool]:
+    """Return which of the newer features that this module looks for this torch has."""
+    kernels = {name: hasattr(torch, f"_foreach_{name}") for name in ("copy_", "lerp_", "norm")}
+    return {
+        **{f"foreach {name.rstrip('_')}": there for name, there in kernels.items()},
+        "fused Adam": _has_fused_adam(),
+        "Tensor.view(dtype)": _has_view_of_bits(),
+        "inference mode": hasattr(torch, "inference_mode"),
+    }
+
+
+def _has_view_of_bits() -> bool:
+    try:
+        torch.zeros(1, device="cpu").view(torch.int32)
+    except TypeError:  # before torch 1.8
+        return False
+    return True
+
+
 def leading_bits(values: Tensor, bits: int, *, overwrite: bool = False) -> Tensor:
     """Return the leading ``bits`` bits of each float32 value as a non-negative integer: sign, exponent, top mantissa.
 
