@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 # Every file that names the repository's owner; tests/test_packaging.py looks for others.
-OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml .github/ISSUE_TEMPLATE/config.yml
+OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml docs/index.md .github/ISSUE_TEMPLATE/config.yml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs docs-check wheel owner import-time ci clean

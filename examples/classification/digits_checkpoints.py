@@ -53,7 +53,7 @@ def target_batches(count: int, *, size: int = 64, seed: int = 0) -> Tuple[Tensor
     return tuple(images[torch.randint(len(images), (size,), generator=generator)] for _ in range(count))
 
 
-def make(file: Path = FILE, *, seed: int = 0, threads: int = 1, **config: Any) -> Trained:
+def make(file: Path = FILE, *, seed: int = 0, threads: int = 2, **config: Any) -> Trained:
     """Train both networks as ``digits`` does, write the file, and return what it holds."""
     from .digits import FROZEN_KD, Config, learners, run  # here, so that loading needs no part of the job
 

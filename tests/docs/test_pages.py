@@ -93,13 +93,3 @@ def test_a_cards_defaults_are_those_of_the_code(card: Path) -> None:
     for option, told in DEFAULT.findall(text):
         defaults = [parameters[option].default for parameters in signatures if option in parameters]
         assert ast.literal_eval(told) in defaults, f"{card.name} says {told} for {option}, the code {defaults}"
-
-
-def test_the_repository_is_named_alike_everywhere() -> None:
-    """Its owner is a placeholder until it is published, and is then written into all of these."""
-    told = {
-        name: set(re.findall(r"https://github\.com/[\w-]+/clda-core", (ROOT / name).read_text(encoding="utf-8")))
-        for name in ("pyproject.toml", "README.md", "CITATION.cff", "docs/index.md")
-    }
-    assert len(set.union(*told.values())) == 1
-    assert all(told.values())
