@@ -13,8 +13,9 @@ SPREAD := -n $(WORKERS) --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
-# Every file that names the repository's owner; tests/test_packaging.py looks for others.
-OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml docs/index.md .github/ISSUE_TEMPLATE/config.yml
+# Where the repository's owner is named; tests/test_packaging.py looks for other places.
+OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml docs .github
+OWNER := [A-Za-z0-9-]+
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs docs-check wheel owner import-time ci clean
@@ -71,10 +72,11 @@ wheel: venv  ## build dist/ and check what it holds
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
-owner:  ## write the repository's owner into every file that names it (NAME=...)
+owner:  ## write the repository's owner wherever it is named (NAME=...)
 	@test -n "$(NAME)" || { echo "who? make owner NAME=..." >&2; exit 1; }
-	sed -i.bak -E 's#(github\.com/|githubusercontent\.com/)[A-Za-z0-9-]+/clda-core#\1$(NAME)/clda-core#g; s#//[A-Za-z0-9-]+\.github\.io/clda-core#//$(NAME).github.io/clda-core#g' $(OWNED)
-	rm $(OWNED:=.bak)
+	grep -rlE '$(OWNER)(/|\.github\.io/)clda-core' $(OWNED) | xargs sed -i.bak -E \
+	  's#((github|githubusercontent)\.com/)$(OWNER)/clda-core#\1$(NAME)/clda-core#g; s#//$(OWNER)(\.github\.io/clda-core)#//$(NAME)\1#g'
+	find $(OWNED) -name '*.bak' -delete
 
 cost: venv  ## times and memory against their budgets, up to 5 minutes (ARGS="--parts saliency")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --quick $(ARGS)

@@ -1,12 +1,11 @@
 """What is published: one version, one owner, a README that PyPI shows whole, workflows and forms for issues."""
 
 import importlib.util
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Tuple
+from typing import Any, Tuple
 
 import pytest
 
@@ -63,29 +62,30 @@ def test_a_tag_is_refused_unless_it_is_the_version_and_the_changelog_tells_of_it
             notes(tag, version, changelog)
 
 
-def owned() -> Iterator[Tuple[str, str]]:
-    """Yield every file that names the repository's owner, with the owner."""
-    pages = [path for path in ROOT.rglob("docs/**/*.md") if ".nox" not in path.parts]
-    shipped = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in {".md", ".toml", ".cff", ".yml"}]
-    for path in [*pages, *shipped, *GITHUB.rglob("*.yml"), *(ROOT / "clda_core").rglob("*.py")]:
-        for found in OWNER.finditer(path.read_text(encoding="utf-8")):
-            yield path.relative_to(ROOT).as_posix(), found[1] or found[2]
-
-
 def test_the_owner_is_one_and_stands_where_make_owner_looks() -> None:
     """It is a placeholder until the repository is published; ``make owner NAME=...`` then replaces it everywhere."""
-    found = list(owned())
-    assert len({owner for _, owner in found}) == 1
-    looked_in = re.search(r"^OWNED := (.+)$", read("Makefile"), re.M)[1].split()
-    there = {name for name in looked_in if (ROOT / name).exists()}  # a source distribution has no .github
-    assert {name for name, _ in found} == there
+    named = {}
+    for path in [path for path in ROOT.iterdir() if path.is_file() and path.suffix in {".md", ".toml", ".cff", ".yml"}]:
+        named[path.name] = OWNER.findall(path.read_text(encoding="utf-8"))
+    for folder in ("docs", ".github", "clda_core", "examples", "benchmarks"):
+        texts = [
+            path.read_text(encoding="utf-8")
+            for kind in ("md", "yml", "py")
+            for path in (ROOT / folder).rglob(f"*.{kind}")
+        ]
+        named[folder] = OWNER.findall("\n".join(texts))
+    looked_in = set(re.search(r"^OWNED := (.+)$", read("Makefile"), re.M)[1].split())
+    assert {place for place, found in named.items() if found} == {
+        place for place in looked_in if (ROOT / place).exists()
+    }
+    assert len({"".join(owner) for found in named.values() for owner in found}) == 1
 
 
 def test_no_relative_link_is_left_in_what_pypi_shows() -> None:
     pytest.importorskip("hatchling")
     pytest.importorskip("hatch_fancy_pypi_readme")
     command = [sys.executable, "-m", "hatchling", "metadata", "readme"]
-    shown = json.loads(subprocess.run(command, cwd=str(ROOT), check=True, stdout=subprocess.PIPE).stdout)["text"]
+    shown = subprocess.run(command, cwd=str(ROOT), check=True, stdout=subprocess.PIPE).stdout.decode()
     code = re.compile(r"^```.*?^```", re.M | re.S)
     assert RELATIVE.findall(code.sub("", read("README.md")))  # there are some, which work in a clone
     assert not RELATIVE.findall(code.sub("", shown))
