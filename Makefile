@@ -74,9 +74,8 @@ wheel: venv  ## build dist/ and check what it holds
 
 owner:  ## write the repository's owner wherever it is named (NAME=...)
 	@test -n "$(NAME)" || { echo "who? make owner NAME=..." >&2; exit 1; }
-	grep -rlE '$(OWNER)(/|\.github\.io/)clda-core' $(OWNED) | xargs sed -i.bak -E \
-	  's#((github|githubusercontent)\.com/)$(OWNER)/clda-core#\1$(NAME)/clda-core#g; s#//$(OWNER)(\.github\.io/clda-core)#//$(NAME)\1#g'
-	find $(OWNED) -name '*.bak' -delete
+	grep -rlE '$(OWNER)(/|\.github\.io/)clda-core' $(OWNED) | xargs perl -pi -e \
+	  's#(github(usercontent)?\.com/)$(OWNER)/clda-core#$${1}$(NAME)/clda-core#g; s#//$(OWNER)(\.github\.io/clda-core)#//$(NAME)$${1}#g'
 
 cost: venv  ## times and memory against their budgets, up to 5 minutes (ARGS="--parts saliency")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --quick $(ARGS)
