@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
 
@@ -31,7 +31,7 @@ def main(host: Host, program: str, arguments: Optional[List[str]] = None) -> int
         check_folder(host, root)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise problem("no GPU", expected="one", received="none that torch can use", fix="pass --device cpu")
-        with _folder(options.keep) as folder:
+        with folder_for(options.keep) as folder:
             return verify(
                 Laboratory(host, root, folder.resolve(), options.model, options.device, options.iterations),
                 options.only or list(CHECKS),
@@ -44,7 +44,9 @@ def main(host: Host, program: str, arguments: Optional[List[str]] = None) -> int
         return 130
 
 
-def verify(lab: Laboratory, names: List[str], check: Callable[[str, Laboratory], Result] = run_check) -> int:
+def verify(
+    lab: Any, names: List[str], check: Callable[[str, Any], Result] = run_check, checks: Iterable[str] = CHECKS
+) -> int:
     """Run checks in their order, print one line each, and a summary; return the exit status."""
     started = time.time()
     commit, warnings = version_of(lab.host, lab.root)
@@ -53,7 +55,7 @@ def verify(lab: Laboratory, names: List[str], check: Callable[[str, Laboratory],
     for warning in warnings:
         print(f"WARNING: {warning}")
     results: Dict[str, Result] = {}
-    for name in CHECKS:
+    for name in checks:
         if name in names:
             results[name] = check(name, lab)
             print(f"{_MARKS[results[name].holds]}  {name:<17} {results[name].figures}", flush=True)
@@ -88,7 +90,12 @@ def _iterations(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _folder(keep: Optional[Path]) -> Iterator[Path]:
+def folder_for(keep: Optional[Path]) -> Iterator[Path]:
+    """Make the new folder that runs are kept in; a temporary one if none is named.
+
+    Raises:
+        CldaError: If there is something in it already.
+    """
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="clda-verify-") as folder:
             yield Path(folder)

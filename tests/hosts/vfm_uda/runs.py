@@ -1,0 +1,241 @@
+"""The runs that checks compare: each is the host's own command in a process, when a check first asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+from examples.vfm_uda.teacher import read_checkpoint
+from tests.hosts.segmentation.host import Host
+from tests.hosts.segmentation.runs import RunFailed
+
+from .data import write_data
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+OURS = REPOSITORY / "examples" / "vfm_uda"
+STEPS, SAVED = 6, 3
+"""Of a run, and after which a checkpoint is written that another run resumes."""
+
+VFM_UDA = Host(
+    name="VFM-UDA",
+    url="https://github.com/tue-mps/vfm-uda",
+    commit="e154d8f",
+    models={"vit": "uda_vit_vanilla.yaml"},
+    ours="configs/gta2cs_*.yaml",
+    has=("main.py", "training/uda_vit/uda_vit_generic.py", "uda_vit_vanilla.yaml"),
+)
+VFM_UDA_PLUSPLUS = Host(
+    name="VFM-UDA++",
+    url="https://github.com/tue-mps/vfm-uda-plusplus",
+    commit="effbb03",
+    models={"vit": "cfgs/vfmudaplusplus_base_gta2city.yaml"},
+    ours="configs/plusplus_*.yaml",
+    has=("main.py", "training/uda/uda.py", "cfgs/vfmudaplusplus_base_gta2city.yaml"),
+)
+
+_TINY = f"""
+trainer:
+  accelerator: cpu
+  devices: 1
+  strategy: auto
+  precision: 32
+  max_steps: {STEPS}
+  val_check_interval: 1.0
+  limit_val_batches: 0
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args:
+        dirpath: DIRPATH
+        filename: "{{step}}"
+        every_n_train_steps: {SAVED}
+        save_top_k: -1
+model:
+  init_args:
+    warmup_iters: 2
+data:
+  init_args:
+    batch_size: 2
+    train_num_workers: 1
+    val_num_workers: 0
+    img_size: 64
+    in_img_scale: 0.0625
+"""
+_SEGFORMER = (
+    '{"hidden_sizes": [8, 16, 16, 32], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1], '
+    '"decoder_hidden_size": 16}'
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left behind.
+
+    Attributes:
+        folder: Of its checkpoints.
+        output: Everything it printed.
+        found: What each rank reported.
+        ours: The modules of ours that it imported.
+    """
+
+    folder: Path
+    output: str
+    found: Sequence[Mapping[str, Any]]
+    ours: Sequence[str]
+
+    def checkpoint(self, step: int = STEPS) -> Mapping[str, Any]:
+        """Load the host's checkpoint of a step."""
+        return read_checkpoint(str(self.folder / f"step={step}.ckpt"))
+
+
+@dataclass
+class Laboratory:
+    """Makes data, configs and runs in one folder, laid out like the host's.
+
+    Attributes:
+        host: The repository.
+        root: Its folder.
+        folder: Where everything is written.
+        shims: What had to be mended in this environment, once something has run.
+        model: What the networks are.
+        device: Where they are trained.
+    """
+
+    host: Host
+    root: Path
+    folder: Path
+    shims: List[str] = field(default_factory=list)
+    model: str = "toy ViTs"
+    device: str = "cpu"
+    _runs: Dict[str, Any] = field(default_factory=dict)
+
+    def recipes(self) -> List[Path]:
+        """Return our configs for this host; the first is the one that is checked in full."""
+        found = sorted((self.folder / "clda_vfm_uda").glob(self.host.ours))
+        return sorted(found, key=lambda path: not path.stem.endswith("to_vits"))
+
+    def run(self, name: str) -> Run:
+        """Return a run by its name in :meth:`_plan`, made first if it has not been yet.
+
+        Raises:
+            RunFailed: If the host's process ends with an error.
+        """
+        if name not in self._runs:
+            try:
+                self._runs[name] = self._make(name)
+            except RunFailed as error:
+                self._runs[name] = error
+        found = self._runs[name]
+        if isinstance(found, RunFailed):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+    def command(self, title: str, module: str, arguments: List[str]) -> str:
+        """Run a module from the layout's folder as a user does; return what it printed."""
+        return self._process(title, [sys.executable, "-m", module, *arguments], ours=True)
+
+    def set_up(self) -> None:
+        """Lay out the folder: data, statistics of the source, our plug-in as a user copies it."""
+        write_data(self.folder / "data", self.folder / "datasets" / "rcs_stats")
+        ignored = shutil.ignore_patterns("verify.py", "__pycache__")
+        shutil.copytree(str(OURS), str(self.folder / "clda_vfm_uda"), ignore=ignored)
+        (self.folder / ".gitignore").touch()  # the host's command reads it
+        shutil.copy(str(Path(__file__).with_name("vfm_process.py")), str(self.folder / "vfm_process.py"))
+
+    def _plan(self, name: str) -> Tuple[Any, List[str]]:
+        """Return the recipe of a run, ``None`` for the host alone, and further arguments."""
+        clda, trainer = "--model.init_args.clda.", "--trainer."
+        on = [f"{clda}interval=2", f"{clda}learning_rate=1e-3"]
+        first = self.recipes()[0]
+        teacher = "--model.init_args.network.init_args.model_name=dinov2_vitl14"
+        student = "--model.init_args.network.init_args.model_name=dinov2_vits14"
+        plans: Dict[str, Tuple[Any, List[str]]] = {
+            "teacher": (None, [teacher, f"{trainer}max_steps={SAVED}"]),
+            "host": (None, [student]),
+            "host again": (None, [student]),
+            "off": (first, [f"{clda}enabled=false", f"{clda}checkpoint=none.ckpt"]),
+            "without weight": (first, [*on, f"{clda}weight=0"]),
+            "frozen": (first, [f"{clda}rounds=false"]),
+            "on": (first, on),
+            "resumed": (first, [*on, "--ckpt_path", str(self.folder / "runs" / "on" / f"step={SAVED}.ckpt")]),
+            "masked view, bf16": (first, [*on, f"{clda}view=masked", f"{trainer}precision=bf16-mixed"]),
+            "two processes": (
+                first,
+                [*on, f"{trainer}devices=2", f"{trainer}strategy=ddp_find_unused_parameters_true"],
+            ),
+            "two, resumed": (
+                first,
+                [
+                    *(*on, f"{trainer}devices=2", f"{trainer}strategy=ddp_find_unused_parameters_true"),
+                    *("--ckpt_path", str(self.folder / "runs" / "on" / f"step={SAVED}.ckpt")),
+                ],
+            ),
+        }
+        for recipe in self.recipes()[1:]:
+            small = [f"--model.init_args.network.init_args.config={_SEGFORMER}"] if "segformer" in recipe.stem else []
+            plans[recipe.stem] = (recipe, [*on, *small])
+        return plans[name]
+
+    def _make(self, name: str) -> Run:
+        slug = name.replace(" ", "_").replace(",", "")
+        recipe, arguments = self._plan(name)
+        tiny = self.folder / f"{slug}.yaml"
+        tiny.write_text(_TINY.replace("DIRPATH", str(self.folder / "runs" / slug)))
+        configs = [self.root / self.host.models["vit"], *([] if recipe is None else [recipe]), tiny]
+        if recipe is not None and not any("clda.checkpoint" in argument for argument in arguments):
+            checkpoint = self.run("teacher").folder / f"step={SAVED}.ckpt"
+            arguments = [f"--model.init_args.clda.checkpoint={checkpoint}", *arguments]
+        command = [argument for config in configs for argument in ("-c", str(config))]
+        return self.host_command(name, "fit", [*command, *arguments], ours=recipe is not None)
+
+    def host_command(self, title: str, subcommand: str, arguments: List[str], *, ours: bool) -> Run:
+        """Run the host's own ``main.py``.
+
+        Raises:
+            RunFailed: If it ends with an error.
+        """
+        slug = title.replace(" ", "_").replace(",", "")
+        report = self.folder / f"{slug}.json"
+        settings = {"host": str(self.root), "batches": str(self.folder / "batches.pt"), "report": str(report)}
+        if title == "teacher":  # the first run of all is the host's student
+            self.run("host")
+        script = str(self.folder / "vfm_process.py")
+        command = [sys.executable, script, subcommand, *arguments, "--root", str(self.folder / "data")]
+        output = self._process(title, command, ours=ours, settings=settings)
+        found = json.loads(report.read_text())
+        self.shims = found["shims"]
+        ranks = [json.loads(path.read_text()) for path in sorted(self.folder.glob(f"{slug}.json.*"))]
+        return Run(self.folder / "runs" / slug, output, ranks, found["ours"])
+
+    def _process(self, title: str, command: List[str], *, ours: bool, settings: Any = None) -> str:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(self.root), *([str(REPOSITORY)] if ours else [])]),
+            "PYTHONDONTWRITEBYTECODE": "1",  # the host's checkout stays as it is
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "WANDB_MODE": "disabled",
+            "CLDA_VERIFY": json.dumps(settings),
+        }
+        print(f"      running {title} ...", end="", file=sys.stderr, flush=True)
+        started = time.time()
+        done = subprocess.run(
+            command, cwd=str(self.folder), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        print(f" {time.time() - started:.0f} s", file=sys.stderr)
+        output = done.stdout.decode(errors="replace")
+        (self.folder / f"{title.replace(' ', '_').replace(',', '')}.txt").write_text(output)
+        if done.returncode != 0:
+            lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
+            last = ([line for line in lines if "Fix:" in line] or lines)[-1].strip()
+            raise RunFailed(f"the run {title!r} ended with status {done.returncode}: {last}")
+        return output
