@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from functools import partial
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional
 
 import torch
@@ -73,7 +74,7 @@ class CollaborativeUDA:
             output,
             images,
             mask=ignored != self.ignore_index,
-            view=self._view(target),
+            view=None if self.clda.view == "none" else partial(self._view, target),
             source_loss=lambda network: F.cross_entropy(
                 network(self.normalize(source)), labels, ignore_index=self.ignore_index
             ),
@@ -81,13 +82,11 @@ class CollaborativeUDA:
         self.manual_backward(self.clda.weight * loss)
 
     @torch.no_grad()
-    def _view(self, target: Tensor) -> Optional[Tensor]:
+    def _view(self, target: Tensor) -> Tensor:
         """Return the target images as the host changes them for its masked loss, position for position.
 
         The host masks tokens inside the network, and in training mode only; so blocks of the image are blanked here.
         """
-        if self.clda.view == "none":
-            return None
         view = self.normalize(self.random_aug_uda(target))
         return blanked(view, self.token_mask_ratio) if self.clda.view == "masked" else view
 

@@ -37,7 +37,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
         with folder_for(options.keep) as folder:
             lab = Laboratory(host, root, folder.resolve())
             lab.set_up()
-            return verify(lab, options.only or list(CHECKS), run_check, CHECKS)
+            try:
+                return verify(lab, options.only or list(CHECKS), run_check, CHECKS)
+            finally:
+                lab.close()
     except CldaError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2

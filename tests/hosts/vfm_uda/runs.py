@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from examples.vfm_uda.teacher import read_checkpoint
 from tests.hosts.segmentation.host import Host
@@ -117,6 +118,7 @@ class Laboratory:
     model: str = "toy ViTs"
     device: str = "cpu"
     _runs: Dict[str, Any] = field(default_factory=dict)
+    _server: Any = None
 
     def recipes(self) -> List[Path]:
         """Return our configs for this host; the first is the one that is checked in full."""
@@ -141,7 +143,18 @@ class Laboratory:
 
     def command(self, title: str, module: str, arguments: List[str]) -> str:
         """Run a module from the layout's folder as a user does; return what it printed."""
-        return self._process(title, [sys.executable, "-m", module, *arguments], ours=True)
+        with _told(title):
+            done = subprocess.run(
+                [sys.executable, "-m", module, *arguments],
+                cwd=str(self.folder),
+                env={**os.environ, **self._environment(True, {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        output = done.stdout.decode(errors="replace")
+        if done.returncode != 0:
+            raise RunFailed(f"{title!r} ended with status {done.returncode}: {_last(output)}")
+        return output
 
     def set_up(self) -> None:
         """Lay out the folder: data, statistics of the source, our plug-in as a user copies it."""
@@ -205,20 +218,49 @@ class Laboratory:
         """
         slug = title.replace(" ", "_").replace(",", "")
         report = self.folder / f"{slug}.json"
-        settings = {"host": str(self.root), "batches": str(self.folder / "batches.pt"), "report": str(report)}
         if title == "teacher":  # the first run of all is the host's student
             self.run("host")
-        script = str(self.folder / "vfm_process.py")
-        command = [sys.executable, script, subcommand, *arguments, "--root", str(self.folder / "data")]
-        output = self._process(title, command, ours=ours, settings=settings)
+        settings = {"host": str(self.root), "batches": str(self.folder / "batches.pt"), "report": str(report)}
+        job = {
+            "arguments": [subcommand, *arguments, "--root", str(self.folder / "data")],
+            "environment": self._environment(ours, settings),
+            "path": [str(REPOSITORY)] if ours else [],
+            "output": str(self.folder / f"{slug}.txt"),
+        }
+        with _told(title):
+            server = self._serving()
+            server.stdin.write(json.dumps(job) + "\n")
+            server.stdin.flush()
+            status = server.stdout.readline().strip()
+        output = Path(job["output"]).read_text(errors="replace") if os.path.exists(job["output"]) else ""
+        if status != "0" or not report.exists():
+            raise RunFailed(f"the run {title!r} ended with status {status or 'unknown'}: {_last(output)}")
         found = json.loads(report.read_text())
         self.shims = found["shims"]
         ranks = [json.loads(path.read_text()) for path in sorted(self.folder.glob(f"{slug}.json.*"))]
         return Run(self.folder / "runs" / slug, output, ranks, found["ours"])
 
-    def _process(self, title: str, command: List[str], *, ours: bool, settings: Any = None) -> str:
-        environment = {
-            **os.environ,
+    def close(self) -> None:
+        """End the process that runs are forked from."""
+        if self._server is not None:
+            self._server.stdin.close()
+            self._server.wait()
+
+    def _serving(self) -> Any:
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, str(self.folder / "vfm_process.py"), "serve"],
+                cwd=str(self.folder),
+                env={**os.environ, **self._environment(False, {})},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                universal_newlines=True,
+            )
+        return self._server
+
+    def _environment(self, ours: bool, settings: Mapping[str, Any]) -> Dict[str, str]:
+        return {
             "PYTHONPATH": os.pathsep.join([str(self.root), *([str(REPOSITORY)] if ours else [])]),
             "PYTHONDONTWRITEBYTECODE": "1",  # the host's checkout stays as it is
             "OMP_NUM_THREADS": "1",
@@ -226,16 +268,16 @@ class Laboratory:
             "WANDB_MODE": "disabled",
             "CLDA_VERIFY": json.dumps(settings),
         }
-        print(f"      running {title} ...", end="", file=sys.stderr, flush=True)
-        started = time.time()
-        done = subprocess.run(
-            command, cwd=str(self.folder), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        print(f" {time.time() - started:.0f} s", file=sys.stderr)
-        output = done.stdout.decode(errors="replace")
-        (self.folder / f"{title.replace(' ', '_').replace(',', '')}.txt").write_text(output)
-        if done.returncode != 0:
-            lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
-            last = ([line for line in lines if "Fix:" in line] or lines)[-1].strip()
-            raise RunFailed(f"the run {title!r} ended with status {done.returncode}: {last}")
-        return output
+
+
+@contextlib.contextmanager
+def _told(title: str) -> Iterator[None]:
+    print(f"      running {title} ...", end="", file=sys.stderr, flush=True)
+    started = time.time()
+    yield
+    print(f" {time.time() - started:.0f} s", file=sys.stderr)
+
+
+def _last(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
+    return ([line for line in lines if "Fix:" in line] or lines)[-1].strip()

@@ -1,6 +1,7 @@
 """Runs the host's own ``main.py`` with what it needs in this environment, on stand-ins for downloaded networks.
 
     python vfm_process.py ARGUMENTS OF main.py
+    python vfm_process.py serve                     with one job per line on stdin
 
 ``CLDA_VERIFY`` (JSON) names the host's folder, the file of recorded batches and the report. ``verify`` copies this file
 next to the runs and starts it by its path, so that nothing of this repository is imported unless the config asks for
@@ -10,12 +11,14 @@ does, in the same way for the host alone and with us.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
 import random
 import sys
 import time
+import traceback
 import types
 from typing import Any, Callable, Dict, List
 
@@ -210,10 +213,10 @@ def main() -> None:
     shims = [shim.__name__ for shim in SHIMS if shim()]
     from lightning.pytorch import cli
 
-    arguments = cli.LightningCLI.instantiate_trainer
+    instantiate = cli.LightningCLI.instantiate_trainer
 
     def with_replay(self: Any, **options: Any) -> Any:
-        trainer = arguments(self, **options)
+        trainer = instantiate(self, **options)
         trainer.callbacks.insert(0, replay())
         return trainer
 
@@ -226,5 +229,50 @@ def main() -> None:
         json.dump({"shims": shims, "ours": ours}, file)
 
 
+def serve() -> None:
+    """Import what every run needs once, then run each job, a line of JSON on stdin, in a process forked from here."""
+    torchvision_imports_without_operators()
+    for name in (
+        "torch",
+        "timm",
+        "wandb",
+        "transformers",
+        "torchmetrics",
+        "matplotlib.pyplot",
+        "lightning.pytorch.cli",
+    ):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            _run(job)
+        _, status = os.waitpid(process, 0)
+        print(status, flush=True)
+
+
+def _run(job: Dict[str, Any]) -> None:
+    """Run a job in this process, which ends with it."""
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(job["environment"])
+    SETTINGS.update(json.loads(os.environ["CLDA_VERIFY"]))
+    sys.path += job["path"]
+    sys.argv = [os.path.abspath(__file__), *job["arguments"]]
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["serve"] else main()
