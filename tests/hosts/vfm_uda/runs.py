@@ -71,6 +71,19 @@ data:
     img_size: 64
     in_img_scale: 0.0625
 """
+_TRUSTING = """
+from clda_core import CollaborativeLearner, Never, Schedule
+from clda_core.lead import FixedTrust
+from clda_core.update import MaskedDistillation
+from clda_vfm_uda.{module} import {name}
+
+
+class Trusting({name}):
+    def make_learner(self, teacher, student):
+        schedule = Schedule(warmup=0, interval=self.clda.interval) if self.clda.rounds else Never()
+        update = MaskedDistillation(learning_rate=self.clda.learning_rate)
+        return CollaborativeLearner(teacher, student, update=update, schedule=schedule, trust=FixedTrust())
+"""
 _SEGFORMER = (
     '{"hidden_sizes": [8, 16, 16, 32], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1], '
     '"decoder_hidden_size": 16}'
@@ -156,6 +169,15 @@ class Laboratory:
             raise RunFailed(f"{title!r} ended with status {done.returncode}: {_last(output)}")
         return output
 
+    def _trusting(self) -> str:
+        """Return the class path of the host's class with ours, whose rounds trust the student whatever its lead.
+
+        A toy student does not lead a toy teacher, and rounds would change nothing.
+        """
+        module, name = ("plugin", "CLDAUDAVITGeneric") if self.host is VFM_UDA else ("plugin_plusplus", "CLDAUDA")
+        (self.folder / "trusting.py").write_text(_TRUSTING.format(module=module, name=name))
+        return "trusting.Trusting"
+
     def set_up(self) -> None:
         """Lay out the folder: data, statistics of the source, our plug-in as a user copies it."""
         write_data(self.folder / "data", self.folder / "datasets" / "rcs_stats")
@@ -202,7 +224,10 @@ class Laboratory:
         slug = name.replace(" ", "_").replace(",", "")
         recipe, arguments = self._plan(name)
         tiny = self.folder / f"{slug}.yaml"
-        tiny.write_text(_TINY.replace("DIRPATH", str(self.folder / "runs" / slug)))
+        text = _TINY.replace("DIRPATH", str(self.folder / "runs" / slug))
+        if recipe is not None:
+            text = text.replace("\nmodel:\n", f"\nmodel:\n  class_path: {self._trusting()}\n")
+        tiny.write_text(text)
         configs = [self.root / self.host.models["vit"], *([] if recipe is None else [recipe]), tiny]
         if recipe is not None and not any("clda.checkpoint" in argument for argument in arguments):
             checkpoint = self.run("teacher").folder / f"step={SAVED}.ckpt"

@@ -134,6 +134,16 @@ def checkpoints_may_hold_objects() -> bool:
     return True
 
 
+def a_checkpoint_changes_no_config() -> bool:
+    """Newer Lightning's command line reads the file of ``--ckpt_path`` too, but nothing with NumPy's numbers."""
+    from lightning.pytorch import cli
+
+    if not hasattr(cli.LightningCLI, "_parse_ckpt_path"):
+        return False
+    cli.LightningCLI._parse_ckpt_path = lambda self: None
+    return True
+
+
 def devices_may_be_cpus() -> bool:
     """The hosts' data module reads the devices as GPUs."""
     import torch
@@ -152,6 +162,7 @@ SHIMS: List[Callable[[], bool]] = [
     the_adapter_takes_small_images,
     schedulers_take_verbose,
     checkpoints_may_hold_objects,
+    a_checkpoint_changes_no_config,
     devices_may_be_cpus,
 ]
 
