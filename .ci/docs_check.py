@@ -20,6 +20,8 @@ from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 WIDTHS = (1400, 390)
 SCHEMES = ("light", "dark")
+TALLEST = 8000  # pixels of a screenshot; what follows looks alike
+PATIENCE = 120_000  # milliseconds, for a machine that does other things too
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # What a user would type, and a page that has to be among the results.
 SEARCHES = {
@@ -79,6 +81,7 @@ class Check:
     def open(self, width: int, scheme: str) -> Page:
         """Return an empty page that reports what goes wrong on it."""
         page = self.browser.new_page(viewport={"width": width, "height": 1000}, color_scheme=scheme)
+        page.set_default_timeout(PATIENCE)
 
         def blame(text: str) -> None:
             self.wrong[page.url.replace(self.base, "/")].append(text)
@@ -99,6 +102,7 @@ class Check:
     def look(self, page: Page, name: str, label: str) -> None:
         """Visit one page and keep a screenshot of it."""
         page.goto(self.base + name, wait_until="load")
+        width = page.viewport_size["width"]
         page.evaluate("() => document.fonts.ready.then(() => null)")
         too_wide = page.evaluate(TOO_WIDE)
         if too_wide:
@@ -106,7 +110,8 @@ class Check:
         self.links[name], self.anchors[name] = set(page.evaluate(LINKS)), set(page.evaluate(ANCHORS))
         file = self.shots / label / f"{name.strip('/').replace('/', '.') or 'index'}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=file, full_page=True)
+        height = min(TALLEST, page.evaluate("() => document.documentElement.scrollHeight"))
+        page.screenshot(path=file, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
 
     def resolve(self, site: Path) -> None:
         """Find the links within the site that lead nowhere."""
@@ -131,7 +136,7 @@ class Check:
             page.click(".md-search__input")
             page.type(".md-search__input", words)
             try:
-                page.wait_for_selector(f'{FOUND}[href*="/{expected}"]', state="attached", timeout=5000)
+                page.wait_for_selector(f'{FOUND}[href*="/{expected}"]', state="attached", timeout=PATIENCE / 10)
             except Error:
                 self.wrong["search"].append(f"{words!r} does not find {expected}")
 
