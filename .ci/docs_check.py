@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import defaultdict
 from pathlib import Path
-from urllib.parse import urldefrag
+from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
@@ -117,10 +117,9 @@ class Check:
         """Find the links within the site that lead nowhere."""
         for name, links in self.links.items():
             for link in links:
-                address, anchor = urldefrag(link)
-                if not address.startswith(self.base):
+                if not link.startswith(self.base):
                     continue
-                target = address[len(self.base) :]
+                target, anchor = urlsplit(link).path[1:], urlsplit(link).fragment
                 if target in self.anchors:
                     if anchor and anchor not in self.anchors[target]:
                         self.wrong["/" + name].append(f"links to a heading that is not there: {target}#{anchor}")
