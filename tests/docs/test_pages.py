@@ -93,3 +93,12 @@ def test_a_cards_defaults_are_those_of_the_code(card: Path) -> None:
     for option, told in DEFAULT.findall(text):
         defaults = [parameters[option].default for parameters in signatures if option in parameters]
         assert ast.literal_eval(told) in defaults, f"{card.name} says {told} for {option}, the code {defaults}"
+
+
+def test_the_site_loads_nothing_from_another_host() -> None:
+    config = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8")
+    loaded = re.findall(r"^extra_(?:css|javascript): \[(.*)\]$", config, re.M)
+    files = [file for line in loaded for file in line.split(", ")]
+    assert len(loaded) == 2
+    assert not [file for file in files if not (ROOT / "docs" / file).is_file()]
+    assert "  font: false" in config.splitlines()
