@@ -89,7 +89,7 @@ def verify(name: str, options: Sequence[str]) -> int:
         options: Of that program, for instance ``["--host", "PATH"]``.
 
     Raises:
-        CldaError: If the example has no checks.
+        CldaError: If the example has no checks, or they need a package that is not installed.
     """
     root = _root()
     checks = {_plain(path.parent.relative_to(root).as_posix()): path for path in root.rglob("verify.py")}
@@ -105,6 +105,13 @@ def verify(name: str, options: Sequence[str]) -> int:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except ModuleNotFoundError as error:
+        raise problem(
+            "the checks need a package that is not here",
+            expected="the host's environment",
+            received=str(error),
+            fix="run this where the host itself is run",
+        ) from error
     finally:
         sys.path[:], sys.argv[:] = path, program
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .history import Earlier, RoundRecord
@@ -32,7 +32,7 @@ class Report:
     unrelated: Mapping[str, str]
     steps: int
     discarded: int
-    earlier: Earlier = Earlier()
+    earlier: Earlier = field(default_factory=Earlier)
 
     @property
     def made(self) -> int:

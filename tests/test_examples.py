@@ -154,6 +154,20 @@ def test_an_example_without_checks_is_told(made_up: Path, capsys: pytest.Capture
     assert "there are no such checks: expected alone, received 'together'" in capsys.readouterr().err
 
 
+def test_checks_outside_the_hosts_environment_are_told_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shipped = tmp_path / "examples" / "lacking"
+    shipped.mkdir(parents=True)
+    (shipped / "verify.py").write_text("import no_such_package\n")
+    monkeypatch.setattr(examples, "_root", lambda: tmp_path / "examples")
+    monkeypatch.setattr(examples.runpy, "run_module", lambda *_, **__: __import__("no_such_package"))
+    path, program = list(sys.path), list(sys.argv)
+    assert examples.main(["lacking", "--verify"]) == 2
+    assert "No module named 'no_such_package'. Fix: run this where the host itself is run" in capsys.readouterr().err
+    assert (sys.path, sys.argv) == (path, program)
+
+
 def run(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "clda_core.examples", *arguments]
     environment = {"PYTHONPATH": str(Path(clda_core.__file__).parents[1]), "PATH": ""}
