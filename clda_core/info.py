@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Dict, List
@@ -50,7 +51,10 @@ def versions() -> Dict[str, str]:
 def devices() -> Dict[str, str]:
     """Return what torch can compute on; no context is made on a GPU."""
     found = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"}
-    for index in range(torch.cuda.device_count()):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 1.7 built for CUDA warns where there is no driver
+        count = torch.cuda.device_count()
+    for index in range(count):
         found[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}"
     mps = getattr(torch.backends, "mps", None)
     if mps is not None and mps.is_available():
