@@ -1,6 +1,6 @@
 """What is mixed into a host's LightningModule, and the callback that steps, saves and resumes the learner with it."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`, which the host's jsonargparse does not read.
 
 import contextlib
 import inspect
@@ -31,14 +31,14 @@ class CollaborativeUDA:
     distributed wrapper.
 
     Args:
-        clda: See :class:`.options.Options`.
+        clda: What the plug-in does; the command line builds it from the config. Or a mapping of its entries.
     """
 
     normalize: ClassVar[Callable[[Tensor], Tensor]]
 
-    def __init__(self, *args: Any, clda: Optional[Dict[str, Any]] = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, clda: Options, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.clda = Options.from_config(clda)
+        self.clda = clda if isinstance(clda, Options) else Options.from_config(clda)
         self.learner: Optional[CollaborativeLearner] = None
         if self.clda.enabled:
             options, sizes = self.clda, {"num_classes": self.num_classes, "img_size": self.img_size}

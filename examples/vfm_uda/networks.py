@@ -1,6 +1,6 @@
 """A student of another kind than the host's networks: SegFormer, with what the host's training modules ask of one."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`, which the host's jsonargparse does not read.
 
 from typing import Any, List, Tuple, Union
 

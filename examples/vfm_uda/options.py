@@ -1,9 +1,9 @@
 """The ``clda`` entry of ``model.init_args``, checked."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`, which the host's jsonargparse does not read.
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional
 
 from torch import nn
 
@@ -35,7 +35,7 @@ class Options:
     """
 
     teacher: str = ""
-    teacher_args: Mapping[str, Any] = field(default_factory=dict)
+    teacher_args: Dict[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
     weights: str = "network"
     enabled: bool = True
@@ -47,8 +47,13 @@ class Options:
     interval: Optional[int] = None
     learning_rate: Optional[float] = None
 
+    def __post_init__(self) -> None:
+        check_choice("clda.view", self.view, ("colours", "masked", "none"))
+        check_choice("clda.weights", self.weights, ("network", "network_ema"))
+        check_number("clda.weight", self.weight, at_least=0)
+
     @staticmethod
-    def from_config(config: Any) -> Options:
+    def from_config(config: Any) -> "Options":
         """Check the entry and fill in the defaults.
 
         Raises:
@@ -62,11 +67,7 @@ class Options:
                 received=sorted(config) if isinstance(config, Mapping) else repr(config),
                 fix="set clda.teacher, clda.teacher_args and clda.checkpoint, as the configs beside the plug-in do",
             )
-        options = Options(**config)
-        check_choice("clda.view", options.view, ("colours", "masked", "none"))
-        check_choice("clda.weights", options.weights, ("network", "network_ema"))
-        check_number("clda.weight", options.weight, at_least=0)
-        return options
+        return Options(**config)
 
     def make_learner(self, teacher: nn.Module, student: nn.Module) -> CollaborativeLearner:
         """Build the learner."""

@@ -389,9 +389,9 @@ def test_bad_options_fail_before_training(vfm_uda: Host, changed: Dict[str, Any]
         vfm_uda.ours(**changed)
 
 
-def test_a_config_without_clda_is_an_error(vfm_uda: Host) -> None:
+def test_a_config_with_an_empty_clda_is_an_error(vfm_uda: Host) -> None:
     with pytest.raises(CldaError, match="clda is missing"):
-        vfm_uda.build(vfm_uda.ours_class)
+        vfm_uda.build(vfm_uda.ours_class, clda=None)
 
 
 def test_the_host_ema_can_be_the_teacher(vfm_uda: Host) -> None:
