@@ -1,10 +1,7 @@
 """The segmentation script for networks of transformers, on generated street frames and with networks of toy size."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -24,11 +21,8 @@ from transformers import (
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
 )
 
-from benchmarks.street import folders
 from benchmarks.street.scenes import CLASSES as STREET_CLASSES
 from benchmarks.street.scenes import game_frame, photo_frame
 from clda_core.distillation import DISTDistillation
@@ -42,10 +36,14 @@ from examples.huggingface.segmentation_data import (
     target_splits,
 )
 from examples.huggingface.segmentation_networks import check, load
-from tests.examples.huggingface_segmentation_job import interrupted, trained
+from tests.examples.huggingface_segmentation_ranks import (
+    interrupted,
+    options_for,
+    segformer,
+    street_with_networks,
+    trained,
+)
 from tests.helpers import bits
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # transformers and its dependencies warn of their own future, Accelerate of the CPU.
 pytestmark = [
@@ -55,36 +53,22 @@ pytestmark = [
 ]
 
 
-def segformer(width: int, depth: int, labels: int = 19) -> SegformerForSemanticSegmentation:
-    of_stages: Dict[str, Any] = {"hidden_sizes": [width] * 4, "depths": [depth] * 4, "num_attention_heads": [1] * 4}
-    config = SegformerConfig(num_labels=labels, decoder_hidden_size=width, sr_ratios=[4, 2, 1, 1], **of_stages)
-    return SegformerForSemanticSegmentation(config)
-
-
 @pytest.fixture(scope="module")
 def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the three data sets, and networks as `save_pretrained` writes them."""
-    folder = tmp_path_factory.mktemp("street")
-    folders.write(folder, frames=4, validation=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        segformer(8, 1).save_pretrained(folder / "student")
-        segformer(16, 1).save_pretrained(folder / "teacher")
-    return folder
+    return street_with_networks(tmp_path_factory.mktemp("street"))
 
 
 @pytest.fixture
 def options(street: Path) -> List[str]:
-    data = [f"--source={street / 'gta'}", f"--target={street / 'cityscapes'}"]
-    networks = [f"--teacher={street / 'teacher'}", f"--student={street / 'student'}"]
-    size = ["--crop=32", "--batch=2", "--workers=0", "--steps=4", "--save-every=2", "--interval=1"]
-    return [*data, *networks, *size, "--warmup=2", "--rate=1e-3", "--head-rate=1"]
+    return options_for(street)
 
 
 # --------------------------------------------------------------------------------------------------------- trainings
 
 
-def test_a_run_writes_networks_figures_and_a_report_and_resumes_bit_for_bit(options: List[str], tmp_path: Path) -> None:
+def test_a_run_writes_networks_figures_and_a_report_and_resumes_bit_for_bit(
+    options: List[str], street: Path, tmp_path: Path
+) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
     student, teacher = trained([*options, f"--output={whole}"])
     interrupted([*options, f"--output={again}"], at=4)
@@ -97,6 +81,7 @@ def test_a_run_writes_networks_figures_and_a_report_and_resumes_bit_for_bit(opti
     there = {"IoU road", "IoU sky", "IoU car"}
     assert there < set(results["curve"][0]["student"]), "only of classes that the validation labels have"
     assert "IoU train" not in results["curve"][0]["student"]
+    assert bits(teacher) != bits(load(str(street / "teacher"), "teacher", trained=True).state_dict())
     for name, state in (("student", student), ("teacher", teacher)):
         assert bits(load(str(whole / name), name, trained=True).state_dict()) == bits(state)
 
@@ -131,10 +116,8 @@ def test_without_rounds_it_is_the_host_with_the_kd_loss_bit_for_bit(
     options: List[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher = trained([*options, f"--output={tmp_path / 'off'}", "--rounds=off"])
-    _, changed = trained([*options, f"--output={tmp_path / 'on'}"])
     monkeypatch.setattr(segmentation, "CollaborativeLearner", FrozenKD)
     assert bits(trained([*options, f"--output={tmp_path / 'plain'}"])) == bits([student, teacher])
-    assert bits(changed) != bits(teacher)
 
 
 def test_without_clda_it_is_the_host_alone_bit_for_bit(options: List[str], street: Path, tmp_path: Path) -> None:
@@ -143,18 +126,6 @@ def test_without_clda_it_is_the_host_alone_bit_for_bit(options: List[str], stree
     alone = [*options, f"--teacher={street / 'student'}", "--teacher-only"]  # the same network, trained as a teacher is
     assert bits(trained([*alone, f"--output={tmp_path / 'alone'}"])[0]) == bits(student)
     assert sorted(path.name for path in (tmp_path / "alone").iterdir() if path.is_dir())[-1] == "teacher"
-
-
-def test_two_processes_stay_equal_and_resume_bit_for_bit(options: List[str], tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    job = [str(ROOT / "tests" / "examples" / "huggingface_segmentation_job.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, *job, *options, "--accumulate=2"], env=environment, timeout=900, check=True)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert bits(first["whole"]) == bits(second["whole"])
-    assert bits(first["again"]) == bits(second["again"]) == bits(first["whole"])
-    with pytest.raises(SystemExit, match="belongs to another run.*processes=2.*processes=1.*as many processes"):
-        segmentation.main([*options, "--accumulate=2", f"--output={tmp_path / 'whole'}", "--resume"])
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -345,6 +316,14 @@ def test_bad_input_is_refused_before_training(
     with pytest.raises(SystemExit, match=f"(?s)^error: .*{BAD[bad]}"):
         segmentation.main([*options, f"--output={tmp_path / 'run'}", *bad(street, tmp_path)])
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_another_number_of_processes_does_not_resume(options: List[str], tmp_path: Path) -> None:
+    trained([*options, f"--output={tmp_path}", "--steps=1", "--clda=off"])
+    run = tmp_path / "checkpoint-1" / "run.json"
+    run.write_text(run.read_text(encoding="utf-8").replace('"processes": 1', '"processes": 2'), encoding="utf-8")
+    with pytest.raises(SystemExit, match="belongs to another run.*processes=2.*processes=1.*as many processes"):
+        segmentation.main([*options, f"--output={tmp_path}", "--steps=1", "--clda=off", "--resume"])
 
 
 def test_a_folder_with_a_run_is_not_trained_into(options: List[str], tmp_path: Path) -> None:
