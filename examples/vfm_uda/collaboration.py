@@ -4,6 +4,7 @@
 
 import contextlib
 import inspect
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional
 
@@ -37,11 +38,13 @@ class CollaborativeUDA:
     normalize: ClassVar[Callable[[Tensor], Tensor]]
 
     def __init__(self, *args: Any, clda: Options, **kwargs: Any) -> None:
+        options = clda if isinstance(clda, Options) else Options.from_config(clda)
+        clda = asdict(options)  # what the host's save_hyperparameters() finds here: plain values, not a class of ours
         super().__init__(*args, **kwargs)
-        self.clda = clda if isinstance(clda, Options) else Options.from_config(clda)
+        self.clda = options
         self.learner: Optional[CollaborativeLearner] = None
         if self.clda.enabled:
-            options, sizes = self.clda, {"num_classes": self.num_classes, "img_size": self.img_size}
+            sizes = {"num_classes": self.num_classes, "img_size": self.img_size}
             teacher = build_teacher(options.teacher, options.teacher_args, options.checkpoint, options.weights, **sizes)
             self.learner = self.make_learner(teacher, self.network)
 

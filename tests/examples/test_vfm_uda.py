@@ -6,6 +6,7 @@ import copy
 import importlib
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -225,7 +226,7 @@ def test_the_checkpoint_is_the_hosts_and_our_callbacks_state(host: Host) -> None
     assert groups[0] == groups[1]
     assert set(ours["callbacks"]) - set(alone["callbacks"]) == {KEY}
     assert set(ours["hyper_parameters"]) - set(alone["hyper_parameters"]) == {"clda"}
-    assert ours["hyper_parameters"]["clda"] == host.clda()
+    assert ours["hyper_parameters"]["clda"] == asdict(Options(**host.clda()))
 
 
 # ------------------------------------------------------------------------------------------------- rounds and resume
