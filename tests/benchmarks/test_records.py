@@ -55,6 +55,7 @@ ROWS: Tuple[Tuple[str, str, str], ...] = (
     ("street", "clda", "street, student with its own start"),
     ("street-narrow", "clda", "street, student of half the width"),
     ("vowels", "clda", "vowels, held out"),
+    ("letters", "clda", "letters"),
 )
 
 
