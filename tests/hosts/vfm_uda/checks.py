@@ -11,7 +11,7 @@ from examples.vfm_uda.export import KEY
 from tests.hosts.segmentation.checks import Result, differing, flat
 from tests.hosts.segmentation.runs import RunFailed
 
-from .runs import SAVED, STEPS, Laboratory, Run
+from .runs import SAVED, STEPS, VFM_UDA_PLUSPLUS, Laboratory, Run
 
 
 def host_repeats(lab: Laboratory) -> Result:
@@ -72,12 +72,16 @@ def resuming_goes_on(lab: Laboratory) -> Result:
 
 
 def other_ways(lab: Laboratory) -> Result:
-    """Blanked blocks as the view, and autocast."""
-    return Result(rounds_of(lab.run("masked view, bf16")) > 0, f"{rounds_of(lab.run('masked view, bf16'))} rounds")
+    """Blanked blocks as the view, and autocast where the host's CPU code is fast enough."""
+    precision = "float32" if lab.host is VFM_UDA_PLUSPLUS else "bf16"
+    rounds = rounds_of(lab.run("masked view, bf16"))
+    return Result(rounds > 0, f"{rounds} rounds in {precision}")
 
 
 def processes_agree(lab: Laboratory) -> Result:
     """Two gloo processes on other batches end with the same student and teacher; a resume with another number stops."""
+    if lab.host is VFM_UDA_PLUSPLUS:
+        return Result(None, "not run: the host's SyncBatchNorm needs a GPU for every process")
     ranks = [(rank["student"], rank["teacher"], rank["rounds"]) for rank in lab.run("two processes").found]
     try:
         lab.run("two, resumed")

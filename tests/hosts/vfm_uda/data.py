@@ -82,7 +82,8 @@ def write_data(folder: Path, statistics: Path) -> None:
     try:
         for image_zip, label_zip, image_name, label_name in _FRAMES:
             image, label = street(random, darker=0.0 if image_zip[:2].isdigit() else 0.35)
-            ids = label if "TrainIds" in label_name else np.vectorize(IDS.__getitem__, otypes=[np.uint8])(label)
+            trained = "TrainIds" in label_name or "bdd100k" in label_name  # BDD's masks are train ids too
+            ids = label if trained else np.vectorize(IDS.__getitem__, otypes=[np.uint8])(label)
             for archive, name, pixels in ((image_zip, image_name, image), (label_zip, label_name, ids)):
                 if archive and archive not in archives:
                     archives[archive] = zipfile.ZipFile(str(folder / archive), "w")

@@ -190,6 +190,8 @@ class Laboratory:
         """Return the recipe of a run, ``None`` for the host alone, and further arguments."""
         clda, trainer = "--model.init_args.clda.", "--trainer."
         on = [f"{clda}interval=2", f"{clda}learning_rate=1e-3"]
+        # Attention of VFM-UDA++ in PyTorch takes many minutes in bf16 on a CPU.
+        bf16 = [f"{trainer}precision=bf16-mixed"] if self.host is VFM_UDA else []
         first = self.recipes()[0]
         teacher = "--model.init_args.network.init_args.model_name=dinov2_vitl14"
         student = "--model.init_args.network.init_args.model_name=dinov2_vits14"
@@ -202,7 +204,7 @@ class Laboratory:
             "frozen": (first, [f"{clda}rounds=false"]),
             "on": (first, on),
             "resumed": (first, [*on, "--ckpt_path", str(self.folder / "runs" / "on" / f"step={SAVED}.ckpt")]),
-            "masked view, bf16": (first, [*on, f"{clda}view=masked", f"{trainer}precision=bf16-mixed"]),
+            "masked view, bf16": (first, [*on, f"{clda}view=masked", *bf16]),
             "two processes": (
                 first,
                 [*on, f"{trainer}devices=2", f"{trainer}strategy=ddp_find_unused_parameters_true"],
