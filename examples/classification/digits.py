@@ -5,18 +5,20 @@
 
 The students start from the same weights and see the same batches: UDA alone, with knowledge distillation (KD) from the
 frozen teacher, with CLDA, which updates the teacher meanwhile, and with CLDA in two turns: the student of the frozen
-teacher teaches it, and a second student is trained of that. The target's labels are used to evaluate
-only; see ``digits_data.py``. ``runs/digits`` then holds ``results.json``, ``figure.png`` and the checkpoints.
+teacher teaches it, and a second student is trained of that. A second process trains two of the four meanwhile. The
+target's labels are used to evaluate only; see ``digits_data.py``. ``runs/digits`` then holds ``results.json``,
+``figure.png`` and the checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import multiprocessing
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,11 @@ if __package__ in (None, ""):  # run as a file: the imports below start at the r
 
 from clda_core import CldaError, CollaborativeLearner, Never, teach
 from examples.classification import ranks
+from examples.classification.arguments import a_device, a_folder, an_integer
 from examples.classification.checkpoint import Checkpoint, CheckpointError
 from examples.classification.digits_data import SOURCE_IMAGES, LabelledImages, source_digits, target_digits
 from examples.classification.digits_models import BIG, SMALL, residual_network
-from examples.classification.digits_report import OVER_TEN_SEEDS, save_figure, save_json, table, versions
+from examples.classification.digits_report import OVER_TEN_SEEDS, TOLERANCE, save_figure, save_json, table, versions
 from examples.classification.digits_training import MakeLearner, Stage, Task, train
 from examples.classification.self_training import SelfTraining
 
@@ -58,7 +61,7 @@ class Config:
     teacher_blocks: Tuple[int, ...] = BIG
     student_blocks: Tuple[int, ...] = SMALL
     source_images: int = SOURCE_IMAGES
-    evaluations: int = 12
+    evaluations: int = 6
     host: Any = field(default_factory=SelfTraining)
     progress: bool = True
 
@@ -84,6 +87,8 @@ class Results:
 
 UDA_ALONE, FROZEN_KD, CLDA = "UDA alone", "UDA + KD from the frozen teacher", "UDA + CLDA"
 IN_TURNS = "UDA + CLDA in two turns"
+MEANWHILE = (UDA_ALONE, CLDA)
+"""What a second process trains while the first trains the student of the frozen teacher and that of the next turn."""
 TEACHING_ROUNDS = 40  # at most; the teacher is at the student's level after ten or twenty
 
 
@@ -104,6 +109,7 @@ def run(
     folder: Optional[Path] = None,
     resume: bool = False,
     teacher_file: Optional[Path] = None,
+    processes: int = 1,
 ) -> Results:
     """Train the teacher, then a student for each learner, every one with its own copy of that teacher.
 
@@ -117,6 +123,8 @@ def run(
         resume: Whether to go on from the checkpoints in ``folder``, instead of starting anew.
         teacher_file: Checkpoint of the teacher's training, used if it is there and written if not, so that many runs
             can share one teacher; in ``folder`` by default.
+        processes: With 2, another process trains the students of ``MEANWHILE``, of :func:`learners`, and leaves them in
+            ``folder``. The figures are the same: a stage depends on no other but the teacher's.
 
     Raises:
         CheckpointError: If a checkpoint to go on from is broken or belongs to another run.
@@ -126,7 +134,8 @@ def run(
     try:
         with torch.random.fork_rng(devices=[]):
             chosen = learners() if make_learners is None else make_learners
-            return _run(config, chosen, train, folder, resume, teacher_file)
+            ahead = MEANWHILE if processes > 1 and make_learners is None and folder is not None else ()
+            return _run(config, chosen, train, folder, resume, teacher_file, ahead)
     finally:
         torch.set_num_threads(threads)
 
@@ -134,6 +143,13 @@ def run(
 def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None) -> int:
     """Run the job from the command line, which overrides ``config``; return the exit status."""
     parser = options_of("digits", "Fonts to handwritten digits: a teacher, and a student trained four ways.")
+    parser.set_defaults(threads=1)  # which gives the same sums on every number of cores
+    parser.add_argument(
+        "--processes",
+        type=an_integer(1, 3),
+        default=min(2, ranks.cores()),
+        help="1 or 2 processes (default: %(default)s)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     options = parser.parse_args(arguments)
     return run_command(
@@ -141,7 +157,8 @@ def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None)
         options,
         config or Config(),
         if_interrupted="the same command with --resume goes on from here",
-        beside=OVER_TEN_SEEDS,
+        beside=f"{OVER_TEN_SEEDS}\n{TOLERANCE}",
+        processes=1 if ranks.count() > 1 or options.device != "cpu" else options.processes,
         folder=options.output / "checkpoints",
         resume=options.resume,
     )
@@ -150,18 +167,23 @@ def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None)
 def options_of(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of the options that every example on this data has."""
     parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("--seed", type=_integer(0, 2**31), default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=an_integer(0, 2**31), default=0, help="seed of everything random (default: 0)")
     parser.add_argument(
-        "--steps", type=_integer(1), default=Config.steps, help="optimizer steps a training (default: %(default)s)"
+        "--steps",
+        type=an_integer(1),
+        default=Config.steps,
+        help="optimizer steps a training (default: %(default)s)",
     )
-    parser.add_argument("--device", type=_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)")
+    parser.add_argument(
+        "--device", type=a_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)"
+    )
     parser.add_argument(
         "--threads",
-        type=_integer(1),
+        type=an_integer(1),
         default=min(2, ranks.cores()),
         help="CPU threads a process (default: %(default)s)",
     )
-    parser.add_argument("--output", type=_folder, default=Path("runs") / program, help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=a_folder, default=Path("runs") / program, help="folder (default: %(default)s)")
     return parser
 
 
@@ -225,6 +247,7 @@ def _run(
     folder: Optional[Path],
     resume: bool,
     teacher_file: Optional[Path],
+    ahead: Sequence[str],
 ) -> Results:
     task = _task(config)
     seeds = _seeds(config.seed)
@@ -267,26 +290,57 @@ def _run(
         )
         return student, stage
 
-    students: Dict[str, Stage] = {}
-    for title, make_learner in chosen.items():
+    def from_the_trained_teacher(title: str) -> Tuple[nn.Module, nn.Module]:
         teacher = residual_network(config.teacher_blocks, seed=seeds["teacher"]).to(config.device)
         teacher.load_state_dict(trained.state_dict())
-        student, students[title] = of_student(title, teacher, make_learner)
-        if title == FROZEN_KD:
-            first_turn = teacher, student
-    if FROZEN_KD in chosen:
-        teacher, student = first_turn
-        teach(teacher, student, _target_batches(task, seeds["first teaching"]))
-        student, second = of_student(IN_TURNS, teacher, chosen[FROZEN_KD])
-        teach(teacher, student, _target_batches(task, seeds["second teaching"]))
-        first = students[FROZEN_KD]
-        students[IN_TURNS] = replace(
-            second,
-            teacher_before=first.teacher_before,
-            teacher_after=task.evaluation.accuracy(teacher),
-            seconds={part: first.seconds[part] + second.seconds[part] for part in second.seconds},
-        )
-    return Results(config, of_teacher, students)
+        student, students[title] = of_student(title, teacher, chosen[title])
+        return teacher, student
+
+    students: Dict[str, Stage] = {}
+    with _meanwhile(config, folder, ahead) as wait:
+        for title in chosen:
+            if title not in (*ahead, FROZEN_KD):
+                from_the_trained_teacher(title)
+        if FROZEN_KD in chosen:
+            teacher, student = from_the_trained_teacher(FROZEN_KD)
+            teach(teacher, student, _target_batches(task, seeds["first teaching"]))
+            student, second = of_student(IN_TURNS, teacher, chosen[FROZEN_KD])
+            teach(teacher, student, _target_batches(task, seeds["second teaching"]))
+            first = students[FROZEN_KD]
+            students[IN_TURNS] = replace(
+                second,
+                teacher_before=first.teacher_before,
+                teacher_after=task.evaluation.accuracy(teacher),
+                seconds={part: first.seconds[part] + second.seconds[part] for part in second.seconds},
+            )
+        wait()
+        for title in ahead:  # from its last checkpoint; nothing is left to train unless the other process was stopped
+            from_the_trained_teacher(title)
+    return Results(config, of_teacher, {title: students[title] for title in (*chosen, IN_TURNS) if title in students})
+
+
+@contextmanager
+def _meanwhile(config: Config, folder: Optional[Path], titles: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Train students in another process; yield what waits for it, and end it if this one fails or is interrupted."""
+    if not titles:
+        yield lambda: None
+        return
+    other = multiprocessing.get_context("spawn").Process(
+        target=_train_ahead, args=(config, folder, titles), daemon=True
+    )
+    other.start()
+    try:
+        yield other.join
+    finally:
+        other.terminate()
+        other.join()
+
+
+def _train_ahead(config: Config, folder: Path, titles: Sequence[str]) -> None:
+    """Go on from the trained teacher's checkpoint, in a process that shows nothing."""
+    with suppress(KeyboardInterrupt):
+        quiet = replace(config, progress=False)
+        run(quiet, make_learners={title: learners()[title] for title in titles}, folder=folder, resume=True)
 
 
 def _target_batches(task: Task, seed: int) -> Iterator[Tensor]:
@@ -328,37 +382,6 @@ def _summary(results: Mapping[str, Any]) -> str:
     ]
     title = f"Accuracy on the 1,797 handwritten digits, in %, seed {results['config']['seed']}"
     return "\n\n".join([*tables, f"{title}\n{table(results)}"])
-
-
-def _integer(least: int, below: float = float("inf")) -> Any:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected an integer, received {text!r}") from None
-        if not least <= value < below:
-            limit = "" if below == float("inf") else f" and < {below:.0f}"
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}{limit}, received {value}")
-        return value
-
-    return parse
-
-
-def _device(text: str) -> str:
-    try:
-        torch.zeros(1, device=text)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"torch cannot use device {text!r}: {reason}") from None
-    return text
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    existing = next(part for part in (path, *path.absolute().parents) if part.exists())
-    if not existing.is_dir() or not os.access(str(existing), os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected a folder that can be written, received {text!r}")
-    return path
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "new" / "out"
-    arguments = ["--steps", "3", "--seed", "100", "--threads", "1", "--output", str(output)]
+    arguments = ["--steps", "3", "--seed", "100", "--threads", "1", "--processes", "1", "--output", str(output)]
     assert digits.main(arguments, quick(evaluations=12)) == 0
     results = json.loads((output / "results.json").read_text())
     assert results["config"]["steps"] == 3
@@ -163,6 +163,24 @@ def test_job_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert f"{frozen['accuracy']:.1f}" in printed
     assert "teacher before" in printed
+
+
+def test_a_second_process_changes_no_figure_and_no_order(tmp_path: Path) -> None:
+    config = quick(steps=4, evaluations=1)
+    alone, both = (digits.run(config, folder=tmp_path / str(count), processes=count) for count in (1, 2))
+    assert without_seconds(alone) == without_seconds(both)
+    assert list(both.students) == [digits.UDA_ALONE, digits.FROZEN_KD, digits.CLDA, digits.IN_TURNS]
+
+
+def test_a_second_process_that_was_stopped_leaves_its_students_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits.multiprocessing.get_context("spawn").Process, "start", lambda self: None)
+    for method in ("join", "terminate"):
+        monkeypatch.setattr(digits.multiprocessing.get_context("spawn").Process, method, lambda self: None)
+    config = quick(steps=2, evaluations=1)
+    alone, both = (digits.run(config, folder=tmp_path / str(count), processes=count) for count in (1, 2))
+    assert without_seconds(alone) == without_seconds(both)
 
 
 def test_students_start_alike_and_uda_alone_ignores_the_teacher() -> None:
