@@ -18,7 +18,7 @@ OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml docs .github
 OWNER := [A-Za-z0-9-]+
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs docs-check wheel owner import-time ci clean
+.PHONY: help venv demo evidence-quick cost gpu test test-oldest test-matrix lint format types docs tutorial docs-check wheel owner import-time ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -60,6 +60,9 @@ types: venv  ## check the package's types
 
 docs: venv  ## build the documentation into site/, any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
+
+tutorial: venv  ## run docs/tutorial.ipynb and keep its outputs, 1-3 minutes (ARGS="--check" only runs it)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python .ci/tutorial.py $(ARGS)
 
 docs-check: docs  ## open every page in Chromium at two widths, 5-15 minutes (ARGS="--pages hosts/ --schemes light")
 	PIP_CONSTRAINT=.ci/constraints.txt $(PIP) install -q playwright
