@@ -40,7 +40,14 @@ def label_at_the_right(axes: Any, labels: Sequence[Label], *, size: float = 7.0)
             fontsize=size,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0.0, 0.5),
+                "color": label.color,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
         )
 
 
