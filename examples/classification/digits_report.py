@@ -40,8 +40,9 @@ OVER_TEN_SEEDS = (
 )
 
 TOLERANCE = (
-    "Equal commands give equal figures on one machine. On another processor or another version of torch, sums are\n"
-    "rounded otherwise and trainings part: of seed 0, teacher and student differed by up to 1.5 points so far."
+    "Equal commands give equal figures on one machine. Another processor, version of torch or number of threads\n"
+    "rounds sums otherwise, and trainings part: of seed 0 the teacher has come out between 80.6 and 83.1, the\n"
+    "student of the frozen teacher between 82.0 and 83.9."
 )
 
 
