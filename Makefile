@@ -93,5 +93,5 @@ ci:  ## everything that must hold before a change is merged
 	.ci/run
 
 clean:  ## remove everything that is made here, the environments too
-	rm -rf $(VENV) .nox build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .nox build dist site .cache runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find clda_core examples tests benchmarks .ci -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
