@@ -230,7 +230,7 @@ class CollaborativeLearner:
             student_inputs: What rounds call the student with, where that is something else.
             view: The same images changed in colour, masked or the like, position for position, as the teacher is called
                 with them: both networks are validated by it. Or a function without arguments that returns them; it is
-                called at steps that end with a round, and at the first.
+                called at steps that are observed or end with a round, and at the first.
             student_view: The same for the student, where it has ``student_inputs``.
             source_loss: The host's supervised loss on this step's source data as a function of the network, for example
                 ``lambda teacher: F.cross_entropy(teacher(images_s), labels_s)``; for updates that take it in
