@@ -1,8 +1,9 @@
-"""The committed records: which are withdrawn, and what the README says from them."""
+"""The committed records: which are withdrawn, and what the README and the evidence say from them."""
 
+import itertools
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_the_reason_says_whether_rounds_changed_a_layer_of_that_layout(name: str
         assert record["withdrawn"].startswith("their rounds changed layers" if hit else "made with the fused Adam")
 
 
-# ------------------------------------------------------------------------------------------------------ README's table
+# ------------------------------------------------------------------------------------ the tables of README and evidence
 
 TRAINING = 1.15  # times frozen-teacher KD: the budget of a training with the defaults, docs/cost.md
 ROWS: Tuple[Tuple[str, str, str], ...] = (
@@ -57,27 +58,42 @@ ROWS: Tuple[Tuple[str, str, str], ...] = (
     ("vowels", "clda", "vowels, held out"),
     ("letters", "clda", "letters"),
 )
+INTERVAL = re.compile(r" \[(.*?), (.*?)\]")
+
+
+def _told(page: str, after: str) -> List[str]:
+    """Return the rows of the first table that follows a line of a page."""
+    lines = (ROOT / page).read_text(encoding="utf-8").partition(f"\n{after}\n")[2].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|---"))
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[first + 1 :]))
 
 
 def test_the_readmes_table_is_that_of_the_records() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = text.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
-    told = [line for line in results.splitlines() if line.startswith("| ")][1:]
+    """A teacher and what rounds add to it, a student and what they add to it; the intervals are in the evidence."""
+    expected = []
+    for title, seeds, *figures, time in map(_cells, ROWS):
+        teacher, student, to_teacher, to_student = (INTERVAL.sub("", figure) for figure in figures)
+        expected.append(_line([title, seeds, teacher, to_teacher, student, to_student, time]))
+    assert _told("README.md", "<!-- results -->") == expected
+
+
+def test_the_evidences_table_is_that_of_the_records() -> None:
+    told = _told("docs/evidence.md", "## Today's defaults")
     assert len(told) == len(ROWS)
-    for line, expected in zip(told, map(_row, ROWS)):
-        (texts, ends), (rights, others) = map(_parted, (line, expected))
-        assert texts == rights
+    for line, expected in zip(told, map(_cells, ROWS)):
+        assert INTERVAL.sub("", line) == INTERVAL.sub("", _line(expected))
+        ends, others = (
+            [float(end) for each in INTERVAL.findall(text) for end in each] for text in (line, _line(expected))
+        )
         assert ends == pytest.approx(others, abs=0.11), "versions of SciPy draw other bootstrap samples"
 
 
-def _parted(line: str) -> Tuple[str, List[float]]:
-    """Return a row without its intervals, and their ends."""
-    intervals = re.findall(r"\[(.*?), (.*?)\]", line)
-    return re.sub(r"\[.*?\]", "", line), [float(end) for interval in intervals for end in interval]
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def _row(of: Tuple[str, str, str]) -> str:
-    """Return a line: frozen KD of the same loss and start, what rounds add to both networks, and the time."""
+def _cells(of: Tuple[str, str, str]) -> List[str]:
+    """Return a row of the evidence: frozen KD of the same loss and start, what rounds add to both, and the time."""
     name, variant, title = of
     (runs,) = runs_of(Records(FOLDER / f"{name}.jsonl").read()).values()
     base = baseline(variant, alike=True)
@@ -93,7 +109,7 @@ def _row(of: Tuple[str, str, str]) -> str:
         item = difference(runs, variant, role, to=base)
         assert item is not None
         cells.append(f"{_tenths(item.mean, '+')} [{_tenths(item.low)}, {_tenths(item.high)}]")
-    return f"| {' | '.join([*cells, f'{cost_ratio(runs, variant, alike=True):.2f}×'])} |"
+    return [*cells, f"{cost_ratio(runs, variant, alike=True):.2f}×"]
 
 
 def _tenths(value: float, sign: str = "") -> str:
