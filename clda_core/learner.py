@@ -56,7 +56,8 @@ class CollaborativeLearner:
         threshold: The score above which a parameter is salient, which the LSR counts;
             :class:`~clda_core.saliency.MeanThreshold` by default.
         selection: Chooses the non-salient layers by their LSR; :class:`~clda_core.selection.DrawnFraction` by default.
-        relation: Teacher layer to student layer; :class:`~clda_core.relation.ByRelativeDepth` by default.
+        relation: Teacher layer to student layer, for updates that need it (the default does not);
+            :class:`~clda_core.relation.ByRelativeDepth` by default.
         validator: Scores both networks on target data without labels; by default
             :class:`~clda_core.validation.SoftConsistency` where :meth:`distill` gets a view, and
             :class:`~clda_core.validation.MutualInformation` where it does not.

@@ -6,7 +6,7 @@ from .density import NeighbourhoodDensity
 from .entropy import NegativeEntropy
 from .mixval import MixVal, mixed
 from .mutual_information import ConsistentInformation, MutualInformation
-from .validate import validate, validation_statistics
+from .scores import validate, validation_statistics
 
 __all__ = [
     "ByClass",

@@ -1,6 +1,7 @@
 """What an editor shows of a public name is whole, and a strategy's card and its reference link to each other."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_every_parameter_is_annotated_and_defaults_are_short_enough_to_read() ->
         )
     ]
     assert wrong == []
+
+
+def test_no_module_hides_a_public_name_of_its_package() -> None:
+    """mkdocstrings would show the module in its place, and links to the name would lead nowhere."""
+    hidden = [
+        f"{module}.{name}"
+        for module in MODULES
+        if hasattr(importlib.import_module(module), "__path__")
+        for name in importlib.import_module(module).__all__
+        if not inspect.ismodule(getattr(importlib.import_module(module), name))
+        and importlib.util.find_spec(f"{module}.{name}") is not None
+    ]
+    assert hidden == []
 
 
 def test_every_public_name_says_where_it_is_from() -> None:
