@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
 from .strategy import Strategy
 from .update import RoundContext
-from .validation import MakesView, MutualInformation, SoftConsistency, Validator
-from .validation.base import check_statistics, nothing_unless_finite, score_by_class, score_of
+from .update.judged import statistics_of, validator_of
+from .validation import Validator
+from .validation.base import nothing_unless_finite, score_by_class, score_of
 
 __all__ = ["FixedTrust", "LinearTrust", "Look", "Trust"]
 
@@ -149,7 +150,7 @@ class Lead:
             return Look(self._trust.trust, reason="the student is not trusted: trust= says so")
         if context.inputs is None:
             return Look(0.0, reason="the student is not trusted: distill() got no inputs to validate the networks on")
-        validator = self.validator_of(context)
+        validator = validator_of(self._validator, context)
         if renewed or self.averages.of != type(validator).__name__:
             teacher, student = sum_across_ranks(nothing_unless_finite(*_statistics(validator, context)))
             self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
@@ -158,7 +159,7 @@ class Lead:
     def rehearse(self, context: RoundContext) -> None:
         """Do all of a look that can fail, and forget it."""
         if not isinstance(self._trust, FixedTrust) and context.inputs is not None:
-            validator = self.validator_of(context)
+            validator = validator_of(self._validator, context)
             self._decided(validator, *_statistics(validator, context))
 
     def _decided(self, validator: Validator, teacher: Tensor, student: Tensor) -> Look:
@@ -168,26 +169,6 @@ class Lead:
             return Look(0.0, reason="the student is not trusted: the validator could not score both networks")
         trust = self._trust(lead)
         return Look(_checked(trust), lead, _by_class(validator, teacher, student))
-
-    def validator_of(self, context: RoundContext) -> Validator:
-        """Return the validator that goes by what the host hands a round.
-
-        Raises:
-            CldaError: If it needs a view and there is none.
-        """
-        has_view = context.has_view()
-        if self._validator is None:
-            return SoftConsistency() if has_view else MutualInformation()
-        if self._validator.needs_view and not has_view and not isinstance(self._validator, MakesView):
-            raise problem(
-                f"the validator {type(self._validator).__name__} needs a second view of the target images",
-                expected="view= of distill()"
-                + (", with student_view= beside student_inputs=" * (context.student_inputs is not None)),
-                received="none",
-                fix="call learner.distill(student_output, images, view=changed_images), or use a validator that needs "
-                "no view, such as MutualInformation()",
-            )
-        return self._validator
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what is averaged, and by which validator."""
@@ -222,14 +203,5 @@ def _by_class(validator: Validator, teacher: Tensor, student: Tensor) -> Tuple[O
 
 def _statistics(validator: Validator, context: RoundContext) -> Tuple[Tensor, Tensor]:
     """Return what a validator counts of teacher and student on a batch."""
-    found: List[Tensor] = []
-    for model, own in ((context.teacher, context.teacher_outputs), (context.student, context.student_outputs)):
-        view: Optional[Tensor] = None
-        if isinstance(validator, MakesView):
-            view = context.predict(model, validator.view(context.inputs_of(model))).logits
-        elif validator.needs_view:
-            view = context.predict(model, context.view_of(model)).logits
-        with torch.no_grad():
-            statistics = validator.statistics(own().logits, view, context.mask)
-        found.append(check_statistics(validator, statistics, found[0] if found else None))
-    return found[0], found[1]
+    teacher = statistics_of(validator, context, context.teacher, context.teacher_outputs)
+    return teacher, statistics_of(validator, context, context.student, context.student_outputs, like=teacher)

@@ -46,6 +46,7 @@ from clda_core.update import (
     AlignedAverage,
     Average,
     Guard,
+    KeepBest,
     MaskedDistillation,
     agreement,
     consensus,
@@ -112,6 +113,10 @@ CASES: Dict[str, List[Case]] = {
     "Guard": [
         ("update", lambda: Guard(MaskedDistillation(learning_rate=1e-2))),
         ("update", lambda: Guard(Average(decay=0.5), criterion=agreement)),
+    ],
+    "KeepBest": [
+        ("update", lambda: KeepBest(MaskedDistillation(learning_rate=1e-2), every=2, looks=1)),
+        ("update", lambda: KeepBest(Average(decay=0.5), every=1, looks=1)),
     ],
     "consensus": [("criterion", lambda: consensus)],
     "mutual_information": [("criterion", lambda: mutual_information)],

@@ -15,6 +15,7 @@ from clda_core.lead import MEMORY, FixedTrust, Lead, LinearTrust
 from clda_core.saliency import Magnitude
 from clda_core.selection import AllLayers
 from clda_core.update import Average, Guard, MaskedDistillation
+from clda_core.update.judged import validator_of
 from clda_core.validation import ConsistencyIoU, MixVal, MutualInformation, NegativeEntropy, SoftConsistency, mixed
 from tests.distributed import leads, processes
 from tests.helpers import (
@@ -265,9 +266,9 @@ def test_a_student_with_other_inputs_is_validated_on_its_own_view() -> None:
     both = {"inputs": x, "student_inputs": x[:, :3], "view": changed(x), "mask": None}
     lead = Lead(None, WIDE)
     lone = round_context(teacher, student, related={}, **both)
-    assert isinstance(lead.validator_of(lone), MutualInformation), "the student's view is not known"
+    assert isinstance(validator_of(None, lone), MutualInformation), "the student's view is not known"
     context = round_context(teacher, student, related={}, **both, student_view=changed(x)[:, :3])
-    assert isinstance(lead.validator_of(context), SoftConsistency)
+    assert isinstance(validator_of(None, context), SoftConsistency)
     p, q = (softmax(logits(student, one[:, :3])) for one in (x, changed(x)))
     ones = [numpy.ones(SAMPLES)]
     expected = float((p * numpy.log(q)).sum(1).mean()) - consistency(teacher, [x], ones)

@@ -22,7 +22,7 @@ from clda_core.selection import (
     RandomFraction,
     Selection,
 )
-from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, Update
+from clda_core.update import AlignedAverage, Average, Guard, KeepBest, MaskedDistillation, Update
 from clda_core.validation import ConsistencyIoU
 
 Strategies = Callable[[Task, int], Dict[str, Any]]
@@ -147,6 +147,20 @@ def without_student(task: Task, seed: int) -> Dict[str, Any]:
     return {"trust": FixedTrust(0.0), "update": own_targets(task, seed)}
 
 
+def anchored(task: Task, seed: int) -> Update:
+    """Return the stronger setting for images: own targets on the view, with the source's loss as an anchor."""
+    return MaskedDistillation(learns_on="view", own_targets=True, source_weight=1.0)
+
+
+def anchored_without_student(task: Task, seed: int) -> Dict[str, Any]:
+    """Return the same rounds with the teacher's own predictions as the only targets."""
+    return {"trust": FixedTrust(0.0), "update": anchored(task, seed)}
+
+
+def kept_best(task: Task, seed: int) -> Update:
+    return KeepBest(MaskedDistillation())
+
+
 def supervised(task: Task, seed: int) -> Update:
     return MaskedDistillation(source_weight=1.0)
 
@@ -266,6 +280,14 @@ VARIANTS: Dict[str, Variant] = {
     "own-targets-init": Variant(
         "the teacher's own targets too, student initialised", "lead", with_(update=own_targets), start="teacher"
     ),
+    "anchored": Variant("own targets and the source's loss, on the view", "lead", with_(update=anchored)),
+    "anchored-init": Variant(
+        "own targets and the source's loss, student initialised", "lead", with_(update=anchored), start="teacher"
+    ),
+    "anchored-alone": Variant("the same rounds without the student", "lead", anchored_without_student),
+    "anchored-alone-init": Variant(
+        "the same without the student, student initialised", "lead", anchored_without_student, start="teacher"
+    ),
     "on-view": Variant("the teacher learns on the view", "lead", with_(update=on_view)),
     "warmed": Variant("the former defaults, rounds after 300 steps", "lead", warmed),
     "warmed-init": Variant("the former defaults, student initialised", "lead", warmed, start="teacher"),
@@ -300,6 +322,13 @@ VARIANTS: Dict[str, Variant] = {
     ),
     "update-aligned-guarded": Variant(
         "aligned average, guarded", "update", with_(update=lambda task, seed: Guard(AlignedAverage()))
+    ),
+    "keep-best": Variant("going back to the best teacher", "update", with_(update=kept_best)),
+    "keep-best-init": Variant(
+        "going back to the best teacher, student initialised", "update", with_(update=kept_best), start="teacher"
+    ),
+    "lead-ignored-kept": Variant(
+        "trusted whoever leads, going back to the best teacher", "update", with_(lead_ignored, update=kept_best)
     ),
     "update-distil-unguarded": Variant(
         "masked distillation, unguarded", "update", with_(update=lambda task, seed: MaskedDistillation())

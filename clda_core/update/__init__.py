@@ -5,6 +5,7 @@ from .average import Average
 from .base import RoundContext, SourceLoss, Update, UpdateResult
 from .guard import Criterion, Guard, agreement, consensus, mutual_information
 from .initialise import init_student
+from .keep_best import KeepBest
 from .masked_distillation import MaskedDistillation
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Average",
     "Criterion",
     "Guard",
+    "KeepBest",
     "MaskedDistillation",
     "RoundContext",
     "SourceLoss",

@@ -14,7 +14,7 @@ from clda_core import CollaborativeLearner
 from clda_core._host.undo import settled, undoing
 from clda_core.relation import BySimilarity
 from clda_core.selection import AllLayers
-from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement
+from clda_core.update import AlignedAverage, Average, Guard, KeepBest, MaskedDistillation, agreement
 from tests.helpers import make_learner, random_states, seeded, values
 
 SAMPLED = 40
@@ -22,11 +22,29 @@ SAMPLED = 40
 
 TRACED = (clda_core.__path__[0], contextlib.__file__, sys.modules["torch.autograd.grad_mode"].__file__)
 
+
+class Former:
+    """A validator that scores the teacher 0 and the best one 1, of which it is asked in turns."""
+
+    needs_view = False
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def statistics(self, logits: Tensor, view_logits: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
+        self.asked += 1
+        return torch.tensor([float(self.asked % 2 == 0)])
+
+    def score(self, statistics: Tensor) -> Tensor:
+        return statistics[0]
+
+
 UPDATES: Dict[str, Callable[[], Any]] = {
     "Average": lambda: Average(decay=0.5, buffers="average"),
     "AlignedAverage": lambda: AlignedAverage(decay=0.5, buffers="average"),
     "accepted": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1e9),
     "rejected": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=distance, backtracks=1),
+    "gone back": lambda: KeepBest(MaskedDistillation(learning_rate=1e-2), validator=Former(), every=2, looks=1),
 }
 
 
@@ -113,6 +131,8 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_all_as_before_or_after(update
     counting(step(finished))
     assert len(counting.lines) > 300
     before, after = state(learner), state(finished)
+    if update == "gone back":
+        assert finished.report().rounds[-1].accepted is False
     assert before[1] + 1 == after[1]
     bad: List[str] = []
     places = list(counting.lines)

@@ -1,0 +1,242 @@
+"""Going back to the best teacher so far, where rounds have made the teacher worse on target data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
+
+from torch import Tensor, nn
+
+from .._host.compat import clones, copy_
+from .._host.names import named_tensors
+from .._host.plain import copied
+from .._host.ranks import sum_across_ranks
+from .._host.shards import here
+from .._host.undo import undoing
+from ..errors import check_number, problem
+from ..layers import Layer
+from ..strategy import Strategy
+from ..validation import Validator
+from ..validation.base import check_validator, nothing_unless_finite, score_of
+from .base import (
+    RoundContext,
+    Update,
+    UpdateResult,
+    check_teacher,
+    check_update,
+    keep_state,
+    load_state,
+    needs_relation,
+    rehearse,
+    state_of,
+    weighs_trust,
+)
+from .judged import statistics_of, validator_of
+from .writing import tensors_of
+
+__all__ = ["KeepBest"]
+
+WENT_BACK = "the teacher had become worse, and went back to the best one so far"
+
+
+class KeepBest(Strategy):
+    r"""Run an update, and go back to the best teacher so far where rounds have made the teacher worse.
+
+    :class:`~clda_core.update.Guard` judges one round by one batch; harm that is too small to be seen there adds up.
+    Here the best teacher so far and the present one are validated on the same target batches, those of the last
+    ``looks`` of every ``every`` rounds. With :math:`s` the validator's score of what it has counted on these batches,
+    the teacher goes back if :math:`s_\text{best} - s_\text{present} > \text{tolerance}`; the update then begins anew,
+    as if it had made no round. Otherwise the present teacher is the best from there on. Where either score is unknown
+    (NaN), nothing is decided.
+
+    Args:
+        update: The update that makes the rounds.
+        validator: Scores a network on target data without labels, higher for a better one; by default
+            :class:`~clda_core.validation.SoftConsistency` where ``distill`` gets a view, and
+            :class:`~clda_core.validation.MutualInformation` where it does not.
+        every: Rounds from one decision to the next, >= ``looks``. Counted are rounds in which the student is trusted.
+        looks: How many of the last of these rounds the two are validated in, >= 1.
+        tolerance: In the validator's units, >= 0.
+
+    Raises:
+        CldaError: If an argument is out of range or no such strategy; in a round, if the validator needs a view and
+            there is none, or returns no statistics.
+
+    Note:
+        For teachers that rounds alone change: what a host trains meanwhile would be mixed with what is gone back to. An
+        update that trains the teacher towards what the validator measures, as ``own_targets`` does, cannot be judged by
+        it. Holds a copy of all layers that were updated since the best teacher; it is part of the state. A look costs
+        three forward passes of the teacher, two without a view. On several ranks statistics are added, so that all
+        decide alike.
+
+    Example:
+        >>> from clda_core.update import MaskedDistillation
+        >>> KeepBest(MaskedDistillation(), every=20)
+        KeepBest(update=MaskedDistillation(steps=1, learning_rate=None, relative_rate=0.1, learns_on='inputs', \
+own_targets=False, source_weight=0.0, distillation=KLDistillation(temperature=1.0, class_map=None), optimizer=None), \
+validator=None, every=20, looks=5, tolerance=0.0)
+
+    References:
+        Prechelt, Early Stopping, but when?, 1998, for going back to the best weights; the score without labels is this
+        library's choice.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        *,
+        validator: Optional[Validator] = None,
+        every: int = 10,
+        looks: int = 5,
+        tolerance: float = 0.0,
+    ) -> None:
+        check_update(update)
+        if validator is not None:
+            check_validator(validator)
+        check_number("looks", looks, at_least=1, integer=True)
+        check_number("every", every, at_least=looks, integer=True)
+        check_number("tolerance", tolerance, at_least=0)
+        self.update = update
+        self.validator = validator
+        self.every = every
+        self.looks = looks
+        self.tolerance = tolerance
+        self._as_new = copied(state_of(update))
+        self._rounds = 0
+        self._best: Dict[str, Tensor] = {}
+        """What layers that were updated since had in the best teacher, by canonical name; of a shard, this rank's."""
+        self._counted: Tuple[Tensor, ...] = ()
+        """The validator's statistics of the best teacher and of the present one, in this period."""
+        self._of: Optional[str] = None
+        """The validator's name: another one's scale is another."""
+        self._undo: Callable[[], None] = _nothing
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Leave out of a pickle what takes the last round back."""
+        return {**self.__dict__, "_undo": _nothing}
+
+    @property
+    def needs_relation(self) -> bool:
+        """The update's."""
+        return needs_relation(self.update)
+
+    @property
+    def weighs_trust(self) -> bool:
+        """The update's."""
+        return weighs_trust(self.update)
+
+    def apply(self, context: RoundContext) -> UpdateResult:
+        """Validate both teachers if it is time, and go back or let the update make its round."""
+        self._undo = _nothing
+        self._rounds += 1
+        place = (self._rounds - 1) % self.every + 1
+        if place > self.every - self.looks and self._best:
+            self._look(context)
+        if place == self.every:
+            scores = self._scores(context)
+            if scores is not None and scores[0] - scores[1] > self.tolerance:
+                self._go_back(context.teacher)
+                skipped = {layer.name: WENT_BACK for layer in context.layers}
+                return UpdateResult((), skipped, False, scores[0], scores[1])
+            if scores is not None:
+                self._best = {}
+            self._counted = ()
+        self._remember(context.teacher, context.layers)
+        return self.update.apply(context)
+
+    def _remember(self, teacher: nn.Module, layers: Iterable[Layer]) -> None:
+        """Keep what the layers have, of which the best teacher has the same, since nothing has updated them."""
+        tensors = tensors_of(teacher)
+        names = [name for layer in layers for name in (*layer.parameters, *layer.buffers) if name not in self._best]
+        self._best = {**self._best, **dict(zip(names, clones([here(tensors[name]) for name in names])))}
+
+    def _look(self, context: RoundContext) -> None:
+        """Count the batch for the best teacher and for the present one."""
+        validator = validator_of(self.validator, context)
+        present = statistics_of(validator, context, context.teacher, context.teacher_outputs)
+        targets, sources = self._pairs(context.teacher)
+        with undoing(functools.partial(copy_, targets, clones(targets))):
+            copy_(targets, sources)
+            predicted = functools.partial(context.predict, context.teacher)
+            best = statistics_of(validator, context, context.teacher, predicted, like=present)
+        both = sum_across_ranks(nothing_unless_finite(best, present))
+        same = self._of == type(validator).__name__ and self._counted and len(self._counted[0]) == len(best)
+        self._of = type(validator).__name__
+        self._counted = tuple(one + before.to(one) for one, before in zip(both, self._counted)) if same else tuple(both)
+
+    def _scores(self, context: RoundContext) -> Optional[Tuple[float, float]]:
+        """Return the scores of the best and of the present teacher, or ``None`` if they are not known."""
+        if not self._counted:
+            return None
+        validator = validator_of(self.validator, context)
+        best, present = (score_of(validator, one) for one in self._counted)
+        return None if math.isnan(best) or math.isnan(present) else (best, present)
+
+    def _go_back(self, teacher: nn.Module) -> None:
+        targets, sources = self._pairs(teacher)
+        self._undo = functools.partial(copy_, targets, clones(targets))
+        with undoing(self._undo, on_error_only=True):
+            copy_(targets, sources)
+            load_state(self.update, self._as_new)
+        self._best, self._counted = {}, ()
+
+    def _pairs(self, teacher: nn.Module) -> Tuple[List[Tensor], List[Tensor]]:
+        tensors = tensors_of(teacher)
+        targets = [here(tensors[name]) for name in self._best]
+        return targets, [value.to(target) for value, target in zip(self._best.values(), targets)]
+
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """Raise unless a restored state belongs to this teacher."""
+        tensors = named_tensors(teacher).all
+        for name, value in self._best.items():
+            shape = tuple(here(tensors[name]).shape) if name in tensors else None
+            if shape != tuple(value.shape):
+                raise problem(
+                    "the best teacher so far in the saved state is another network",
+                    expected=f"{name!r} of shape {tuple(value.shape)}, as saved",
+                    received="no such tensor" if shape is None else f"shape {shape}",
+                    fix="load it into a learner of the teacher it was saved with; under FSDP2 on every rank what that "
+                    "rank saved, on as many ranks",
+                )
+        check_teacher(self.update, teacher)
+
+    def rehearse(self, context: RoundContext) -> None:
+        """Validate the teacher once, and rehearse the update."""
+        validator = validator_of(self.validator, context)
+        score_of(validator, statistics_of(validator, context, context.teacher, context.teacher_outputs))
+        rehearse(self.update, context)
+
+    def keep(self, context: RoundContext) -> Callable[[], None]:
+        """Return what takes back the state, and layers beyond the selected ones if the teacher went back."""
+        own = (self._rounds, self._best, self._counted, self._of)
+        take_update_back = keep_state(self.update, context)
+        self._undo = _nothing
+
+        def go_back() -> None:
+            self._undo()
+            self._rounds, self._best, self._counted, self._of = own
+            take_update_back()
+
+        return go_back
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the best teacher's layers, what is counted, and the update's state."""
+        return {
+            "rounds": self._rounds,
+            "best": dict(self._best),
+            "counted": list(self._counted),
+            "of": self._of,
+            "update": state_of(self.update),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        rounds, best = int(state["rounds"]), dict(state["best"])
+        counted, of = tuple(state["counted"]), state["of"]
+        load_state(self.update, state["update"])
+        self._rounds, self._best, self._counted, self._of = rounds, best, counted, of
+
+
+def _nothing() -> None:
+    """Take nothing back."""
