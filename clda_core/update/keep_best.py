@@ -72,10 +72,7 @@ class KeepBest(Strategy):
 
     Example:
         >>> from clda_core.update import MaskedDistillation
-        >>> KeepBest(MaskedDistillation(), every=20)
-        KeepBest(update=MaskedDistillation(steps=1, learning_rate=None, relative_rate=0.1, learns_on='inputs', \
-own_targets=False, source_weight=0.0, distillation=KLDistillation(temperature=1.0, class_map=None), optimizer=None), \
-validator=None, every=20, looks=5, tolerance=0.0)
+        >>> update = KeepBest(MaskedDistillation(), every=20, looks=4)
 
     References:
         Prechelt, Early Stopping, but when?, 1998, for going back to the best weights; the score without labels is this
