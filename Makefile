@@ -14,6 +14,7 @@ ARGS ?=
 SPREAD := -n $(WORKERS) --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
+SCHEMA := $(BIN)/check-jsonschema -q --builtin-schema
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 # Where the repository's owner is named; tests/test_packaging.py looks for other places.
 OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml docs .github
@@ -56,9 +57,13 @@ test-oldest: wheel  ## the same on Python 3.8 and torch 1.7.1, with the wheel in
 test-matrix: wheel  ## the same on every supported Python and in the environments that hosts pin (ARGS="-s py39")
 	$(NOX) $(ARGS)
 
-lint: venv  ## check style and format
+lint: venv  ## check style and format, and the forms of what GitHub reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 format: venv  ## apply what lint asks for
 	$(BIN)/ruff check --fix .

@@ -109,6 +109,17 @@ def test_workflows_run_what_is_there(yaml: Any) -> None:
         assert [name for name in re.findall(r"\.ci/[\w.-]+", text) if not (ROOT / name).exists()] == []
 
 
+def test_what_builds_without_isolation_installs_what_the_build_needs(yaml: Any) -> None:
+    (requires,) = re.findall(r"^requires = \[(.+)\]$", read("pyproject.toml"), re.M)
+    needed = set(re.findall(r'"([\w-]+)', requires))
+    building = [path.read_text(encoding="utf-8") for path in (GITHUB / "workflows").glob("*.yml")]
+    building = [text for text in building if "build --no-isolation" in text]
+    assert len(building) == 2
+    for text in building:
+        (installed,) = re.findall(r"pip install --constraint \S+ (.+)\n.*build --no-isolation", text)
+        assert needed - set(installed.split()) == set()
+
+
 def test_the_release_checks_what_make_wheel_checks(yaml: Any) -> None:
     release = (GITHUB / "workflows" / "release.yml").read_text(encoding="utf-8")
     recipe = re.search(r"^wheel:.*\n((?:\t.*\n)+)", read("Makefile"), re.M)[1]
