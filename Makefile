@@ -14,7 +14,7 @@ ARGS ?=
 SPREAD := -n $(WORKERS) --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence
-SCHEMA := $(BIN)/check-jsonschema -q --builtin-schema
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema
 NOX := $(BIN)/nox --noxfile .ci/noxfile.py
 # Where the repository's owner is named; tests/test_packaging.py looks for other places.
 OWNED := README.md pyproject.toml CITATION.cff .mkdocs.yml docs .github
