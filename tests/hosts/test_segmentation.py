@@ -12,13 +12,14 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("PIL")
 
 from PIL import Image
 
-from clda_core import CldaError
+from clda_core import CldaError, CollaborativeLearner
+from examples.daformer.options import Options
 from tests.hosts.segmentation import checks, command, configs, data, host, host_process, runs
 from tests.hosts.segmentation.checks import Result, run_check
 from tests.hosts.segmentation.host import DAFORMER, MIC_SEG, check_folder, version_of
@@ -149,6 +150,34 @@ def test_merging_goes_into_dictionaries_and_leaves_both_as_they_were() -> None:
     before = copy.deepcopy((config, changes))
     assert configs.merged(config, changes) == {"a": {"b": 3, "c": 2}, "d": [2], "e": {}}
     assert (config, changes) == before
+
+
+def test_the_plugin_takes_what_every_run_asks_of_it(tmp_path: Path) -> None:
+    given = [plan.clda for plan in laboratory(tmp_path).plans().values() if plan.clda is not None]
+    assert any(not clda.get("weight", 1.0) for clda in given)
+    for clda in given:
+        entry = configs.with_clda(Path("teacher.py"), Path("teacher.pth"), **clda)["uda"]["clda"]
+        learner = Options.from_config(entry).make_learner(nn.Linear(2, 3), nn.Linear(2, 3))
+        assert isinstance(learner, CollaborativeLearner)
+
+
+def test_a_run_warns_whatever_the_shell_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    (tmp_path / "host").mkdir()
+    seen: List[Dict[str, str]] = []
+
+    def run(*_: Any, env: Dict[str, str], **__: Any) -> Any:
+        seen.append(env)
+        return types.SimpleNamespace(returncode=1, stdout=b"")
+
+    monkeypatch.setattr(runs.subprocess, "run", run)
+    with pytest.raises(RunFailed):
+        laboratory(tmp_path)._process("host", "tools.train", [])
+    assert seen[0]["PYTHONWARNINGS"] == "default"
+
+
+def test_a_run_of_weight_0_is_long_enough_for_a_round() -> None:
+    assert configs.hasty_learner(nn.Linear(2, 3), nn.Linear(2, 3)).schedule.due(runs.SHORT)
 
 
 @pytest.mark.parametrize("iterations", [12, 13, 30, 47])

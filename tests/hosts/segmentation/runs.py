@@ -126,7 +126,7 @@ class Laboratory:
         return ROUND_EVERY * max(1, self.iterations // (2 * ROUND_EVERY)) + 2
 
     def run(self, name: str) -> Run:
-        """Return a run by its name in :meth:`_plan`, training it first if it has not been yet.
+        """Return a run by its name in :meth:`plans`, training it first if it has not been yet.
 
         Raises:
             RunFailed: If the host's process ends with an error.
@@ -163,19 +163,19 @@ class Laboratory:
         self._process("recipes", "tests.hosts.segmentation.inside_host", arguments, folder=layout)
         return json.loads(found.read_text())  # type: ignore[no-any-return]
 
-    def _plan(self, name: str) -> Plan:
-        """Return what a run is, by the name that checks ask for it."""
+    def plans(self) -> Dict[str, Plan]:
+        """Return what each run is, by the name that checks ask for it."""
         on = {"weight": KD_WEIGHT}
         return {
             "host": Plan(),
             "host again": Plan(),
             "off": Plan(clda={"enabled": False}),
-            "without weight": Plan(clda={"weight": 0.0, "warmup": 2, "interval": 2}),
+            "without weight": Plan(clda={"weight": 0.0, "learner": f"{configs.__name__}:hasty_learner"}),
             "frozen": Plan(clda={"rounds": False}),
             "on": Plan(self.iterations, clda=on, save_every=self.resumed_at),
             "resumed": Plan(self.resumed_at + ROUND_EVERY, clda=on, save_every=FIRST_SAVED_AFTER),
             "teacher": Plan(TEACHER_ITERATIONS, backbone=TEACHER),
-        }[name]
+        }
 
     def _config(self, name: str) -> Path:
         path = self.folder / "configs" / f"{_slug(name)}.py"
@@ -183,7 +183,7 @@ class Laboratory:
             return path
         if not (self.folder / "data").exists():
             write_data(self.folder / "data")
-        plan = self._plan(name)
+        plan = self.plans()[name]
         config = configs.tiny(
             self.folder / "data",
             iterations=plan.iterations,
@@ -211,7 +211,7 @@ class Laboratory:
                 saved = f"iter_{self.resumed_at}{suffix}"
                 shutil.copy(str(self.run("on").folder / saved), str(folder / saved))
             arguments += ["--resume-from", str(folder / f"iter_{self.resumed_at}.pth")]
-        plan = self._plan(name)
+        plan = self.plans()[name]
         title = f"{name} ({plan.iterations} iterations)"
         return self._process(title, "tools.train", arguments, alone=plan.clda is None, work=folder)
 
@@ -237,6 +237,7 @@ class Laboratory:
             "PYTHONDONTWRITEBYTECODE": "1",  # the host's checkout stays as it is
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "default",  # the checks read what is warned of, whatever the user's shell says
             **({"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {}),
         }
         print(f"      running {title} ...", end="", file=sys.stderr, flush=True)
