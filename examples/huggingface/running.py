@@ -47,11 +47,14 @@ def start(output: Path, accumulate: int, *handlers: Any) -> Accelerator:
         project_dir=str(output),
         kwargs_handlers=list(handlers),
     )
-    if accelerator.distributed_type not in PLAIN:
+    kind = accelerator.distributed_type
+    # On a CPU Accelerate shards nothing, but transformers then loads the weights on one process alone.
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked or kind not in PLAIN:
         raise problem(
             "this script does not shard its networks",
             expected="one process, or several under DistributedDataParallel",
-            received=accelerator.distributed_type.value,
+            received="FSDP" if asked else kind.value,
             fix="leave --use_fsdp and --use_deepspeed out; docs/distributed.md shows FSDP2 in a loop of your own",
         )
     return accelerator

@@ -183,6 +183,34 @@ def test_the_teacher_is_trained_alone_and_then_loads_as_one(data: Path, tmp_path
     assert reads.size == 8
 
 
+def save_of_timm(folder: Path, width: int, **config: Any) -> None:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": width, "depth": 2, "num_heads": 2}
+    told = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": len(CLASSES)}
+    options = {"architecture": "vit_tiny_patch16_224", "model_args": tiny, "pretrained_cfg": told, **config}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        TimmWrapperForImageClassification(TimmWrapperConfig(**options)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "2"]], ids=["whole", "lora"])
+def test_models_of_timm_are_teacher_and_student(data: Path, tmp_path: Path, more: List[str]) -> None:
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch raises the second
+        pytest.skip(f"models of timm need timm and a torchvision that fits torch: {error}")
+    save_of_timm(tmp_path / "big", 16, **NAMES)
+    save_of_timm(tmp_path / "small", 8)
+    models = ["--teacher", str(tmp_path / "big"), "--student", str(tmp_path / "small"), *more]
+    results = run(data, tmp_path / "on", *models)
+    assert any(made["updated"] for made in results["report"]["rounds"])
+    told = json.loads((tmp_path / "on" / "student" / "preprocessor_config.json").read_text())
+    assert (told["size"]["height"], told["image_mean"], told["image_std"]) == (8, [0.5] * 3, [0.25] * 3), "timm's own"
+    again = run(data, tmp_path / "next", *models[2:4], "--teacher", str(tmp_path / "on" / "teacher"), "--rounds", "off")
+    assert again["curve"][0]["teacher"] == results["curve"][-1]["teacher"], "what was saved is read again"
+
+
 def work(rank: int, port: int, data: str, folder: str, learners: List[CollaborativeLearner]) -> None:
     """One of two processes: a run, and the same interrupted and resumed; leaves what its models then hold."""
     torch.set_num_threads(1)
@@ -346,6 +374,13 @@ def test_only_the_run_that_was_saved_is_resumed(data: Path, tmp_path: Path, caps
     assert "belongs to another run: expected processes=2, received processes=1. Fix: resume with" in message
     assert "expected processes=2, seed=0" in refused(capsys, *arguments(data, tmp_path, "--resume", "--seed", "1"))
     assert "holds a run already" in refused(capsys, *arguments(data, tmp_path))
+
+
+def test_fsdp_is_refused_where_accelerate_would_not_shard_either(
+    data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch --use_fsdp` sets, on a CPU too
+    assert "received FSDP" in refused(capsys, *arguments(data, tmp_path))
 
 
 def test_a_missing_student_is_a_wrong_command(data: Path, capsys: Any) -> None:
