@@ -17,6 +17,7 @@ from benchmarks.evidence.records import FOLDER, Record, Records, validator_recor
 from benchmarks.evidence.statistics import Difference
 from benchmarks.evidence.tables import (
     FORMER,
+    FRESH,
     REPORTED,
     Runs,
     baseline,
@@ -31,7 +32,7 @@ from clda_core import CldaError
 from examples.classification.figures import OKABE_ITO, Label, label_at_the_right
 
 SVG = {"svg.hashsalt": "clda", "svg.fonttype": "none"}
-MAIN = (CLDA, "clda-init", TURNS, FROZEN_DIST, FROZEN, UDA, "select-uniform", "without-student", "former")
+MAIN = (CLDA, "clda-init", "anchored", "anchored-init", TURNS, FROZEN_DIST, FROZEN, UDA, "select-uniform", "without-student", "former")
 """The variants that a figure names: of those that were run the first six, and others where fewer are left."""
 GREY = " (grey: other variants, see the tables)"
 OF_DOMAIN = {
@@ -171,7 +172,8 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
     Raises:
         CldaError: If there are no records.
     """
-    parts = _sections(folder, docs, REPORTED, check=check)
+    parts = _sections(folder, docs, FRESH, check=check, called="fresh seeds")
+    parts += _sections(folder, docs, REPORTED, check=check)
     for path in sorted((folder / "observation").glob("*.jsonl")):
         records = _latest(Records(path).standing())
         if records:
@@ -185,7 +187,7 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
         if records:
             parts.append(f"## One direction alone: {path.stem}\n\n{teaching_table(records)}")
     parts += _validators(folder, docs, check=check)
-    parts += _sections(folder, docs, FORMER, check=check, called="former defaults")
+    parts += _sections(folder, docs, FORMER, check=check, called="former defaults", alike=False)
     if not parts:
         raise CldaError(f"no records in {folder.name}/. Fix: python -m benchmarks.evidence digits --seeds 20-29")
     page = docs / "evidence.md"
@@ -203,8 +205,10 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
     return 0
 
 
-def _sections(folder: Path, docs: Path, seeds: Sequence[int], *, check: bool, called: str = "") -> List[str]:
-    """Return a section per benchmark from the runs of some seeds, and draw its figure."""
+def _sections(
+    folder: Path, docs: Path, seeds: Sequence[int], *, check: bool, called: str = "", alike: bool = True
+) -> List[str]:
+    """Return a section per benchmark from the runs of some seeds, and draw its figure; ``alike`` as of `baseline`."""
     sections: List[str] = []
     for path in sorted(folder.glob("*.jsonl")):
         records = Records(path).read()
@@ -212,12 +216,12 @@ def _sections(folder: Path, docs: Path, seeds: Sequence[int], *, check: bool, ca
         for setting, runs in sorted(runs_of(records, seeds).items()):
             figure = Path("assets/evidence") / f"{'-'.join([setting, *called.split()])}.svg"
             if not check:
-                cost_figure(runs, docs / figure, alike=not called)
+                cost_figure(runs, docs / figure, alike=alike)
             counts = sorted({seed for of_variant in runs.values() for seed in of_variant})
             picture = f"![Gain against time]({figure.as_posix()})"
             gone = withdrawn.get(setting, {})
-            told = [_provenance(runs, counts, alike=not called), *withdrawal(gone)]
-            told += [tables(runs, gone, alike=not called), picture]
+            told = [_provenance(runs, counts, alike=alike), *withdrawal(gone)]
+            told += [tables(runs, gone, alike=alike), picture]
             title = f"## {setting}, {called}" if called else f"## {setting}"
             sections.append("\n\n".join([title, *told]))
     return sections

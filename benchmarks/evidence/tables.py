@@ -12,6 +12,7 @@ from benchmarks.evidence.statistics import Difference, holm, paired
 from benchmarks.evidence.variants import CLDA, FROZEN, FROZEN_DIST, FROZEN_DIST_INIT, TURNS, UDA, VARIANTS
 
 REPORTED = range(20, 30)
+FRESH = range(30, 40)  # of benchmarks whose choices were made knowing some of those; run once, after the last choice
 FORMER = range(10)  # reported for the defaults before; settings and defaults were chosen knowing some of them
 Runs = Dict[str, Dict[int, Record]]
 GROUPS = {
@@ -43,6 +44,10 @@ CONTRASTS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
     ("level-trusted", "without-student", BOTH),
     ("clda-init", "level-trusted-init", BOTH),
     ("level-trusted-init", "without-student-init", BOTH),
+    ("anchored", "anchored-alone", BOTH),
+    ("anchored-init", "anchored-alone-init", BOTH),
+    ("anchored-init", "clda-init", BOTH),
+    ("keep-best-init", "clda-init", BOTH),
     ("lead-known", CLDA, BOTH),
     (CLDA, "select-uniform", BOTH),
     (CLDA, "select-lowest", BOTH),

@@ -323,12 +323,12 @@ VARIANTS: Dict[str, Variant] = {
     "update-aligned-guarded": Variant(
         "aligned average, guarded", "update", with_(update=lambda task, seed: Guard(AlignedAverage()))
     ),
-    "keep-best": Variant("going back to the best teacher", "update", with_(update=kept_best)),
+    "keep-best": Variant("going back to the best teacher", "lead", with_(update=kept_best)),
     "keep-best-init": Variant(
-        "going back to the best teacher, student initialised", "update", with_(update=kept_best), start="teacher"
+        "going back to the best teacher, student initialised", "init", with_(update=kept_best), start="teacher"
     ),
     "lead-ignored-kept": Variant(
-        "trusted whoever leads, going back to the best teacher", "update", with_(lead_ignored, update=kept_best)
+        "trusted whoever leads, going back to the best teacher", "lead", with_(lead_ignored, update=kept_best)
     ),
     "update-distil-unguarded": Variant(
         "masked distillation, unguarded", "update", with_(update=lambda task, seed: MaskedDistillation())
