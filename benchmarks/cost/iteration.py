@@ -29,7 +29,10 @@ STEPS = 10_000
 AVERAGING, LEADING, WORST, FUNCTIONAL, OFF = 1.03, 1.25, 1.30, 1.10, 1.005
 
 RARER = Schedule(interval=10, observe_every=5)
-"""What the cards of the averaging updates and of the guard suggest."""
+"""What the cards of averaging and of the guard suggest."""
+
+RAREST = Schedule(interval=20, observe_every=5)
+"""What the card of aligned averaging suggests."""
 
 _EXPECTED = (
     "the default schedule (a round every 7 steps, observed every 3 rounds), as if the student led all along, with a "
@@ -38,7 +41,7 @@ _EXPECTED = (
 _REJECTED = "a round every 10 steps, observed every 5 rounds; as if it rejected every update, after two backtracks"
 _REALIGNED = AlignedAverage().realign_every  # rounds with and without matching differ by far, and are timed apart
 _AMORTISED = (
-    "a round every 10 steps, observed every 5 rounds, the student trusted whoever leads; both sides train the student "
+    "a round every 10 steps (aligned: 20), observed every 5 rounds, the student trusted whoever leads; both sides train the student "
     "on two batches, run the host EMA and the teacher, and load no data"
 )
 
@@ -81,7 +84,7 @@ def _updates() -> Dict[str, Tuple[Update, Schedule, float, str]]:
     rejecting = Guard(MaskedDistillation(), criterion=_judging(math.nan))
     return {
         "Average": (Average(), RARER, AVERAGING, _AMORTISED),
-        "AlignedAverage": (AlignedAverage(realign_every=1_000_000), RARER, AVERAGING, _AMORTISED),
+        "AlignedAverage": (AlignedAverage(realign_every=1_000_000), RAREST, AVERAGING, _AMORTISED),
         "defaults": (MaskedDistillation(), Schedule(), LEADING, _EXPECTED),
         "guarded, all rejected": (rejecting, RARER, WORST, _REJECTED),
     }

@@ -32,7 +32,10 @@ from clda_core import CldaError
 from examples.classification.figures import OKABE_ITO, Label, label_at_the_right
 
 SVG = {"svg.hashsalt": "clda", "svg.fonttype": "none"}
-MAIN = (CLDA, "clda-init", "anchored", "anchored-init", TURNS, FROZEN_DIST, FROZEN, UDA, "select-uniform", "without-student", "former")
+MAIN = (
+    *(CLDA, "clda-init", "anchored", "anchored-init", TURNS, FROZEN_DIST),
+    *(FROZEN, UDA, "select-uniform", "without-student", "former"),
+)
 """The variants that a figure names: of those that were run the first six, and others where fewer are left."""
 GREY = " (grey: other variants, see the tables)"
 OF_DOMAIN = {
