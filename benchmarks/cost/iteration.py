@@ -41,8 +41,8 @@ _EXPECTED = (
 _REJECTED = "a round every 10 steps, observed every 5 rounds; as if it rejected every update, after two backtracks"
 _REALIGNED = AlignedAverage().realign_every  # rounds with and without matching differ by far, and are timed apart
 _AMORTISED = (
-    "a round every 10 steps (aligned: 20), observed every 5 rounds, the student trusted whoever leads; both sides train "
-    "the student on two batches, run the host EMA and the teacher, and load no data"
+    "a round every 10 steps (aligned: 20), observed every 5 rounds, the student trusted whoever leads; both sides "
+    "train the student on two batches, run the host EMA and the teacher, and load no data"
 )
 
 
