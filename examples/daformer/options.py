@@ -30,11 +30,13 @@ class Options:
         weight: Of the KD loss; the host's losses keep theirs.
         temperature: Of the KD loss, DIST.
         rounds: ``False`` is KD from the frozen teacher, the baseline to compare with.
+        stronger: Whether the teacher learns its own prediction and the host's source loss too, on the view: for more
+            memory and time a round, see docs/update/masked-distillation.md.
         warmup: Iterations before the first round; none are needed, since the student is trusted by its lead.
         interval: Iterations between rounds; ``None`` is the library's.
         learning_rate: Of the update of the teacher, Adam; ``None`` goes by the host's.
         learner: ``"package.module:function"``, a function of your own from teacher and student to a
-            :class:`~clda_core.CollaborativeLearner`, instead of the five before this one.
+            :class:`~clda_core.CollaborativeLearner`, instead of the six before this one.
         resume_from: Our state file to resume from, where it does not lie in the work directory.
         restore_local_iter: Whether to give the host its own counter back on resuming. Without it the host starts its
             EMA anew from the student, as it does alone.
@@ -47,6 +49,7 @@ class Options:
     weight: float = 1.0
     temperature: float = 1.0
     rounds: bool = True
+    stronger: bool = False
     warmup: int = 0
     interval: Optional[int] = None
     learning_rate: Optional[float] = None
@@ -73,7 +76,14 @@ class Options:
         check_choice("clda.images", options.images, ("target", "mixed", "both"))
         check_choice("clda.view", options.view, ("auto", "colours", "none"))
         check_number("clda.weight", options.weight, at_least=0)
-        own = sorted({"temperature", "rounds", "warmup", "interval", "learning_rate"} & set(config))
+        if options.stronger and options.view == "none":
+            raise problem(
+                "clda.stronger without a view",
+                expected="a changed view of the target images, on which the teacher learns its own prediction",
+                received="clda.view='none'",
+                fix="set clda.view='colours'",
+            )
+        own = sorted({"temperature", "rounds", "stronger", "warmup", "interval", "learning_rate"} & set(config))
         if options.learner is not None and own:
             raise problem(
                 "clda.learner and options of the default learner are given",
@@ -92,9 +102,13 @@ class Options:
             teacher,
             student,
             distillation=DISTDistillation(temperature=self.temperature),
-            update=MaskedDistillation(learning_rate=self.learning_rate),
+            update=self._update(),
             schedule=Schedule(warmup=self.warmup, **interval) if self.rounds else Never(),
         )
+
+    def _update(self) -> MaskedDistillation:
+        own = {"learns_on": "view", "own_targets": True, "source_weight": 1.0} if self.stronger else {}
+        return MaskedDistillation(learning_rate=self.learning_rate, **own)
 
 
 def _imported(path: str) -> MakeLearner:

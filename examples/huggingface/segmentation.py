@@ -27,6 +27,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from clda_core import CldaError, CollaborativeLearner, Never, Schedule
 from clda_core.checkpoint import LearnerAndTeacher
+from clda_core.update import MaskedDistillation
 
 from .dacs import IGNORE, HostEma, change_colours, class_mix, segmentation_loss, upsample
 from .running import Checkpoints, Curve, HostAlone, check_finite, learning_rate_factor, progress, share_buffers, start
@@ -47,7 +48,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for checkpoints, networks, results and TensorBoard")
     add("--teacher-only", action="store_true", help="train the teacher by the host alone")
     add("--clda", choices=("on", "off"), default="on", help="off: the host alone, no teacher")
-    add("--rounds", choices=("on", "off"), default="on", help="off: KD from the frozen teacher")
+    add("--rounds", choices=("on", "stronger", "off"), default="on", help="off: KD from the frozen teacher")
     add("--interval", type=int, default=7, help="optimizer steps between rounds")
     add("--kd-weight", type=float, default=1.0, help="factor of the KD loss")
     add("--steps", type=int, default=40000, help="optimizer steps")
@@ -147,8 +148,10 @@ def networks(args: argparse.Namespace, accelerator: Accelerator) -> Tuple[Segmen
         return model, None, HostAlone()
     teacher = load(args.teacher, "teacher", trained=True).requires_grad_(False).to(accelerator.device)
     check(teacher, "teacher", args.crop, trains=False)
-    schedule = Schedule(interval=args.interval) if args.rounds == "on" else Never()
-    return model, teacher, CollaborativeLearner(teacher, model, schedule=schedule)  # CLDA 1 of 4
+    schedule = Never() if args.rounds == "off" else Schedule(interval=args.interval)
+    stronger = {"learns_on": "view", "own_targets": True, "source_weight": 1.0} if args.rounds == "stronger" else {}
+    learner = CollaborativeLearner(teacher, model, schedule=schedule, update=MaskedDistillation(**stronger))
+    return model, teacher, learner  # CLDA 1 of 4
 
 
 def batches_of(args: argparse.Namespace, accelerator: Accelerator, pairs: Pairs, first: int) -> DataLoader:

@@ -29,6 +29,8 @@ class Options:
         weight: Of the KD loss; the host's losses keep theirs.
         temperature: Of the KD loss, DIST.
         rounds: ``False`` is KD from the frozen teacher, the baseline to compare with.
+        stronger: Whether the teacher learns its own prediction and the host's source loss too, on the view: for more
+            memory and time a round, see docs/update/masked-distillation.md.
         warmup: Steps before the first round; none are needed, since the student is trusted by its lead.
         interval: Steps between rounds; ``None`` is the library's.
         learning_rate: Of the update of the teacher, Adam; ``None`` goes by the host's.
@@ -43,6 +45,7 @@ class Options:
     weight: float = 1.0
     temperature: float = 1.0
     rounds: bool = True
+    stronger: bool = False
     warmup: int = 0
     interval: Optional[int] = None
     learning_rate: Optional[float] = None
@@ -51,6 +54,13 @@ class Options:
         check_choice("clda.view", self.view, ("colours", "masked", "none"))
         check_choice("clda.weights", self.weights, ("network", "network_ema"))
         check_number("clda.weight", self.weight, at_least=0)
+        if self.stronger and self.view == "none":
+            raise problem(
+                "clda.stronger without a view",
+                expected="a changed view of the target images, on which the teacher learns its own prediction",
+                received="clda.view='none'",
+                fix="set clda.view='colours'",
+            )
 
     @staticmethod
     def from_config(config: Any) -> "Options":
@@ -76,6 +86,10 @@ class Options:
             teacher,
             student,
             distillation=DISTDistillation(temperature=self.temperature),
-            update=MaskedDistillation(learning_rate=self.learning_rate),
+            update=self._update(),
             schedule=Schedule(warmup=self.warmup, **interval) if self.rounds else Never(),
         )
+
+    def _update(self) -> MaskedDistillation:
+        own = {"learns_on": "view", "own_targets": True, "source_weight": 1.0} if self.stronger else {}
+        return MaskedDistillation(learning_rate=self.learning_rate, **own)

@@ -233,6 +233,22 @@ def test_rounds_happen_and_only_reported_layers_change(host: Host) -> None:
     }
 
 
+def test_the_stronger_setting_learns_from_view_and_source_too(host: Host) -> None:
+    plain, stronger = (host.ours(interval=2, **options) for options in ({}, {"stronger": True}))
+    for dacs in (plain, stronger):
+        host.run(dacs, 4)
+    update = stronger.clda.learner(stronger.get_model()).update
+    assert (update.learns_on, update.own_targets, update.source_weight) == ("view", True, 1.0)
+    assert all(record.updated for record in stronger.clda.learner(stronger.get_model()).report().rounds)
+    taught = stronger.clda.teacher.state_dict()
+    assert any(not torch.equal(value, taught[name]) for name, value in plain.clda.teacher.state_dict().items())
+
+
+def test_the_stronger_setting_needs_a_view() -> None:
+    with pytest.raises(CldaError, match="clda.stronger without a view"):
+        Options.from_config({"stronger": True, "view": "none"})
+
+
 def test_frozen_teacher_without_rounds(host: Host) -> None:
     dacs = host.ours(rounds=False)
     before = fingerprint(dacs.clda.teacher)

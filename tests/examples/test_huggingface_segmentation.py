@@ -86,6 +86,13 @@ def test_a_run_writes_networks_figures_and_a_report_and_resumes_bit_for_bit(
         assert bits(load(str(whole / name), name, trained=True).state_dict()) == bits(state)
 
 
+def test_the_stronger_setting_learns_from_view_and_source_too(options: List[str], street: Path, tmp_path: Path) -> None:
+    _, teacher = trained([*options, f"--output={tmp_path}", "--rounds=stronger", "--steps=1"])
+    assert bits(teacher) != bits(load(str(street / "teacher"), "teacher", trained=True).state_dict())
+    [made] = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["report"]["rounds"]
+    assert made["updated"]
+
+
 class FrozenKD:
     """KD from a frozen teacher as a few lines of PyTorch."""
 

@@ -243,6 +243,16 @@ def test_rounds_change_the_teacher_and_frozen_kd_does_not(vfm_uda: Host) -> None
     assert on.learner.report().made > 0
 
 
+def test_the_stronger_setting_learns_from_view_and_source_too(vfm_uda: Host) -> None:
+    plain, stronger = vfm_uda.ours(interval=2), vfm_uda.ours(interval=2, stronger=True)
+    for module in (plain, stronger):
+        vfm_uda.fit(module)
+    update = stronger.learner.update
+    assert (update.learns_on, update.own_targets, update.source_weight) == ("view", True, 1.0)
+    assert all(record.updated for record in stronger.learner.report().rounds)
+    assert not same(stronger.learner.teacher, plain.learner.teacher.state_dict())
+
+
 def test_a_run_that_was_interrupted_ends_like_one_that_was_not(host: Host) -> None:
     whole, first, second = (host.ours(host.early()) for _ in range(3))
     host.fit(whole, steps=4)
@@ -379,6 +389,7 @@ def test_a_foreign_host_is_an_error_that_names_the_commit(monkeypatch: pytest.Mo
         ({"view": "flipped"}, r"clda.view"),
         ({"weight": -1.0}, r"clda.weight"),
         ({"wieght": 1.0}, r"unknown keys.*received .*wieght"),
+        ({"stronger": True, "view": "none"}, "clda.stronger without a view"),
     ],
 )
 def test_bad_options_fail_before_training(vfm_uda: Host, changed: Dict[str, Any], message: str) -> None:
