@@ -28,20 +28,20 @@ STEPS = 10_000
 
 AVERAGING, LEADING, WORST, FUNCTIONAL, OFF = 1.03, 1.25, 1.30, 1.10, 1.005
 
-RARER = Schedule(interval=10, observe_every=5)
+RARER = Schedule(interval=15, observe_every=5)
 """What the cards of averaging and of the guard suggest."""
 
-RAREST = Schedule(interval=20, observe_every=5)
+RAREST = Schedule(interval=30, observe_every=5)
 """What the card of aligned averaging suggests."""
 
 _EXPECTED = (
     "the default schedule (a round every 7 steps, observed every 3 rounds), as if the student led all along, with a "
     "view by which both networks are validated: no training costs more"
 )
-_REJECTED = "a round every 10 steps, observed every 5 rounds; as if it rejected every update, after two backtracks"
+_REJECTED = "a round every 15 steps, observed every 5 rounds; as if it rejected every update, after two backtracks"
 _REALIGNED = AlignedAverage().realign_every  # rounds with and without matching differ by far, and are timed apart
 _AMORTISED = (
-    "a round every 10 steps (aligned: 20), observed every 5 rounds, the student trusted whoever leads; both sides "
+    "a round every 15 steps (aligned: 30), observed every 5 rounds, the student trusted whoever leads; both sides "
     "train the student on two batches, run the host EMA and the teacher, and load no data"
 )
 
