@@ -192,13 +192,17 @@ def check_what_is_held(update: Any) -> None:
         if "AlignedAverage" in repr(update):
             weights = [parameters[name] for layer in layers for name in layer.parameters if "weight" in name]
             allowed = sum(4 * (weight.shape[0] + weight.shape[-1]) for weight in weights)
+        if "KeepBest" in repr(update):
+            buffers = dict(teacher.named_buffers())
+            allowed += sum(layer.numel + sum(buffers[name].numel() for name in layer.buffers) for layer in layers)
         assert held[-1] <= 4 * len(learner.report().layers) + allowed, f"after {steps} steps"
     assert held[0] > 0, "two vectors of an element for each layer"
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_03_no_teacher_sized_tensor_is_held_between_steps(update: str) -> None:
-    """Beside Adam's two moments of the layers that were updated, and the matched channels of their modules."""
+    """Beside Adam's two moments of the layers that were updated, the matched channels of their modules, and a copy of
+    these layers where the best teacher is kept."""
     check_what_is_held(UPDATES[update]())
 
 

@@ -89,7 +89,8 @@ def test_the_evidences_table_is_that_of_the_records() -> None:
         ends, others = (
             [float(end) for each in INTERVAL.findall(text) for end in each] for text in (line, _line(expected))
         )
-        assert ends == pytest.approx(others, abs=0.11), "versions of SciPy draw other bootstrap samples"
+        few = expected[1] == "3"  # pairs, of which there are ten samples, so that an end may be another one of them
+        assert ends == pytest.approx(others, abs=5.0 if few else 0.11), "versions of SciPy draw other bootstrap samples"
 
 
 def _line(cells: Sequence[str]) -> str:
