@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 from torch import Tensor, nn
 
 from .._host.compat import clones, copy_
-from .._host.names import named_tensors
 from .._host.plain import copied
 from .._host.ranks import sum_across_ranks
 from .._host.shards import here
@@ -185,7 +184,7 @@ class KeepBest(Strategy):
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raise unless a restored state belongs to this teacher."""
-        tensors = named_tensors(teacher).all
+        tensors = tensors_of(teacher)
         for name, value in self._best.items():
             shape = tuple(here(tensors[name]).shape) if name in tensors else None
             if shape != tuple(value.shape):
