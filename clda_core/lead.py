@@ -12,7 +12,7 @@ from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
 from .strategy import Strategy
 from .update import RoundContext
-from .update.judged import statistics_of, validator_of
+from .update.judged import DEFAULT_VALIDATORS, statistics_of, validator_of
 from .validation import Validator
 from .validation.base import nothing_unless_finite, score_by_class, score_of
 
@@ -140,7 +140,8 @@ class Lead:
 
         Args:
             context: The round.
-            renewed: Whether the round has observations of its own; otherwise it goes by the last look, if there is one.
+            renewed: Whether the round has observations of its own; otherwise it goes by the last look, if there is one,
+                and needs no view.
 
         Raises:
             CldaError: If the validator needs a view and there is none, or returns no statistics; or ``trust`` returns
@@ -150,11 +151,17 @@ class Lead:
             return Look(self._trust.trust, reason="the student is not trusted: trust= says so")
         if context.inputs is None:
             return Look(0.0, reason="the student is not trusted: distill() got no inputs to validate the networks on")
-        validator = validator_of(self._validator, context)
-        if renewed or self.averages.of != type(validator).__name__:
+        validator = None if renewed else self._last_asked()
+        if validator is None:
+            validator = validator_of(self._validator, context)
             teacher, student = sum_across_ranks(nothing_unless_finite(*_statistics(validator, context)))
             self.averages = self.averages.and_then(type(validator).__name__, teacher, student)
         return self._decided(validator, self.averages.teacher, self.averages.student)
+
+    def _last_asked(self) -> Optional[Validator]:
+        """Return the validator of the last look; ``None`` before the first."""
+        candidates = DEFAULT_VALIDATORS if self._validator is None else (self._validator,)
+        return next((one for one in candidates if type(one).__name__ == self.averages.of), None)
 
     def rehearse(self, context: RoundContext) -> None:
         """Do all of a look that can fail, and forget it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left, bisect_right
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 from typing_extensions import Protocol, runtime_checkable
@@ -88,7 +89,8 @@ class DrawnFraction(Strategy):
 
     Of the layers in order of their rate, that of place :math:`r = 1, \dots, L` (1 for the lowest) has the weight
     :math:`w_r = (L + 1 - r)^\beta`, and layers are drawn without replacement in proportion to their weights. With
-    ``bias`` :math:`\beta = 0` every layer is as likely; the larger it is, the nearer to :class:`LowestFraction`.
+    ``bias`` :math:`\beta = 0` every layer is as likely; the larger it is, the nearer to :class:`LowestFraction`. Layers
+    of equal rates share the mean of their places.
     Always the same layers would overfit where others are as non-salient; all of them at once are more than a teacher
     bears where nothing but the student holds it.
 
@@ -128,12 +130,14 @@ class DrawnFraction(Strategy):
     def draw(self, target: Mapping[str, float], source: Mapping[str, float], step: int) -> Tuple[str, ...]:
         """Return the names for the round after optimizer step ``step``."""
         known = _known(target)
+        ordered = sorted(known.values())
         keys: Dict[str, float] = {}
-        for place, name in enumerate(sorted(known, key=known.__getitem__)):
+        for name, rate in known.items():
+            place = (bisect_left(ordered, rate) + 1 + bisect_right(ordered, rate)) / 2
             # Sorting by log(-log(u)) - log(w) from below is sorting by u ** (1 / w) from above, and never overflows.
             drawn = math.log(-math.log(_uniform(f"{self.seed}\n{step}\n{name}")))
-            keys[name] = drawn - self.bias * math.log(len(known) - place)
-        return _lowest({name: keys[name] for name in known}, self.fraction)
+            keys[name] = drawn - self.bias * math.log(len(known) + 1 - place)
+        return _lowest(keys, self.fraction)
 
 
 class BelowRate(Strategy):

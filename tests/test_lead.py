@@ -169,6 +169,17 @@ def test_another_validator_begins_anew() -> None:
     assert look.lead == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("validator", [None, SoftConsistency()])
+def test_a_round_without_observations_needs_no_view_and_keeps_what_is_averaged(validator: Any) -> None:
+    teacher, student = networks()
+    lead, always = Lead(validator, WIDE), Lead(validator, WIDE)
+    for seed in range(3):
+        with_view = round_context(teacher, student, inputs=batch(seed), view=changed(batch(seed)))
+        found = lead.look(with_view)
+        assert found == always.look(with_view)
+        assert lead.look(round_context(teacher, student, inputs=batch(10 + seed)), renewed=False) == found
+
+
 def test_the_lead_by_class_and_a_class_that_never_appears() -> None:
     teacher, student = (diverse(model, classes=2) for model in networks())
     x = batch()

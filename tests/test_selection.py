@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 
 from clda_core.errors import CldaError
 from clda_core.selection import (
@@ -159,14 +160,18 @@ def chances(weights: Dict[str, float], count: int) -> Dict[str, float]:
     return found
 
 
+TIED = dict(zip(TARGET, itertools.cycle([0.5, 0.25, 0.5])))
+
+
+@pytest.mark.parametrize("target", [TARGET, TIED, dict.fromkeys(TARGET, 0.0)], ids=["different", "tied", "equal"])
 @pytest.mark.parametrize("bias", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("fraction", [0.2, 0.4])
-def test_drawn_fraction_draws_by_the_weights_of_efraimidis_and_spirakis(bias: float, fraction: float) -> None:
+def test_drawn_fraction_draws_by_the_weights_of_efraimidis_and_spirakis(target, bias: float, fraction: float) -> None:
     rule, draws = DrawnFraction(fraction=fraction, bias=bias), 4000
-    order = sorted(TARGET, key=TARGET.__getitem__)
-    weights = {name: float(len(order) - place) ** bias for place, name in enumerate(order)}
-    expected = chances(weights, counted(fraction, len(TARGET)))
-    drawn = [rule.draw(TARGET, {}, step) for step in range(draws)]
+    places = rankdata(list(target.values()))  # equal rates share the mean of their places
+    weights = {name: float(len(target) + 1 - place) ** bias for place, name in zip(places, target)}
+    expected = chances(weights, counted(fraction, len(target)))
+    drawn = [rule.draw(target, {}, step) for step in range(draws)]
     for name, chance in expected.items():
         deviation = math.sqrt(chance * (1 - chance) / draws)
         assert sum(name in one for one in drawn) / draws == pytest.approx(chance, abs=4 * deviation + 1e-12), name

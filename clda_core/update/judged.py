@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from ..validation import MakesView, MutualInformation, SoftConsistency, Validato
 from ..validation.base import check_statistics
 from .base import RoundContext
 
-__all__ = ["statistics_of", "validator_of"]
+__all__ = ["DEFAULT_VALIDATORS", "statistics_of", "validator_of"]
+
+DEFAULT_VALIDATORS: Tuple[Validator, Validator] = (MutualInformation(), SoftConsistency())
+"""Where ``distill`` gets no view, and where it does."""
 
 
 def validator_of(validator: Optional[Validator], context: RoundContext) -> Validator:
@@ -29,7 +32,7 @@ def validator_of(validator: Optional[Validator], context: RoundContext) -> Valid
     """
     has_view = context.has_view()
     if validator is None:
-        return SoftConsistency() if has_view else MutualInformation()
+        return DEFAULT_VALIDATORS[has_view]
     if validator.needs_view and not has_view and not isinstance(validator, MakesView):
         raise problem(
             f"the validator {type(validator).__name__} needs a second view of the target images",
