@@ -45,7 +45,7 @@ class Outputs(NamedTuple):
 _MANY = (Mapping, tuple, list)
 
 _NO_CLASSES = ("regression", "multi_label_classification")
-"""What transformers calls tasks without one class a position, in ``config.problem_type``."""
+"""What transformers calls tasks without one class per position, in ``config.problem_type``."""
 
 _REVERSAL = (
     r"(?i)grad(ient)?s?_?rev|rev(erse)?_?grad|reverse_?layer|reversal"
@@ -257,7 +257,7 @@ def check_fits(model: nn.Module, raw: Any, outputs: Outputs, whose: str, *, of_c
     if hasattr(raw, "pred_boxes") or (isinstance(raw, Mapping) and "pred_boxes" in raw):
         raise problem(
             f"the {whose} detects objects, whose queries are not matched between two models",
-            expected="one class a sample or position: (N, C) or (N, C, ...)",
+            expected="one class per sample or position: (N, C) or (N, C, ...)",
             received=f"an output with pred_boxes, and logits of shape {tuple(outputs.logits.shape)}",
             fix="distil detectors by a KD loss and a probe of your own, on matched queries",
         )

@@ -85,7 +85,7 @@ class Report:
         return figures
 
     def __str__(self) -> str:
-        """Return the table: a line a layer, with its LSR in the first and last round and how often it was touched.
+        """Return the table: a line per layer, with its LSR in the first and last round and how often it was touched.
 
         It is of all rounds, whether or not they are kept one by one; but why a layer was selected and never updated is
         said by the rounds that are.

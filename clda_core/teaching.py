@@ -48,7 +48,7 @@ def teach(
     extract: Optional[Extract] = None,
     keep_rounds: int = 1000,
 ) -> Report:
-    """Let a trained student update the teacher's non-salient layers, one round a batch; nothing else is trained.
+    """Let a trained student update the teacher's non-salient layers, one round per batch; nothing else is trained.
 
     This is the student's half of training *in turns*: distil from the teacher until the student is trained, ``teach``,
     and train a new student of the better teacher. While it trains, a student is noisy and ends where its learning rate

@@ -51,7 +51,7 @@ def leaves_nothing(mask: Tensor) -> bool:
 
 
 def mask_weights(mask: Tensor, like: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the mask as weights ``(N, *positions)`` of which the largest is 1, on its own grid or one a sample."""
+    """Return the mask as weights ``(N, *positions)`` of which the largest is 1, on its own grid or one per sample."""
     mask = per_position(mask, like, grid, "mask").detach()
     if mask.dtype == torch.bool:
         return mask.to(dtype)
@@ -94,7 +94,7 @@ def per_position(values: Tensor, like: Tensor, grid: Sequence[int], what: str) -
             f"the {what} has a wrong shape",
             expected=f"({batch},) or ({positions}), the latter at any resolution",
             received=f"shape {shape}",
-            fix="pass one value a sample, or one a position",
+            fix="pass one value per sample, or one per position",
         )
     return values
 

@@ -44,7 +44,7 @@ class Histogram:
         sums: See above; kept, not copied.
 
     Note:
-        Memory is 32 KiB a layer, whatever the model's size. Deterministic: integer counts, and sums in a fixed order.
+        Memory is 32 KiB per layer, whatever the model's size. Deterministic: integer counts, and sums in a fixed order.
 
     Example:
         >>> histogram = Histogram.empty(2)

@@ -72,7 +72,7 @@ class ReverseGradient(torch.autograd.Function):
 
 
 def domain_discriminator(features: int, host: Adversarial, *, seed: int) -> nn.Module:
-    """Build the network that says whether features are the source's: a logit an image."""
+    """Build the network that says whether features are the source's: a logit per image."""
     inputs = features * CLASSES if host.conditional else features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def domain_loss(discriminator: nn.Module, features: Tensor, logits: Tensor, host
     """Return the discriminator's cross-entropy, whose gradient reaches the features reversed and times ``weight``.
 
     Args:
-        discriminator: Maps what it sees to a logit an image.
+        discriminator: Maps what it sees to a logit per image.
         features: Shape ``(2N, F)``, the source's first, then the target's.
         logits: Shape ``(2N, 10)``.
         host: Says what the discriminator sees and which images count.

@@ -172,7 +172,7 @@ def options_of(program: str, description: str) -> argparse.ArgumentParser:
         "--steps",
         type=an_integer(1),
         default=Config.steps,
-        help="optimizer steps a training (default: %(default)s)",
+        help="optimizer steps per training (default: %(default)s)",
     )
     parser.add_argument(
         "--device", type=a_device, default="cpu", help="torch device, e.g. cpu or cuda:0 (default: cpu)"

@@ -4,7 +4,7 @@
 
 As in MIC's classification job, without the adversarial part: the loss of ``self_training.py`` (Hoyer et al., MIC, CVPR
 2023), minimised by sharpness-aware minimisation (Foret et al., SAM, ICLR 2021). SAM needs two backward passes and two
-steps an iteration, so the learner is called in its two halves. Everything but the host is that of ``digits.py``: data,
+steps per iteration, so the learner is called in its two halves. Everything but the host is that of ``digits.py``: data,
 networks, and the comparison of three students. Nothing is resumed. ``runs/masked`` then holds ``results.json`` and
 ``figure.png``.
 """
