@@ -61,7 +61,8 @@ class RoundRecord:
         """Why the round changed nothing; ``None`` if it did."""
         if self.updated:
             return None
-        if self.accepted is False:
+        skipped_all = bool(self.selected) and set(self.selected) <= set(self.skipped)
+        if self.accepted is False and not skipped_all:  # KeepBest skips all of them, with a reason of its own
             return "the guard rejected it"
         return Counter(self.skipped.values()).most_common(1)[0][0] if self.skipped else "no layer was selected"
 

@@ -43,9 +43,9 @@ _FIXED = frozenset({"teacher", "student", "extract", *ROLES})
 class CollaborativeLearner:
     r"""Distils a teacher into a student, and lets the student update the teacher's non-salient layers in turns.
 
-    A *round* is: teacher gradients → saliency → Layer Saliency Rate (LSR) → selection → relation → update. Between
-    rounds the teacher is constant and :meth:`distill` is ordinary knowledge distillation. The alternation is the
-    paper's; every default strategy is this library's choice.
+    A *round* is: teacher gradients → saliency → Layer Saliency Rate (LSR) → selection → relation → who leads → update.
+    Between rounds the teacher is constant and :meth:`distill` is ordinary knowledge distillation. The alternation is
+    the paper's; every default strategy is this library's choice.
 
     Args:
         teacher: The big model. Frozen, or co-trained by the host; it is changed in the selected layers only, and
@@ -264,7 +264,7 @@ class CollaborativeLearner:
         check_views(batch)
         keeps = in_round or (of_step and not self._rounds.rehearsed)
         pair = self._runner.pair(student_output, teacher_output, with_views(batch, wanted=keeps), wait=in_round)
-        step.here = pair.has_data or bool(step.here)
+        step.has_data = pair.has_data or bool(step.has_data)
         if pair.teacher is None:  # nothing to distil
             loss = zero_loss(pair.student)
         else:

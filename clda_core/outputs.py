@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ._host.borrowing import inside_ddp
 from ._host.shards import is_sharded
-from .errors import problem
+from .errors import CldaError, problem
 
 __all__ = ["Extract", "Outputs"]
 
@@ -132,6 +132,27 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         ) from error
     finally:
         torch.clear_autocast_cache()
+
+
+def check_batches(name: str, batches: Any) -> None:
+    """Raise if one tensor was given where an iterable of batches is expected."""
+    if isinstance(batches, Tensor):
+        raise problem(
+            f"{name} is one tensor, whose items would be taken for batches",
+            expected="an iterable of batches",
+            received=f"shape {tuple(batches.shape)}",
+            fix=f"pass {name}=images.split(32), or a list of batches",
+        )
+
+
+def no_batches(what: str) -> CldaError:
+    """Return what to raise where an iterable of batches was empty, so that there is nothing to ``what``."""
+    return problem(
+        f"there is nothing to {what}",
+        expected="at least one batch",
+        received="none",
+        fix="pass batches as a list or a fresh iterator: one that was read to its end gives nothing",
+    )
 
 
 def stand_in(value: Any) -> Any:

@@ -113,7 +113,7 @@ class Rounds:
 
     def has_target(self, step: Step, *, for_round: bool = False) -> bool:
         """Return whether a step has target data on any rank; every rank gets the same answer."""
-        if step.here is None:  # a loss that is observed has data of its own, though none for an update to run on
+        if step.has_data is None:  # a loss that is observed has data of its own, though none for an update to run on
             return step.loss_given and not (for_round and self.take_inputs)
         device = next(self._teacher.model.parameters()).device
         return step.anywhere(device) and not (for_round and step.missed)
@@ -142,7 +142,7 @@ class Rounds:
         if target:
             step.loss_given |= loss is not None
             whole_round = observed and self.due(number)  # which fails as early as its rehearsal would
-            if not self.rehearsed and step.here is not None and not whole_round and self.has_target(step):
+            if not self.rehearsed and step.has_data is not None and not whole_round and self.has_target(step):
                 probed = loss is None and (self._saliency.order == 2 or not self._observer.host_trains_teacher())
                 self.rehearse(step, probed=probed)
                 self.rehearsed = True

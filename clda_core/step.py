@@ -84,7 +84,7 @@ class Step:
     """All that belongs to one optimizer step. Replacing the value drops the step.
 
     Attributes:
-        here: Whether this process has target data; ``None`` as long as ``distill`` was not called.
+        has_data: Whether this process has target data; ``None`` as long as ``distill`` was not called.
         batch: What a round runs the models on.
         teacher: The teacher's outputs on that batch; ``None`` where a round must ask for them.
         shapes: Of the logits that were distilled, without the batch, by whose they are.
@@ -97,7 +97,7 @@ class Step:
     """
 
     def __init__(self) -> None:
-        self.here: Optional[bool] = None
+        self.has_data: Optional[bool] = None
         self.batch = Batch()
         self.teacher: Optional[Outputs] = None
         self.shapes: Dict[str, Tuple[int, ...]] = {}
@@ -112,7 +112,7 @@ class Step:
     @property
     def adds(self) -> bool:
         """Whether this process adds to what the processes average."""
-        return self.here is not False
+        return self.has_data is not False
 
     def keep(self, pair: Pair) -> None:
         """Keep a batch for the round, without the graph of a network that made it: no round needs that."""
@@ -125,8 +125,8 @@ class Step:
     def anywhere(self, device: torch.device) -> bool:
         """Return whether any process has target data; all of them must ask, and all get the same answer."""
         if not self._anywhere:
-            self._anywhere = bool(self.here)
+            self._anywhere = bool(self.has_data)
             if world_size() > 1:
-                with adding(bool(self.here)):
+                with adding(bool(self.has_data)):
                     self._anywhere = bool(sum_across_ranks([torch.ones(1, device=device)])[0].item())
         return self._anywhere

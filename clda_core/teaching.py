@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable, Optional
 
-from torch import Tensor, nn
+from torch import nn
 
 from ._host.borrowing import borrowed
 from .distillation import Distillation
-from .errors import problem
 from .layers import LayerGrouping
 from .lead import FixedTrust, LinearTrust, Trust
 from .learner import CollaborativeLearner
-from .outputs import Extract, call_model
+from .outputs import Extract, call_model, check_batches, no_batches
 from .relation import Relation
 from .report import Report
 from .saliency import Probe, SaliencyEstimator, Threshold
@@ -96,13 +95,7 @@ def teach(
         >>> len(report.rounds)
         10
     """
-    if isinstance(batches, Tensor):
-        raise problem(
-            "batches is one tensor, whose items would be taken for batches",
-            expected="an iterable of batches of target images",
-            received=f"shape {tuple(batches.shape)}",
-            fix="pass batches=images.split(32), or a list of batches",
-        )
+    check_batches("batches", batches)
     learner = CollaborativeLearner(
         teacher,
         student,
@@ -133,12 +126,7 @@ def teach(
             learner.distill(call_model(student, its), inputs, view=changed, source_loss=source_loss, **own)
         learner.step(step_fn=lambda: None)
     if empty:
-        raise problem(
-            "there is nothing to teach on",
-            expected="at least one batch of target images",
-            received="none",
-            fix="pass batches as a list or a fresh iterator: one that was read to its end gives nothing",
-        )
+        raise no_batches("teach on")
     return learner.report()
 
 

@@ -110,7 +110,8 @@ def test_the_report_says_who_led_and_why_no_round_changed_the_teacher() -> None:
 
 def test_a_round_says_why_it_changed_nothing() -> None:
     assert led(1, 0.0, updated=("conv1",)).reason is None
-    assert led(1, 0.0, accepted=False, skipped={"conv1": "x"}).reason == "the guard rejected it"
+    assert led(1, 0.0, accepted=False, skipped={"conv1: bias": "x"}).reason == "the guard rejected it"
+    assert led(1, 0.0, accepted=False, skipped={"conv1": "went back"}).reason == "went back"  # as KeepBest does
     assert led(1, 0.0, skipped={"a": "one", "b": "two", "c": "two"}).reason == "two"
     assert RoundRecord(step=1, rates={}).reason == "no layer was selected"
 

@@ -1,4 +1,4 @@
-"""Telling the gradients that the host computes for a co-trained teacher from those that were lying about."""
+"""Telling the gradients that the host computes for a co-trained teacher from left-over ones."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from typing import Any, Dict, Iterable, Optional
 from torch import Tensor, nn
 
 from .._host.borrowing import borrowed
-from ..errors import problem
 from ..layers import LayerGrouping, ModelView, check_model, group_layers
-from ..outputs import Extract, as_outputs, call_model, check_extract
+from ..outputs import Extract, as_outputs, call_model, check_batches, check_extract, no_batches
 from ..strategy import check_strategies
 from .base import Probe, SaliencyEstimator
 from .observer import Observer
@@ -79,13 +78,7 @@ def saliency_rates(
     check_extract(extract)
     check_model("model", model)
     for name, given in (("batches", batches), ("source", source)):
-        if isinstance(given, Tensor):
-            raise problem(
-                f"{name} is one tensor, whose items would be taken for batches",
-                expected="an iterable of batches",
-                received=f"shape {tuple(given.shape)}",
-                fix=f"pass {name}=images.split(32), or a list of batches",
-            )
+        check_batches(name, given)
 
     def logits(inputs: Any) -> Tensor:
         return as_outputs(call_model(model, inputs), extract, "model").logits
@@ -102,12 +95,7 @@ def saliency_rates(
         seen = [] if reference is _NONE else [observe("source", reference)]
         observer.commit([*seen, observe("target", inputs)])
     if empty:
-        raise problem(
-            "there is nothing to observe the model on",
-            expected="at least one batch",
-            received="none",
-            fix="pass batches as a list or a fresh iterator: one that was read to its end gives nothing",
-        )
+        raise no_batches("observe the model on")
     return observer.rates(renewed=True).target
 
 

@@ -23,7 +23,7 @@ from .alignment import ChannelMaps, CorrelationSums, expressed, match_channels
 from .base import RoundContext, UpdateResult
 from .classes import MAY_BE_CLASSES, Classes, is_logits
 from .module_pairs import ModulePair, paired_modules
-from .statistics import running_statistics
+from .norms import running_statistics
 from .writing import blend
 
 __all__ = ["AlignedAverage"]

@@ -16,7 +16,7 @@ from ..errors import check_choice, check_number
 from ..strategy import Strategy
 from .base import RoundContext, UpdateResult
 from .classes import Classes, find_classes
-from .statistics import running_statistics
+from .norms import running_statistics
 from .writing import blend, pair_tensors
 
 __all__ = ["Average"]

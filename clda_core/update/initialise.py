@@ -17,7 +17,7 @@ from ..outputs import Extract, Outputs, as_outputs, call_model
 from ..relation import ByRelativeDepth, RelatedLayers, Relation
 from .base import UpdateResult
 from .classes import Classes, find_classes
-from .statistics import frozen_norms, running_statistics
+from .norms import frozen_norms, running_statistics
 from .writable import check_memory
 from .writing import pair_tensors, tensors_of, undone_on_error
 

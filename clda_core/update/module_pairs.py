@@ -10,7 +10,7 @@ from torch import nn
 from .._host.names import canonical_modules
 from ..layers import Layer, local_names
 from .base import RoundContext
-from .statistics import NO_STATISTIC
+from .norms import NO_STATISTIC
 
 __all__ = ["ModulePair", "paired_modules"]
 

@@ -14,7 +14,7 @@ from .._host.shards import here
 from .._host.undo import undoing
 from ..layers import Layer, local_names
 from .classes import MAY_BE_CLASSES, Classes
-from .statistics import NO_STATISTIC
+from .norms import NO_STATISTIC
 
 __all__ = ["Snapshot", "blend", "pair_tensors", "tensors_of", "undone_on_error"]
 
@@ -82,7 +82,7 @@ def pair_tensors(
         layer: A layer of that model.
         sources: :func:`tensors_of` the model to be read.
         related: A layer of that model.
-        statistics: Names of the only buffers to be paired (:mod:`~clda_core.update.statistics`); ``None`` passes over
+        statistics: Names of the only buffers to be paired (:mod:`~clda_core.update.norms`); ``None`` passes over
             buffers without a word.
         roles: What the reasons call the two models.
         classes: Where the classes are in both, if their places differ.

@@ -8,30 +8,9 @@ import torch
 from torch import Tensor
 
 from ..strategy import Strategy
-from .sums import Terms, at_positions, by_prediction, of_rows, one_hot, probabilities, ratio, summed
+from .sums import MeanByPrediction, at_positions, by_prediction, of_rows, one_hot, probabilities, ratio, summed
 
 __all__ = ["ConsistencyIoU", "HardConsistency", "SoftConsistency"]
-
-
-class _MeanByPrediction(Strategy):
-    """A mean over positions of two views, kept by the class that is predicted on the first one."""
-
-    needs_view = True
-    _terms: Terms
-
-    def statistics(self, logits: Tensor, view_logits: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
-        """Return what one batch of logits ``(N, C, ...)`` on two views adds to the score, shape ``(2 C,)``."""
-        return summed(at_positions(self, logits, view_logits, mask), type(self)._terms)
-
-    def score(self, statistics: Tensor) -> Tensor:
-        """Return the mean over all positions; NaN if the statistics have seen nothing."""
-        counts, sums = of_rows(self, statistics, 2)
-        return ratio(sums.sum(), counts.sum())
-
-    def score_by_class(self, statistics: Tensor) -> Tensor:
-        """Return the mean over the positions of each predicted class ``(C,)``, NaN for one that was never predicted."""
-        counts, sums = of_rows(self, statistics, 2)
-        return ratio(sums, counts)
 
 
 def _soft(values: Tensor, weights: Tensor) -> List[Tensor]:
@@ -50,7 +29,7 @@ def _overlap(values: Tensor, weights: Tensor) -> List[Tensor]:
     return [*both, *by_prediction(first, weights), *by_prediction(second, weights)]
 
 
-class SoftConsistency(_MeanByPrediction):
+class SoftConsistency(MeanByPrediction):
     r"""Negative cross-entropy between predictions on two views, :math:`\overline{\sum_c p_c \log q_c}`, in nats.
 
     :math:`p` are the predictions on the images, :math:`q` those on the second view. It is at most the negative entropy
@@ -67,10 +46,11 @@ class SoftConsistency(_MeanByPrediction):
         [-0.0, -9.0]
     """
 
+    needs_view = True
     _terms = staticmethod(_soft)
 
 
-class HardConsistency(_MeanByPrediction):
+class HardConsistency(MeanByPrediction):
     r"""Share of positions at which the same class is predicted on two views.
 
     It does not depend on how sure the predictions are.
@@ -86,6 +66,7 @@ class HardConsistency(_MeanByPrediction):
         (0.6667, [1.0, 1.0, 0.0])
     """
 
+    needs_view = True
     _terms = staticmethod(_hard)
 
 

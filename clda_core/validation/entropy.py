@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import List
 
 from torch import Tensor
 
-from ..strategy import Strategy
-from .sums import at_positions, by_prediction, of_rows, one_hot, probabilities, ratio, summed
+from .sums import MeanByPrediction, by_prediction, one_hot, probabilities
 
 __all__ = ["NegativeEntropy"]
 
 
-class NegativeEntropy(Strategy):
+def _negative_entropy(values: Tensor, weights: Tensor) -> List[Tensor]:
+    p, log_p = probabilities(values[0])
+    return by_prediction(one_hot(values[0]), weights, weights * p.mul_(log_p).sum(1))
+
+
+class NegativeEntropy(MeanByPrediction):
     r"""Negative mean entropy of the predictions, :math:`\overline{\sum_c p_c \log p_c}`, in nats.
 
-    It rises as predictions become surer, right or wrong, and is highest for a network that is certain of one class
-    everywhere. :class:`MutualInformation` is not.
+    It lies in ``[-log C, 0]``. It rises as predictions become surer, right or wrong, and is highest for a network that
+    is certain of one class everywhere. :class:`MutualInformation` is not.
 
     Note:
         The statistics are the sums of weights and of negative entropies over the positions of each predicted class:
@@ -34,23 +38,4 @@ class NegativeEntropy(Strategy):
     """
 
     needs_view = False
-
-    def statistics(self, logits: Tensor, view_logits: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
-        """Return what one batch of logits ``(N, C, ...)`` adds to the score, shape ``(2 C,)``."""
-        return summed(at_positions(self, logits, view_logits, mask), _terms)
-
-    def score(self, statistics: Tensor) -> Tensor:
-        """Return the score of summed statistics, in ``[-log C, 0]``; NaN if they have seen nothing."""
-        counts, sums = of_rows(self, statistics, 2)
-        return ratio(sums.sum(), counts.sum())
-
-    def score_by_class(self, statistics: Tensor) -> Tensor:
-        """Return the mean over the positions of each predicted class ``(C,)``, NaN for one that was never predicted."""
-        counts, sums = of_rows(self, statistics, 2)
-        return ratio(sums, counts)
-
-
-def _terms(values: Tensor, weights: Tensor) -> List[Tensor]:
-    p, log_p = probabilities(values[0])
-    of_position = p.mul_(log_p).sum(1)
-    return by_prediction(one_hot(values[0]), weights, weights * of_position)
+    _terms = staticmethod(_negative_entropy)

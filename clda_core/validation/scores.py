@@ -12,7 +12,7 @@ from .._host.borrowing import borrowed
 from .._host.ranks import sum_across_ranks, world_size
 from ..errors import problem
 from ..layers import check_model
-from ..outputs import Extract, as_outputs, call_model, check_extract, owned
+from ..outputs import Extract, as_outputs, call_model, check_batches, check_extract, no_batches, owned
 from .base import MakesView, Validator, check_statistics, check_validator, score_of
 
 __all__ = ["validate", "validation_statistics"]
@@ -95,13 +95,7 @@ def validation_statistics(
     check_extract(extract)
     check_model("model", model)
     make_view = _view_of(validator, view)
-    if isinstance(batches, Tensor):
-        raise problem(
-            "batches is one tensor, whose items would be taken for batches",
-            expected="an iterable of batches",
-            received=f"shape {tuple(batches.shape)}",
-            fix="pass batches=images.split(32), or a list of batches",
-        )
+    check_batches("batches", batches)
     total: Optional[Tensor] = None
     for inputs in batches:
         changed = None if make_view is None else make_view(inputs)
@@ -159,10 +153,5 @@ def _of_all_ranks(model: nn.Module, total: Optional[Tensor]) -> Tensor:
         if total is None and ranks:
             total = wide(torch.zeros(int(lengths / ranks), device=device))
     if total is None:
-        raise problem(
-            "there is nothing to validate the model on",
-            expected="at least one batch",
-            received="none",
-            fix="pass batches as a list or a fresh iterator: one that was read to its end gives nothing",
-        )
+        raise no_batches("validate the model on")
     return sum_across_ranks([total])[0]

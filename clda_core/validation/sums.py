@@ -13,8 +13,10 @@ from ..distillation.chunked import in_chunks
 from ..distillation.masks import nearest, per_position, valid_mask
 from ..distillation.positions import align, computing_dtype, smaller_grid
 from ..errors import problem
+from ..strategy import Strategy
 
 __all__ = [
+    "MeanByPrediction",
     "Positions",
     "at_positions",
     "by_prediction",
@@ -144,6 +146,28 @@ def of_rows(whose: Any, statistics: Tensor, rows: int, beside: int = 0) -> List[
 def ratio(sums: Tensor, counts: Tensor) -> Tensor:
     """Return a quotient of sums, NaN where nothing was counted."""
     return (sums / counts).masked_fill(counts == 0, float("nan"))
+
+
+class MeanByPrediction(Strategy):
+    """A validator whose score is a mean over positions, kept by the class that is predicted on the images."""
+
+    needs_view: bool
+    _terms: Terms
+    """Returns the sums of weights and of what the mean is of, by predicted class."""
+
+    def statistics(self, logits: Tensor, view_logits: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
+        """Return what one batch of logits ``(N, C, ...)`` adds to the score, shape ``(2 C,)``."""
+        return summed(at_positions(self, logits, view_logits, mask), type(self)._terms)
+
+    def score(self, statistics: Tensor) -> Tensor:
+        """Return the mean over all positions; NaN if the statistics have seen nothing."""
+        counts, sums = of_rows(self, statistics, 2)
+        return ratio(sums.sum(), counts.sum())
+
+    def score_by_class(self, statistics: Tensor) -> Tensor:
+        """Return the mean over the positions of each predicted class ``(C,)``, NaN for one that was never predicted."""
+        counts, sums = of_rows(self, statistics, 2)
+        return ratio(sums, counts)
 
 
 def _check_logits(logits: Any, what: str) -> None:

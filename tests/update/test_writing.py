@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clda_core.layers import group_layers
-from clda_core.update.statistics import running_statistics
+from clda_core.update.norms import running_statistics
 from clda_core.update.writing import Snapshot, blend, pair_tensors, tensors_of, undone_on_error
 from tests._host.test_layout import LAYOUTS
 from tests.helpers import no_traces

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from clda_core import init_student
 from clda_core.update import AlignedAverage, Average, Guard
-from clda_core.update.statistics import frozen_norms, running_statistics
+from clda_core.update.norms import frozen_norms, running_statistics
 from tests.update.rounds import changed, randomise, round_context, values
 
 WIDTH = 6
