@@ -367,7 +367,7 @@ class CollaborativeLearner:
         if self.enabled:
             self._rounds.observe(self._step, self._steps + 1, loss, domain)
             self._unscale(scaler)
-        self._step.observed.add(domain)
+            self._step.observed.add(domain)
 
     @settled
     def after_step(self, *, stepped: bool = True, optimizer: Any = None) -> None:

@@ -344,10 +344,12 @@ class Rounds:
     # ---------------------------------------------------------------------------------------------------- its state
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the rounds made, the one owed and the relation as plain Python data."""
+        """Return the rounds made, when the next ones may be, and the relation as plain Python data."""
         related = self.related
         return {
             "owed": self.owed,
+            "rehearsed": self.rehearsed,
+            "take_inputs": self.take_inputs,
             "peak": self.peak,
             "lead": self._lead.state_dict(),
             "history": [record.to_dict() for record in self.history.rounds],
@@ -380,6 +382,7 @@ class Rounds:
                 )
             )
         self._lead.load_state_dict(state["lead"])
+        self.rehearsed, self.take_inputs = bool(state["rehearsed"]), bool(state["take_inputs"])
         self.owed, self.peak, self.history, self.related = owed, peak, history, related
 
 

@@ -94,7 +94,7 @@ class Runner:
             check_fits(self._student, student_output, student, "student", of_classes=self._of_classes)
             check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
             self._own_graph = check_graph(self._student, student)
-            self._checked = True
+            self._checked = student.logits.requires_grad  # a loss that is only read has no graph to look at
         return Pair(student, teacher, batch, has_data, teacher_output is None or not self._teacher.training)
 
     def in_common_classes(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:

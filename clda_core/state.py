@@ -13,7 +13,7 @@ from .strategy import PACKAGE, describe
 State = Dict[str, Any]
 Description = Dict[str, Any]
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
 
 
@@ -205,6 +205,14 @@ def _changes_were_not_counted(state: State) -> State:
     return {**state, "earlier": {**earlier, "changed": changed}}
 
 
+# ------------------------------------------------------------------------------------- what changed, from 4 to 5
+
+
+def _every_start_was_rehearsed(state: State) -> State:
+    """Before a resumed learner rehearsed a round again, and did not know whether rounds wait for inputs."""
+    return {**state, "rehearsed": False, "take_inputs": False}
+
+
 _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     1: (_every_step_was_observed, _every_round_was_kept),
     2: (
@@ -216,6 +224,7 @@ _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
         _last_rates_were_the_reports,
     ),
     3: (_nobody_was_validated, _rates_were_not_the_hosts, _changes_were_not_counted),
+    4: (_every_start_was_rehearsed,),
 }
 """By version, what makes a state of that version one of the next, one change after the other.
 

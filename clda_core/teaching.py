@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable, Optional
 
+import torch
 from torch import nn
 
 from ._host.borrowing import borrowed
@@ -117,12 +118,14 @@ def teach(
     empty = True
     for inputs in batches:
         empty = False
-        with borrowed(student, doing="distill"):
+        # Outside of what gives the random state back: every batch would get the same draws.
+        with torch.no_grad():
             its = inputs if student_inputs is None else student_inputs(inputs)
             changed = None if view is None else view(inputs)
             own = {}
             if student_inputs is not None:
                 own = {"student_inputs": its, "student_view": None if view is None else student_inputs(changed)}
+        with borrowed(student, doing="distill"):
             learner.distill(call_model(student, its), inputs, view=changed, source_loss=source_loss, **own)
         learner.step(step_fn=lambda: None)
     if empty:

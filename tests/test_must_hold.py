@@ -29,6 +29,7 @@ from clda_core.selection import AllLayers
 from clda_core.update import Average, Guard, MaskedDistillation, agreement
 from tests.distributed import processes, unlike
 from tests.helpers import (
+    INPUTS,
     SAMPLES,
     FakeScaler,
     Net,
@@ -39,10 +40,12 @@ from tests.helpers import (
     host_loss,
     images,
     labels,
+    loaded,
     make_learner,
     make_sam,
     networks,
     random_states,
+    saved,
     scalers,
     seeded,
     sgd,
@@ -790,6 +793,34 @@ def test_11_a_checkpoint_in_memory_changes_neither_with_the_run_nor_with_one_res
     resumed.load_state_dict(state)
     train(resumed, its_optimizer, 2, start=3)
     assert bits(state) == before
+
+
+def test_11_what_the_host_draws_for_rounds_is_drawn_alike_after_resuming() -> None:
+    calls: List[int] = []
+
+    def source_loss(network: Any) -> Any:
+        calls.append(1)
+        return F.cross_entropy(network(batch(7)), labels(7))
+
+    def go_on(learner: CollaborativeLearner, optimizer: Any) -> Any:
+        torch.manual_seed(5)
+        calls.clear()
+        for step in range(3, 8):
+            optimizer.zero_grad()
+            view = lambda step=step: batch(step) + 0.1 * torch.randn(SAMPLES, INPUTS)  # noqa: E731
+            learner.distill(learner.student(batch(step)), batch(step), view=view, source_loss=source_loss).backward()
+            learner.step(optimizer)
+        return bits([learner.state_dict(), learner.teacher.state_dict(), torch.get_rng_state()]), len(calls)
+
+    options = lambda: {"update": MaskedDistillation(source_weight=1.0), "schedule": Schedule(interval=6)}  # noqa: E731
+    learner, optimizer = resumable(options)
+    train(learner, optimizer, 3)
+    parts = (learner.teacher, learner.student, optimizer, learner)
+    states = loaded(saved([part.state_dict() for part in parts]))
+    resumed, its_optimizer = resumable(options)
+    for part, state in zip((resumed.teacher, resumed.student, its_optimizer, resumed), states):
+        part.load_state_dict(state)
+    assert go_on(resumed, its_optimizer) == go_on(learner, optimizer)
 
 
 # -------------------------------------------------------------------------------------------------------- 12 atomic

@@ -105,6 +105,16 @@ def test_logits_behind_a_gradient_reversal_are_refused(name: str) -> None:
         learner.distill(student.head(reverse(student.features(batch())[-1])), batch())
 
 
+def test_a_loss_that_is_read_first_does_not_hide_a_gradient_reversal() -> None:
+    teacher, student = networks()
+    learner = CollaborativeLearner(teacher, student, schedule=Never())
+    reverse = type("GradReverse", (Reversal,), {}).apply
+    with torch.no_grad():
+        learner.distill(student(batch()), batch())
+    with pytest.raises(CldaError, match=r"gradient reversal.*GradReverse"):
+        learner.distill(student.head(reverse(student.features(batch())[-1])), batch())
+
+
 @pytest.mark.parametrize("name", ["ReversibleFunction", "GroupNormFn", "GridSample", "Grouped"])
 def test_other_functions_of_a_hosts_own_are_not_taken_for_reversals(name: str) -> None:
     teacher, student = networks()

@@ -58,7 +58,7 @@ def test_a_rehearsal_writes_nothing(update: str, saliency: Any) -> None:
     before = bits(learner.state_dict())
     with no_traces(teacher, student, values_too=True):
         learner.step(step_fn=lambda: None)
-    assert bits({**learner.state_dict(), "steps": 0}) == before
+    assert bits({**learner.state_dict(), "steps": 0, "rehearsed": False}) == before
 
 
 def test_it_is_made_once_and_not_where_there_are_no_rounds() -> None:
@@ -178,6 +178,11 @@ def test_lazy_modules_are_refused_and_initialised_ones_taken() -> None:
         CollaborativeLearner(lazy, nn.Linear(5, 3))
     lazy(batch())
     assert CollaborativeLearner(lazy, nn.Linear(5, 3))
+
+
+def test_an_optimizer_that_cannot_be_built_fails_in_the_first_step() -> None:
+    update = MaskedDistillation(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentun=0.9))
+    fails(make_learner(*networks(), schedule=LATER, update=update), batch(), "rehearsal.*momentun")
 
 
 def test_an_update_of_a_users_own_rehearses_if_it_can() -> None:

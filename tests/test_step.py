@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clda_core import CollaborativeLearner, Never, Outputs, Schedule
+from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
 from clda_core.distillation import FeatureDistillation, KLDistillation, WeightedSum
 from clda_core.saliency import Magnitude
 from clda_core.selection import AllLayers
@@ -176,6 +176,32 @@ def test_a_round_that_is_owed_survives_a_checkpoint(silent: Any) -> None:
     assert [record.step for record in resumed.report().rounds] == [5]
     assert bits(resumed.state_dict()) == bits(whole.state_dict())
     assert values(resumed.teacher) == values(whole.teacher)
+
+
+def test_a_resumed_training_waits_for_inputs_as_before(silent: Any) -> None:
+    def observed(learner: CollaborativeLearner) -> List[int]:
+        learner.observe(lambda teacher: teacher(batch()).pow(2).mean())
+        learner.after_step()
+        return [record.step for record in learner.report().rounds]
+
+    learner = make_learner(*networks(), update=MaskedDistillation())
+    learner.distill(learner.student(batch()), batch())
+    learner.step(step_fn=lambda: None)
+    resumed = make_learner(*networks(), update=MaskedDistillation())
+    resumed.teacher.load_state_dict(learner.teacher.state_dict())
+    resumed.load_state_dict(learner.state_dict())
+    assert observed(learner) == observed(resumed) == [1]
+    assert bits(resumed.state_dict()) == bits(learner.state_dict())
+
+
+def test_a_step_observed_while_off_is_no_step_of_the_learner(silent: Any) -> None:
+    learner, optimizer = due_every_two(enabled=False)
+    learner.observe()
+    learner.after_step()
+    learner.enabled = True
+    with pytest.raises(CldaError, match="without observe"):
+        learner.after_step()
+    assert learner.report().steps == 0
 
 
 def test_a_skipped_step_owes_nothing(silent: Any) -> None:

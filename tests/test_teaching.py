@@ -88,6 +88,24 @@ def test_batches_are_read_once_and_may_be_arguments() -> None:
     assert [record.step for record in report.rounds] == [2, 4]
 
 
+def test_every_batch_has_a_view_of_its_own() -> None:
+    noise: List[Tensor] = []
+
+    def view(inputs: Tensor) -> Tensor:
+        noise.append(torch.randn_like(inputs))
+        return inputs + 0.1 * noise[-1]
+
+    resized: List[Tensor] = []
+
+    def student_inputs(inputs: Tensor) -> Tensor:
+        resized.append(torch.rand(1))
+        return inputs
+
+    teach(network(32, 0), network(8, 1), images(3), view=view, student_inputs=student_inputs, update=UNGUARDED())
+    assert len(torch.unique(torch.stack(noise), dim=0)) == 3
+    assert len(torch.unique(torch.cat(resized))) == 6
+
+
 def test_without_batches_it_says_so_and_changes_nothing() -> None:
     teacher, student = network(32, 0), network(8, 1)
     before = states(teacher, student)

@@ -196,8 +196,9 @@ class Guard(Strategy):
             original = context.predict(context.teacher).logits
             before = self._score(context, original, original)
             result = self.update.apply(context)
-            if not result.updated:  # nothing to judge
-                earlier.take_back()
+            if not result.updated:  # nothing to judge; what judged it already may have gone back, and that stays
+                if result.accepted is None:
+                    earlier.take_back()
                 return result
             for attempt in range(self.backtracks + 1):
                 if attempt:

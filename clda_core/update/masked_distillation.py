@@ -205,12 +205,13 @@ class MaskedDistillation(Strategy):
         self._own.check_fits(canonical_parameters(teacher))
 
     def rehearse(self, context: RoundContext) -> None:
-        """Differentiate the loss once by every layer, and drop the gradients.
+        """Build the optimizer, differentiate the loss once by every layer, and drop the gradients.
 
         Raises:
             CldaError: If none of the layers has a gradient, or the source loss does not depend on them.
         """
         everything = canonical_parameters(context.teacher)
+        OwnOptimizer(_RATE, self.optimizer).prepare(context.teacher, everything)
         wanted = [everything[name] for layer in context.layers for name in layer.parameters]
         found = self._gradients(context, [(1.0, context.student_outputs())], wanted, by_all=True)
         if all(gradient is None for gradient in found):

@@ -129,6 +129,22 @@ def test_looks_are_summed_over_the_last_rounds_of_a_period() -> None:
     assert result.score_after == pytest.approx(seen, abs=1e-6)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_going_back_is_final_inside_a_guard_and_around_one(inside: bool) -> None:
+    teacher, student = pair()
+    options: Any = {"criterion": lambda teacher, original, student: teacher.sum() * 0, "tolerance": 1.0}
+    if inside:
+        update: Any = Guard(KeepBest(Shifts(-1.0), validator=Class0(), every=3, looks=1), **options)
+    else:
+        update = KeepBest(Guard(Shifts(-1.0), **options), validator=Class0(), every=3, looks=1)
+    before = values(teacher)
+    results = rounds(update, teacher, student, LAST, FIRST, LAST)
+    assert [result.accepted for result in results] == [True, True, False]
+    assert changed(teacher, before) == []
+    [next_round] = rounds(update, teacher, student, LAST)
+    assert next_round.updated == (LAST,), "rounds go on"
+
+
 @pytest.mark.parametrize("tolerance", [0.9, 1.1])
 def test_the_tolerance_is_in_the_validators_units(tolerance: float) -> None:
     teacher, student = pair()
