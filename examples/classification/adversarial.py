@@ -4,7 +4,7 @@
 
 A discriminator with an optimizer of its own tells the domains apart by the features, and the network learns features by
 which it cannot (Ganin et al., DANN, JMLR 2016); the conditional one sees features and predictions together (Long et
-al., CDAN, NeurIPS 2018). Everything but the host is that of ``digits.py``: data, networks, and the comparison of three
+al., CDAN, NeurIPS 2018). Everything but the host is that of ``digits.py``: data, networks, and the comparison of four
 students. Nothing is resumed. ``runs/adversarial`` then holds ``results.json`` and ``figure.png``.
 """
 
@@ -156,7 +156,7 @@ def train(
 
 def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None) -> int:
     """Run the job from the command line, which overrides ``config``; return the exit status."""
-    parser = options_of("adversarial", "Fonts to handwritten digits by adversarial UDA, a student trained three ways.")
+    parser = options_of("adversarial", "Fonts to handwritten digits by adversarial UDA, a student trained four ways.")
     parser.add_argument("--conditional", action="store_true", help="CDAN instead of DANN")
     parser.add_argument("--entropy", action="store_true", help="confident images count more in the domain loss")
     options = parser.parse_args(arguments)

@@ -5,7 +5,7 @@
 As in MIC's classification job, without the adversarial part: the loss of ``self_training.py`` (Hoyer et al., MIC, CVPR
 2023), minimised by sharpness-aware minimisation (Foret et al., SAM, ICLR 2021). SAM needs two backward passes and two
 steps per iteration, so the learner is called in its two halves. Everything but the host is that of ``digits.py``: data,
-networks, and the comparison of three students. Nothing is resumed. ``runs/masked`` then holds ``results.json`` and
+networks, and the comparison of four students. Nothing is resumed. ``runs/masked`` then holds ``results.json`` and
 ``figure.png``.
 """
 
@@ -138,7 +138,7 @@ def train(
 
 def main(arguments: Optional[List[str]] = None, config: Optional[Config] = None) -> int:
     """Run the job from the command line, which overrides ``config``; return the exit status."""
-    parser = options_of("masked", "Fonts to handwritten digits by masked consistency and SAM, a student three ways.")
+    parser = options_of("masked", "Fonts to handwritten digits by masked consistency and SAM, a student four ways.")
     return run_command("masked", parser.parse_args(arguments), config or Config(host=Masked()), train=train)
 
 

@@ -128,7 +128,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Tuple[Segmenter
             steps.set_postfix(loss=f"{figures['loss']:.3f}")
             accelerator.log(figures, step=step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            changes = learner.enabled and args.rounds == "on"
+            changes = learner.enabled and args.rounds != "off"
             curve.add(step + 1, student=measure(model), teacher=measure(teacher) if changes else curve.last("teacher"))
             accelerator.log(curve.flat(), step=step + 1)
             checkpoints.save(step + 1)

@@ -93,6 +93,17 @@ def test_the_stronger_setting_learns_from_view_and_source_too(options: List[str]
     assert made["updated"]
 
 
+@pytest.mark.parametrize(("rounds", "changes"), [("stronger", True), ("off", False)])
+def test_a_teacher_that_rounds_change_is_evaluated_again(
+    options: List[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: str, changes: bool
+) -> None:
+    numbers = iter(range(100))
+    monkeypatch.setattr(segmentation.Evaluation, "__call__", lambda *_: {"mIoU": float(next(numbers))})
+    trained([*options, f"--output={tmp_path}", f"--rounds={rounds}", "--steps=1"])
+    curve = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["curve"]
+    assert (curve[-1]["teacher"] != curve[0]["teacher"]) == changes
+
+
 class FrozenKD:
     """KD from a frozen teacher as a few lines of PyTorch."""
 
