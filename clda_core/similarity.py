@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._host.activations import LEAST_ROWS, capturing, positions, rows, wide
+from ._host.activations import LEAST_ROWS, capturing, positions, rows
+from ._host.compat import wide
 from ._host.names import canonical_modules
 from ._host.ranks import sum_across_ranks
 from .errors import problem

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat import has_float64
 from .undo import undoing
 
 _SPATIAL = {
@@ -124,11 +123,6 @@ def rows(first: Tensor, second: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
         grid = [min(sizes) for sizes in zip(first.shape[2:], second.shape[2:])]
         first, second = _pool(first, grid), _pool(second, grid)
     return _matrix(first), _matrix(second)
-
-
-def wide(value: Tensor) -> Tensor:
-    """Convert to float64, which autocast leaves alone, where the device has it."""
-    return value.double() if has_float64(value.device) else value.float()
 
 
 def _square(value: Tensor) -> Tensor:

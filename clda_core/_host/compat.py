@@ -103,6 +103,11 @@ def has_float64(device: torch.device) -> bool:
     return True
 
 
+def wide(value: Tensor) -> Tensor:
+    """Convert to float64, which autocast leaves alone, where the device has it."""
+    return value.double() if has_float64(value.device) else value.float()
+
+
 def adam(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
     """Return Adam, all parameters in one kernel where torch has that for them, or else in a few, or one by one."""
     options: Dict[str, Any] = {}

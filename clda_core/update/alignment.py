@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._host.activations import wide
+from .._host.compat import wide
 from ..errors import check_number, problem
 
 __all__ = ["ChannelMaps", "CorrelationSums", "expressed", "linear_assignment", "match_channels"]

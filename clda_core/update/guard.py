@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple, cast
 import torch
 from torch import Tensor, nn
 
-from .._host.activations import wide
+from .._host.compat import wide
 from .._host.ranks import mean_across_ranks
 from .._host.undo import undoing
 from ..distillation import kl_distillation

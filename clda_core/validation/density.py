@@ -7,8 +7,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._host.activations import wide
-from .._host.compat import autocast_off
+from .._host.compat import autocast_off, wide
 from ..errors import check_number, problem
 from ..strategy import Strategy
 from .sums import at_positions, precise, probabilities

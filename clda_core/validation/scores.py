@@ -7,8 +7,8 @@ from typing import Any, Callable, Iterable, Optional
 import torch
 from torch import Tensor, nn
 
-from .._host.activations import wide
 from .._host.borrowing import borrowed
+from .._host.compat import wide
 from .._host.ranks import sum_across_ranks, world_size
 from ..errors import problem
 from ..layers import check_model

@@ -7,8 +7,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .._host.activations import wide
-from .._host.compat import autocast_off
+from .._host.compat import autocast_off, wide
 from ..distillation.chunked import in_chunks
 from ..distillation.masks import nearest, per_position, valid_mask
 from ..distillation.positions import align, computing_dtype, smaller_grid
