@@ -92,6 +92,18 @@ def test_the_evidences_table_is_that_of_the_records() -> None:
         assert ends == pytest.approx(others, abs=0.11), "versions of SciPy draw other bootstrap samples"
 
 
+def test_the_cards_table_of_the_stronger_setting_is_that_of_the_records() -> None:
+    told = _told("docs/update/masked-distillation.md", "([evidence](../evidence.md#the-stronger-setting)):")
+    variants = (
+        *[("street", f"{name}-init") for name in ("clda", "anchored", "anchored-alone")],
+        ("street-narrow", "anchored"),
+    )
+    assert len(told) == len(variants)
+    for line, (name, variant) in zip(told, variants):
+        _, seeds, _, _, *gains, time = _cells((name, variant, "", FRESH))
+        assert INTERVAL.sub("", line.partition(" | ")[2]) == INTERVAL.sub("", _line([seeds, *gains, time]))[2:]
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
