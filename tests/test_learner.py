@@ -724,6 +724,19 @@ def test_a_student_that_is_larger_than_the_teacher_is_warned_of() -> None:
         CollaborativeLearner(teacher, student)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_teacher_takes_part_in_rounds() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    student, (plain, scripted) = nn.Linear(5, 3), (seeded(network, 0) for _ in range(2))
+    scripted = torch.jit.script(scripted)
+    for teacher in (plain, scripted):
+        record = one_round(make_learner(teacher, student, selection=AllLayers()))
+        assert record.updated == ("0", "3")
+    assert values(scripted) == values(plain)
+
+
 def test_integer_parameters_are_none_of_ours_but_count_for_the_size() -> None:
     student, teacher = networks()
     teacher.register_parameter("quantised", nn.Parameter(torch.zeros(1000, dtype=torch.uint8), requires_grad=False))
