@@ -650,6 +650,20 @@ def test_a_co_trained_teacher_is_validated_in_eval_mode(training: bool) -> None:
 # --------------------------------------------------------------------------------------------------- several ranks
 
 
+def test_a_co_trained_teacher_is_validated_as_it_is_after_the_hosts_step() -> None:
+    """Two networks that are trained alike stay level, however long the steps are."""
+    teacher, student = (seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), 0) for _ in range(2))
+    learner = make_learner(teacher, student, trust=WIDE, update=MaskedDistillation(learning_rate=1e-9))
+    optimizer = torch.optim.Adam([*teacher.parameters(), *student.parameters()], lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(teacher(batch(step)), labels(step)) + F.cross_entropy(student(batch(step)), labels(step))
+        loss = loss + 0 * learner.distill(student(batch(9)), batch(9), view=changed(batch(9)))
+        loss.backward()
+        learner.step(optimizer)
+    assert [record.lead for record in learner.report().rounds] == pytest.approx([0.0] * 4, abs=1e-6)
+
+
 def test_ranks_decide_alike_and_as_one_process_does(tmp_path: Any) -> None:
     found = processes.run(leads.work, ranks=2, folder=tmp_path)
     for name in leads.SCENARIOS:
