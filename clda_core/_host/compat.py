@@ -259,9 +259,8 @@ def _drops(func: Any, args: Any, kwargs: Any) -> bool:
 def parametrized(module: nn.Module) -> bool:
     """Return whether torch.nn.utils.parametrize, which came with torch 1.9, computes tensors of this module."""
     kind = getattr(getattr(nn.utils, "parametrize", None), "ParametrizationList", None)
-    modules = module._modules  # of a scripted module a table that has no get()
-    lists = modules["parametrizations"] if "parametrizations" in modules else None
-    return kind is not None and lists is not None and any(isinstance(one, kind) for one in lists.children())
+    lists = getattr(module, "parametrizations", None)  # the tables of a scripted module have no get()
+    return kind is not None and isinstance(lists, nn.Module) and any(isinstance(one, kind) for one in lists.children())
 
 
 def uninitialized(tensor: Tensor) -> bool:
