@@ -7,6 +7,7 @@ from typing import Any, Optional, Sequence
 from torch import Tensor, nn
 
 from ._host.borrowing import borrowed
+from ._host.compat import made_in_inference_mode
 from ._host.ranks import world_size
 from .distillation import Distillation
 from .distillation.class_map import in_students_classes
@@ -86,7 +87,7 @@ class Runner:
             batch = Batch(*map(stand_in, batch))._replace(mask=None)
         raw = self._run_teacher(batch.inputs, student) if teacher_output is None else teacher_output
         teacher = as_outputs(raw, self._extract, "teacher", may_be_empty=not has_data)
-        if teacher_output is None:
+        if teacher_output is None or any(map(made_in_inference_mode, (teacher.logits, *teacher.features))):
             teacher = owned(teacher)
         if not has_data:
             teacher = stand_in(emptied(teacher))

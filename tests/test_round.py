@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clda_core import CldaError, CollaborativeLearner, Never, Schedule
+from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
+from clda_core.distillation import FeatureDistillation
 from clda_core.layers import group_layers
 from clda_core.relation import BySimilarity
 from clda_core.saliency import Hessian, Magnitude
@@ -18,6 +19,7 @@ from tests.helpers import (
     Net,
     batch,
     bits,
+    images,
     make_learner,
     networks,
     no_traces,
@@ -170,6 +172,20 @@ def test_tensors_of_inference_mode_are_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.skipif(not hasattr(torch, "inference_mode"), reason="inference mode came with torch 1.9")
+def test_a_teachers_output_of_inference_mode_is_taken() -> None:
+    """Also by a loss that keeps the teacher's features for the backward pass."""
+    teacher, student = (seeded(lambda: nn.Conv2d(3, 4, 1), seed) for seed in (0, 1))
+    learner = make_learner(
+        teacher, student, distillation=FeatureDistillation(), extract=lambda output: Outputs(output, (output,))
+    )
+    with torch.inference_mode():
+        output = teacher(images())
+    learner.distill(student(images()), images(), teacher_output=output).backward()
+    learner.step(sgd(student))
+    assert learner.report().changed == 1
+
+
 def test_lazy_modules_are_refused_and_initialised_ones_taken() -> None:
     if not hasattr(nn, "LazyLinear"):  # before torch 1.8
         return

@@ -218,6 +218,12 @@ def out_of_inference_mode() -> ContextManager[Any]:
     return nullcontext() if mode is None else mode(False)
 
 
+def made_in_inference_mode(tensor: Tensor) -> bool:
+    """Return whether autograd refuses to save a tensor, since it was made in ``torch.inference_mode()``."""
+    asked = getattr(tensor, "is_inference", None)  # came with torch 1.9
+    return asked is not None and bool(asked())
+
+
 def load_plain(path: str) -> Any:
     """Load a file to the CPU, of tensors and plain Python types only where torch can check that: from 1.13 on."""
     # Asked for rather than tried: a damaged file may raise a TypeError too, and must not be read without the check.
