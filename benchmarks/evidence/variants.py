@@ -147,14 +147,19 @@ def without_student(task: Task, seed: int) -> Dict[str, Any]:
     return {"trust": FixedTrust(0.0), "update": own_targets(task, seed)}
 
 
+def stronger(task: Task, seed: int) -> Update:
+    """Return the stronger setting: own targets on the view, the student's on the images, and the source's loss."""
+    return MaskedDistillation(own_targets=True, source_weight=1.0)
+
+
 def anchored(task: Task, seed: int) -> Update:
-    """Return the stronger setting for images: own targets on the view, with the source's loss as an anchor."""
+    """Return what the stronger setting was before: all of it learnt on the view."""
     return MaskedDistillation(learns_on="view", own_targets=True, source_weight=1.0)
 
 
 def anchored_without_student(task: Task, seed: int) -> Dict[str, Any]:
     """Return the same rounds with the teacher's own predictions as the only targets."""
-    return {"trust": FixedTrust(0.0), "update": anchored(task, seed)}
+    return {"trust": FixedTrust(0.0), "update": stronger(task, seed)}
 
 
 def kept_best(task: Task, seed: int) -> Update:
@@ -283,6 +288,10 @@ VARIANTS: Dict[str, Variant] = {
     "anchored": Variant("own targets and the source's loss, on the view", "lead", with_(update=anchored)),
     "anchored-init": Variant(
         "own targets and the source's loss, student initialised", "lead", with_(update=anchored), start="teacher"
+    ),
+    "stronger": Variant("the stronger setting", "lead", with_(update=stronger)),
+    "stronger-init": Variant(
+        "the stronger setting, student initialised", "lead", with_(update=stronger), start="teacher"
     ),
     "anchored-alone": Variant("the same rounds without the student", "lead", anchored_without_student),
     "anchored-alone-init": Variant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
@@ -29,6 +30,10 @@ _RATE = 1e-4
 less from host to host than learning rates do."""
 
 
+_Lesson = Tuple[Any, List[Tuple[float, Outputs]]]
+"""What the teacher is called with, and the predictions that it learns of that, each with its weight."""
+
+
 class MaskedDistillation(Strategy):
     r"""Distil the student's predictions into the selected teacher layers, as far as the student is trusted.
 
@@ -40,14 +45,13 @@ class MaskedDistillation(Strategy):
     whose target is constant, and :math:`L_\text{source}` the host's supervised loss, where it is given. Every parameter
     outside the selected layers is constant. A student that is not trusted changes nothing.
 
-    With ``own_targets`` the teacher learns its own prediction too, and rounds go on where the student is behind, with
-    steps of full size:
+    With ``own_targets`` the teacher also learns its own prediction on the view :math:`\tilde x` of the batch that
+    ``distill`` got, and rounds go on where the student is behind, with steps of full size:
 
-    .. math:: L(\theta_T) = (1 - t)\, D(f_T(v; \theta_T), f_T(x; \theta_T^0)) + t\, D(f_T(v; \theta_T), f_S(x))
+    .. math:: L(\theta_T) = (1 - t)\, D(f_T(\tilde x; \theta_T), f_T(x; \theta_T^0)) + t\, D(f_T(v; \theta_T), f_S(x))
               + \lambda L_\text{source}(\theta_T)
 
-    where :math:`\theta_T^0` is the teacher before the round. On :math:`v = x` the first term has no gradient and is
-    left out.
+    where :math:`\theta_T^0` is the teacher before the round. Without a view the first term is left out.
 
     Both models run in eval mode: BatchNorm statistics stay. The networks need not be related and may differ in every
     shape. The optimizer is the learner's own. The paper speaks of layer-wise relations instead; this functional update
@@ -59,9 +63,9 @@ class MaskedDistillation(Strategy):
             1e-4, or less where ``relative_rate`` times that of the host's optimizer is less, if that is of Adam's kind
             and known.
         relative_rate: See ``learning_rate``; > 0.
-        learns_on: ``"inputs"``, or ``"view"``: what the teacher sees in rounds, the target images as they are or the
-            view of them that ``distill`` got, where it got one.
-        own_targets: Whether the teacher learns its own predictions as far as the student is not trusted.
+        learns_on: ``"inputs"``, or ``"view"``: what the teacher sees when it learns the student's prediction, the
+            target images as they are or the view of them that ``distill`` got, where it got one.
+        own_targets: Whether the teacher learns its own predictions on the view as far as the student is not trusted.
         source_weight: The weight :math:`\lambda` of the source loss that ``distill`` got, >= 0; 0 leaves it out.
         distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
             has a ``class_map``, the teacher's logits come in the student's classes.
@@ -124,15 +128,15 @@ class MaskedDistillation(Strategy):
         names = [name for layer in context.layers for name in layer.parameters]
         selected = [everything[name] for name in names]
         self._own.prepare(context.teacher, everything)
-        targets = self._targets(context)
+        lessons = self._lessons(context)
         factor = self._factor(context)
         reached: Set[str] = set()
         reason = "no gradient reaches it"
-        if not (targets or self._supervises(context)):
+        if not (lessons or self._supervises(context)):
             reason = "the student is not trusted, and there is neither a view nor a source loss to learn from"
         else:
             for _ in range(self.steps):
-                averaged = self._gradients(context, targets, selected)
+                averaged = self._gradients(context, lessons, selected)
                 found = {name: gradient for name, gradient in zip(names, averaged) if gradient is not None}
                 if not found:
                     break
@@ -144,21 +148,17 @@ class MaskedDistillation(Strategy):
         updated = tuple(layer.name for layer in context.layers if reached.intersection(layer.parameters))
         return UpdateResult(updated, {layer.name: reason for layer in context.layers if layer.name not in updated})
 
-    def _seen(self, context: RoundContext) -> Any:
-        """Return what the teacher learns on."""
-        inputs = context.required_inputs()
-        return inputs if self.learns_on == "inputs" or context.view is None else context.view
-
-    def _targets(self, context: RoundContext) -> List[Tuple[float, Outputs]]:
-        """Return what the teacher learns to predict, each with its weight."""
-        if not self.own_targets:
-            return [(1.0, context.student_outputs())]
-        targets = []
-        if context.trust < 1 and self._seen(context) is not context.inputs:
-            targets.append((1.0 - context.trust, context.teacher_outputs()))
-        if context.trust > 0:
-            targets.append((context.trust, context.student_outputs()))
-        return targets
+    def _lessons(self, context: RoundContext) -> List[_Lesson]:
+        """Return what the teacher learns to predict, and from what."""
+        seen = {"view": context.view, "inputs": context.required_inputs()}
+        of_student = "inputs" if context.view is None else self.learns_on
+        targets: Dict[str, List[Tuple[float, Outputs]]] = {"view": [], "inputs": []}
+        if self.own_targets and context.trust < 1 and context.view is not None:
+            targets["view"].append((1.0 - context.trust, context.teacher_outputs()))
+        weight = context.trust if self.own_targets else 1.0
+        if weight > 0:
+            targets[of_student].append((weight, context.student_outputs()))
+        return [(seen[name], of_one) for name, of_one in targets.items() if of_one]
 
     def _supervises(self, context: RoundContext) -> bool:
         return context.source_loss is not None and self.source_weight > 0
@@ -172,7 +172,7 @@ class MaskedDistillation(Strategy):
     def _gradients(
         self,
         context: RoundContext,
-        targets: Sequence[Tuple[float, Outputs]],
+        lessons: Sequence[_Lesson],
         by: Sequence[Tensor],
         *,
         by_all: bool = False,
@@ -183,8 +183,8 @@ class MaskedDistillation(Strategy):
         """
         found: List[Sequence[Optional[Tensor]]] = []
         with borrowed(context.teacher, grad_to=by) as teacher:
-            if targets:
-                prediction = context.forward(context.teacher, self._seen(context))
+            for seen, targets in lessons:
+                prediction = context.forward(context.teacher, seen)
                 losses = [
                     weight * distillation_loss(self.distillation, prediction, target, context.mask)
                     for weight, target in targets
@@ -213,7 +213,7 @@ class MaskedDistillation(Strategy):
         everything = canonical_parameters(context.teacher)
         OwnOptimizer(_RATE, self.optimizer).prepare(context.teacher, everything)
         wanted = [everything[name] for layer in context.layers for name in layer.parameters]
-        found = self._gradients(context, [(1.0, context.student_outputs())], wanted, by_all=True)
+        found = self._gradients(context, self._lessons(replace(context, trust=0.5)), wanted, by_all=True)
         if all(gradient is None for gradient in found):
             raise problem(
                 "the update's loss does not depend on the teacher",

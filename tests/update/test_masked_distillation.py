@@ -424,13 +424,16 @@ def divergence(prediction: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("trust", [0.0, 0.3, 1.0])
-def test_the_whole_loss_by_an_independent_composition(trust: float, view: bool, source: bool, weight: float) -> None:
+@pytest.mark.parametrize("learns_on", ["inputs", "view"])
+def test_the_whole_loss_by_an_independent_composition(
+    learns_on: Any, trust: float, view: bool, source: bool, weight: float
+) -> None:
     teacher, student = pair(torch.float64)
     teacher.eval(), student.eval()
     x = vectors(dtype=torch.float64)
     seen = changed_view(x) if view else x
     own, its = teacher(x).detach(), student(x).detach()
-    loss = trust * divergence(teacher(seen), its)
+    loss = trust * divergence(teacher(seen if learns_on == "view" else x), its)
     if view:
         loss = loss + (1 - trust) * divergence(teacher(seen), own)
     if source:
@@ -439,7 +442,7 @@ def test_the_whole_loss_by_an_independent_composition(trust: float, view: bool, 
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     expected = {name: value.detach() - 0.1 * by for (name, value), by in zip(parameters.items(), gradients)}
     before = values(teacher)
-    update = MaskedDistillation(optimizer=sgd, learns_on="view", own_targets=True, source_weight=weight)
+    update = MaskedDistillation(optimizer=sgd, learns_on=learns_on, own_targets=True, source_weight=weight)
     context = round_context(
         teacher,
         student,
