@@ -8,8 +8,9 @@ W)`` in [0, 1] and return logits, on a coarser grid if they like.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,19 @@ IGNORE = 255
 
 
 class HostEma:
-    """The host's exponential moving average of the network that it trains, paired by name."""
+    """The host's exponential moving average of the network that it trains, paired by name.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    Args:
+        model: To average.
+        decay: Of the average.
+        batch_statistics: Whether BatchNorm labels a target batch by its own statistics, as in DAFormer and MIC. The
+            running ones are half of source images: with them the labels of a long training become worse and worse.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, batch_statistics: bool = True) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.batch_statistics = batch_statistics
         self.updates = 0
 
     @torch.no_grad()
@@ -39,7 +48,9 @@ class HostEma:
     @torch.no_grad()
     def pseudo_labels(self, images: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
         """Return labels ``(N, H, W)`` and one weight per image, the share of pixels above the threshold."""
-        probability, labels = upsample(self.model(images), images).softmax(dim=1).max(dim=1)
+        with by_batch_statistics(self.model) if self.batch_statistics else contextlib.nullcontext():
+            logits = self.model(images)
+        probability, labels = upsample(logits, images).softmax(dim=1).max(dim=1)
         return labels, (probability > threshold).float().mean(dim=(1, 2))
 
     def state_dict(self) -> Dict[str, Any]:
@@ -50,6 +61,20 @@ class HostEma:
         """Restore what :meth:`state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
+
+
+@contextlib.contextmanager
+def by_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let every BatchNorm normalise by the batch at hand, and leave its running statistics alone."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracked) in zip(norms, before):
+            norm.training, norm.track_running_stats = training, tracked
 
 
 def upsample(logits: Tensor, images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The street benchmark: frames that depend on their index alone, a host that learns, and its figures."""
 
+import copy
 import sys
 import types
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.street.models import NARROW, STUDENT, TEACHER, segmenter
 from benchmarks.street.pretrained import Encoder, Segmenter, widths_of
 from benchmarks.street.scenes import CLASSES, HEIGHT, LARGE, WIDTH, game_frame, photo_frame
 from clda_core import CldaError, CollaborativeLearner, Never
-from examples.huggingface.dacs import HostEma, change_colours, class_mix, segmentation_loss
+from examples.huggingface.dacs import HostEma, change_colours, class_mix, segmentation_loss, upsample
 
 # transformers and its dependencies warn of their own future.
 pytestmark = [
@@ -106,6 +107,26 @@ def test_host_ema_follows_by_name() -> None:
     current = model.state_dict()
     moved = [float((value - current[name]).abs().mean()) for name, value in ema.model.named_parameters()]
     assert max(abs(value - 0.5) for value in moved) < 1e-5  # the first update moves half the way
+
+
+@pytest.mark.parametrize("batch_statistics", [True, False])
+def test_pseudo_labels_are_of_the_batchs_statistics_and_leave_the_running_ones(batch_statistics: bool) -> None:
+    model = segmenter(NARROW, 1)
+    images = torch.rand(4, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    expected = copy.deepcopy(model).eval()
+    for module in expected.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train(batch_statistics)
+    with torch.no_grad():
+        probability, labels = upsample(expected(images), images).softmax(dim=1).max(dim=1)
+    threshold = float(probability.median())
+    ema = HostEma(model, 0.9, batch_statistics=batch_statistics)
+    before = {name: value.clone() for name, value in ema.model.state_dict().items()}
+    found, weight = ema.pseudo_labels(images, threshold)
+    assert torch.equal(found, labels)
+    assert torch.allclose(weight, (probability > threshold).float().mean(dim=(1, 2)))
+    assert all(torch.equal(value, before[name]) for name, value in ema.model.state_dict().items())
+    assert not any(module.training for module in ema.model.modules())
 
 
 def test_host_learns_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
