@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from torch import Tensor, nn
@@ -106,11 +107,13 @@ class KeepBest(Strategy):
         """The validator's statistics of the best teacher and of the present one, in this period."""
         self._of: Optional[str] = None
         """The validator's name: another one's scale is another."""
+        self._teacher: Optional[weakref.ReferenceType[nn.Module]] = None
+        """Whose layers these are; unknown before the first round, and after a state was loaded."""
         self._undo: Callable[[], None] = _nothing
 
     def __getstate__(self) -> Dict[str, Any]:
-        """Leave out of a pickle what takes the last round back."""
-        return {**self.__dict__, "_undo": _nothing}
+        """Leave out of a pickle the weak reference to the teacher, and what takes the last round back."""
+        return {**self.__dict__, "_teacher": None, "_undo": _nothing}
 
     @property
     def needs_relation(self) -> bool:
@@ -125,6 +128,7 @@ class KeepBest(Strategy):
     def apply(self, context: RoundContext) -> UpdateResult:
         """Validate both teachers if it is time, and go back or let the update make its round."""
         self._undo = _nothing
+        self._check_same(context.teacher)
         self._rounds += 1
         place = (self._rounds - 1) % self.every + 1
         if place > self.every - self.looks and self._best:
@@ -140,6 +144,17 @@ class KeepBest(Strategy):
             self._counted = ()
         self._remember(context.teacher, context.layers)
         return self.update.apply(context)
+
+    def _check_same(self, teacher: nn.Module) -> None:
+        """Raise if the rounds so far were another teacher's, to whose weights this one would go back."""
+        if self._teacher is not None and self._teacher() is not teacher:
+            raise problem(
+                "KeepBest keeps the layers of another teacher",
+                expected="one teacher in all rounds",
+                received="a second one",
+                fix="give every learner an update of its own",
+            )
+        self._teacher = weakref.ref(teacher)
 
     def _remember(self, teacher: nn.Module, layers: Iterable[Layer]) -> None:
         """Keep what the layers have, of which the best teacher has the same, since nothing has updated them."""
@@ -199,6 +214,7 @@ class KeepBest(Strategy):
 
     def rehearse(self, context: RoundContext) -> None:
         """Validate the teacher once, and rehearse the update."""
+        self._check_same(context.teacher)
         validator = validator_of(self.validator, context)
         score_of(validator, statistics_of(validator, context, context.teacher, context.teacher_outputs))
         rehearse(self.update, context)
@@ -231,6 +247,7 @@ class KeepBest(Strategy):
         rounds, best = int(state["rounds"]), dict(state["best"])
         counted, of = tuple(state["counted"]), state["of"]
         load_state(self.update, state["update"])
+        self._teacher = None
         self._rounds, self._best, self._counted, self._of = rounds, best, counted, of
 
 

@@ -248,6 +248,21 @@ def test_it_leaves_no_trace() -> None:
         update.apply(context)
 
 
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_one_update_cannot_serve_two_teachers(rehearsed: bool) -> None:
+    teacher, student = pair()
+    update = KeepBest(Shifts(-1.0), validator=Class0(), every=2, looks=1)
+    rounds(update, teacher, student, LAST)
+    other = randomise(mlp(4, 6, 3), 3)
+    before = values(other)
+    context = round_context(other, student, [LAST], inputs=batch(0))
+    with pytest.raises(CldaError, match="of another teacher.*an update of its own"):
+        update.rehearse(context) if rehearsed else update.apply(context)
+    assert changed(other, before) == []
+    update.load_state_dict(KeepBest(Shifts(-1.0)).state_dict())
+    assert update.apply(context).updated == (LAST,), "a state that was loaded belongs to the next round's"
+
+
 def test_a_state_of_another_teacher_is_refused() -> None:
     teacher, student = pair()
     update = KeepBest(Shifts(-1.0), validator=Class0(), every=2, looks=1)
