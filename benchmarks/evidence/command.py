@@ -200,5 +200,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tasks", default="", help="validators: benchmarks, with commas between")
     parser.add_argument("--looks", type=int, default=8, help="validators: how often a student is scored")
-    parser.add_argument("--check", action="store_true", help="report: fail if docs/evidence.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="report: fail if a page is not up to date")
     return parser

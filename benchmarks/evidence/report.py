@@ -1,4 +1,4 @@
-"""docs/evidence.md and its figures, from the records alone."""
+"""docs/evidence.md, docs/evidence-former.md and their figures, from the records alone."""
 
 from __future__ import annotations
 
@@ -165,15 +165,15 @@ def observation_figure(records: Sequence[Record], path: Path) -> None:
 
 
 def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = False) -> int:
-    """Fill the generated part of ``docs/evidence.md``; the text around it is written by hand.
+    """Fill the generated parts of the two pages; the text around them is written by hand.
 
     Args:
         folder: Of the records.
-        docs: Of the page.
-        check: Only compare, and fail if the page is not what the records say.
+        docs: Of the pages.
+        check: Only compare, and fail if a page is not what the records say.
 
     Raises:
-        CldaError: If there are no records.
+        CldaError: If there are no records, or a page is missing.
     """
     parts = _sections(folder, docs, FRESH, check=check, called="fresh seeds")
     parts += _sections(folder, docs, REPORTED, check=check)
@@ -190,21 +190,29 @@ def write_report(*, folder: Path = FOLDER, docs: Path = DOCS, check: bool = Fals
         if records:
             parts.append(f"## One direction alone: {path.stem}\n\n{teaching_table(records)}")
     parts += _validators(folder, docs, check=check)
-    parts += _sections(folder, docs, FORMER, check=check, called="former defaults", alike=False)
-    if not parts:
+    former = _sections(folder, docs, FORMER, check=check, called="former defaults", alike=False)
+    if not parts and not former:
         raise CldaError(f"no records in {folder.name}/. Fix: python -m benchmarks.evidence digits --seeds 20-29")
-    page = docs / "evidence.md"
+    pages = [(docs / "evidence.md", parts), (docs / "evidence-former.md", former)]
+    return max(_fill(page, of_page, check=check) for page, of_page in pages if of_page)
+
+
+def _fill(page: Path, parts: Sequence[str], *, check: bool) -> int:
+    """Write a page's generated part, or compare it; return the exit status."""
     if not page.exists():
-        raise CldaError(f"docs/evidence.md is missing. Fix: make it, with {START} and {END} where the tables go")
-    before, _, after = _split(page.read_text(encoding="utf-8"))
+        raise CldaError(f"docs/{page.name} is missing. Fix: make it, with {START} and {END} where the tables go")
+    there = page.read_text(encoding="utf-8")
+    before, start, rest = there.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise CldaError(f"docs/{page.name} has no place for the tables. Fix: put {START} and {END} into it")
     text = f"{before}{START}\n" + "\n\n".join(parts) + f"\n{END}{after}"
-    if check:
-        if text != page.read_text(encoding="utf-8"):
-            print("evidence: docs/evidence.md is not what the records say; run the report", file=sys.stderr)
-            return 1
-        return 0
-    page.write_text(text, encoding="utf-8")
-    print("\n\n".join(parts))
+    if not check:
+        page.write_text(text, encoding="utf-8")
+        print("\n\n".join(parts))
+    elif text != there:
+        print(f"evidence: docs/{page.name} is not what the records say; run the report", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -248,14 +256,6 @@ def _latest(records: Sequence[Record]) -> List[Record]:
 
 
 START, END = "<!-- generated from benchmarks/records -->", "<!-- /generated -->"
-
-
-def _split(page: str) -> Tuple[str, str, str]:
-    before, start, rest = page.partition(START)
-    inside, end, after = rest.partition(END)
-    if not start or not end:
-        raise CldaError(f"docs/evidence.md has no place for the tables. Fix: put {START} and {END} into it")
-    return before, inside, after
 
 
 def withdrawal(withdrawn: Runs) -> List[str]:

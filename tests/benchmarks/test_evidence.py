@@ -431,18 +431,23 @@ def test_withdrawn_comparisons_stay_in_the_family_of_holms_correction() -> None:
     assert "| all layers    | withdrawn (1)" in beside
 
 
-def test_former_seeds_have_sections_of_their_own_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_former_seeds_have_a_page_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("benchmarks.evidence.report")
     drawn: List[Path] = []
     monkeypatch.setattr(report, "cost_figure", lambda runs, path, alike: drawn.append(path))
     records = Records(tmp_path / "digits.jsonl")
     for seed, figure in ((0, 70.0), (1, 71.0), (REPORTED[0], 90.0), (100, 10.0), (200, 20.0)):
         records.add(record(seed, FROZEN, student=figure))
-    page = tmp_path / "evidence.md"
-    page.write_text(f"{report.START}\n{report.END}\n")
+    pages = [tmp_path / "evidence.md", tmp_path / "evidence-former.md"]
+    pages[0].write_text(f"{report.START}\n{report.END}\n")
+    with pytest.raises(CldaError, match="evidence-former.md is missing"):
+        report.write_report(folder=tmp_path, docs=tmp_path)
+    pages[1].write_text(f"{report.START}\n{report.END}\n")
+    drawn.clear()
     assert report.write_report(folder=tmp_path, docs=tmp_path) == 0
-    today, former = page.read_text().split("## digits-600-600, former defaults")
+    today, former = (page.read_text() for page in pages)
     assert "## digits-600-600\n" in today
+    assert "## digits-600-600, former defaults\n" in former
     (row,) = [line for line in today.splitlines() if line.startswith("| KD from the frozen teacher")]
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["1", "90.0"]
     (row,) = [line for line in former.splitlines() if line.startswith("| KD from the frozen teacher")]
