@@ -131,7 +131,7 @@ def _draw_rates(axes: Axes, layers: Sequence[str], rounds: Sequence[RoundRecord]
             transform=axes.get_xaxis_transform(),
             clip_on=False,
         )
-        axes.scatter([], [], s=IN_LEGEND, marker="x", color="black", linewidths=0.8, label="rejected by the guard")
+        axes.scatter([], [], s=IN_LEGEND, marker="x", color="black", linewidths=0.8, label="rejected")
     if any(rate != rate for row in grid for rate in row):
         axes.fill_between([], [], linewidth=0.0, label="unknown", **UNKNOWN)
     _legend(axes, wide)

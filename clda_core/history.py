@@ -24,7 +24,7 @@ class RoundRecord:
         lead: The student's score minus the teacher's, averaged over the looks; ``None`` if unknown.
         lead_by_class: The same for each class where the validator scores classes, ``None`` where unknown.
         trust: How far the student was trusted, in [0, 1]; ``None`` in rounds of versions that did not ask.
-        accepted: The guard's decision; ``None`` without a guard, or where nothing was written.
+        accepted: What a guard decided, or ``False`` where ``KeepBest`` went back; ``None`` where nothing was judged.
         score_before: The guard's criterion before the update; ``None`` without a decision, or if unknown (NaN).
         score_after: The same after it.
     """
@@ -73,7 +73,7 @@ class Earlier(NamedTuple):
     Attributes:
         rounds: How many.
         changed: How many of them changed the teacher.
-        judged: How many of them a guard judged.
+        judged: How many of them have an ``accepted``.
         accepted: How many of these it accepted.
         first_rates: By layer, its LSR on target data in the first of them where that was known.
         last_rates: The same in the last.

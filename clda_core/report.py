@@ -97,7 +97,7 @@ class Report:
             f"CLDA after {self.steps} optimizer steps: {self.made} rounds"
             + (f" (the last {len(self.rounds)} kept one by one)" if self.earlier.rounds else "")
             + (f", {total.changed} of them changed the teacher" if self.made else "")
-            + (f", guard accepted {total.accepted} of {total.judged}" if total.judged else "")
+            + (f", {total.judged} judged and {total.accepted} accepted" if total.judged else "")
             + (f", {self.discarded} observations discarded (non-finite)" if self.discarded else "")
         ]
         if not self.made:
@@ -123,7 +123,7 @@ class Report:
         """Draw LSR by layer over the rounds that are kept, and below it the lead and the trust.
 
         The colours go from 0 to 1, so that figures of several runs compare. A dot marks a layer that a round updated, a
-        cross a round that the guard rejected. What the names of most layers begin with is said once, at the axis, and
+        cross a round that was judged and rejected. What the names of most layers begin with is said once, at the axis, and
         where there are too many layers or rounds for the figure's size only every second or tenth is named.
 
         Args:

@@ -43,7 +43,7 @@ def report(**options: Any) -> Report:
 EMPTY = {"rounds": (), "unrelated": {}, "steps": 7, "discarded": 0}
 
 TABLE = """\
-CLDA after 225 optimizer steps: 2 rounds, 1 of them changed the teacher, guard accepted 1 of 2, \
+CLDA after 225 optimizer steps: 2 rounds, 1 of them changed the teacher, 2 judged and 1 accepted, \
 3 observations discarded (non-finite)
 layer       first LSR  last LSR  selected  updated  note
 conv1           0.500     0.250         1        0
@@ -77,7 +77,7 @@ def test_the_table_counts_rounds_that_are_not_kept_one_by_one() -> None:
     assert made.made == 5
     assert str(made).splitlines() == [
         "CLDA after 225 optimizer steps: 5 rounds (the last 2 kept one by one), 3 of them changed the teacher, "
-        "guard accepted 2 of 4, 3 observations discarded (non-finite)",
+        "4 judged and 2 accepted, 3 observations discarded (non-finite)",
         "layer       first LSR  last LSR  selected  updated  note",
         "conv1           0.750     0.250         4        2",
         "layer1.0        0.125     1.000         2        1",
