@@ -307,9 +307,11 @@ class Rounds:
         return self._runner.common(step.teacher)
 
     def _peak(self, step: Step) -> Optional[float]:
-        """Return the host's highest learning rate so far, where that is known."""
+        """Return the host's highest learning rate so far, where that is known: 0 at the start of a warm-up."""
+        if step.learning_rate is None:
+            return self.peak or None
         self.peak = max(self.peak, step.learning_rate)
-        return self.peak or None
+        return self.peak
 
     def _apply(self, context: RoundContext, not_trusted: str) -> UpdateResult:
         if not context.layers:

@@ -93,7 +93,7 @@ class Step:
         loss_given: Whether the host gave a loss on target data to be observed.
         missed: Whether the step should have been observed and had no data then.
         unscaled: Whether the gradients of the KD loss's own parameters are unscaled.
-        learning_rate: The host's, where its optimizer is of Adam's kind and known; else 0.
+        learning_rate: The host's, where its optimizer is of Adam's kind and known; else ``None``.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Step:
         self.loss_given = False
         self.missed = False
         self.unscaled = False
-        self.learning_rate = 0.0
+        self.learning_rate: Optional[float] = None
         self._anywhere = False
 
     @property

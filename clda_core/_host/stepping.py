@@ -11,15 +11,15 @@ from ..errors import problem
 from .accelerate import AcceleratedWatch, accelerated
 
 
-def adaptive_rate(optimizer: Any) -> float:
-    """Return the learning rate of an optimizer of Adam's kind, whose steps are of about that size; 0 where unknown.
+def adaptive_rate(optimizer: Any) -> Optional[float]:
+    """Return the learning rate of an optimizer of Adam's kind, whose steps are of about that size, if it is known.
 
     It is the lowest of its groups that is not 0: that of the backbone, where the head has a higher one. Where it is a
     tensor on a device, it waits for the device.
     """
     groups = [group for group in getattr(optimizer, "param_groups", None) or () if "lr" in group]
-    if not all("betas" in group for group in groups):
-        return 0.0
+    if not groups or not all("betas" in group for group in groups):
+        return None
     return min((rate for rate in (float(group["lr"]) for group in groups) if 0 < rate < math.inf), default=0.0)
 
 

@@ -132,7 +132,9 @@ class MaskedDistillation(Strategy):
         factor = self._factor(context)
         reached: Set[str] = set()
         reason = "no gradient reaches it"
-        if not (lessons or self._supervises(context)):
+        if not factor:  # not even moments may move
+            reason = "the learning rate of the host's optimizer is 0"
+        elif not (lessons or self._supervises(context)):
             reason = "the student is not trusted, and there is neither a view nor a source loss to learn from"
         else:
             for _ in range(self.steps):

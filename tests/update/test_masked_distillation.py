@@ -578,9 +578,11 @@ def test_the_highest_rate_of_the_host_counts(as_tensor: bool) -> None:
             group["lr"] = torch.tensor(lr) if as_tensor else lr
         moved = teach_once(teacher, student, learner, optimizer)
         peaks.append(learner.state_dict()["peak"])
-        assert moved > 0
+        assert (moved > 0) == (peaks[-1] > 0), "a host that does not move yet, at the start of its warm-up"
         assert learner.report().rounds[-1].strength == 1.0
     assert peaks == pytest.approx([0.0, 1e-3, 4e-3, 4e-3, 4e-3])
+    reasons = [record.reason for record in learner.report().rounds]
+    assert reasons == ["the learning rate of the host's optimizer is 0", None, None, None, None]
 
 
 def none(optimizer: Any) -> None:
