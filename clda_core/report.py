@@ -123,8 +123,8 @@ class Report:
         """Draw LSR by layer over the rounds that are kept, and below it the lead and the trust.
 
         The colours go from 0 to 1, so that figures of several runs compare. A dot marks a layer that a round updated, a
-        cross a round that was judged and rejected. What the names of most layers begin with is said once, at the axis, and
-        where there are too many layers or rounds for the figure's size only every second or tenth is named.
+        cross a round that was judged and rejected. What the names of most layers begin with is said once, at the axis,
+        and where there are too many layers or rounds for the figure's size only every second or tenth is named.
 
         Args:
             axes: Matplotlib axes to draw the LSR into; a new figure of 6 by 4 inches with both by default.
