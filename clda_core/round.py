@@ -17,7 +17,6 @@ from .errors import CldaError, check_number, problem
 from .history import Earlier, History, RoundRecord
 from .layers import Layer, ModelView, canonical_parameters
 from .lead import Lead
-from .outputs import Outputs
 from .relation import RelatedLayers, Relation, check_related, needs_inputs
 from .running import Runner
 from .saliency import SaliencyEstimator
@@ -288,6 +287,8 @@ class Rounds:
         return related
 
     def _context(self, step: Step, layers: Tuple[Layer, ...]) -> RoundContext:
+        # By its host, since distill() ran it.
+        trained = any(parameter.requires_grad for parameter in canonical_parameters(self._teacher.model).values())
         return RoundContext(
             teacher=self._teacher.model,
             student=self._student.model,
@@ -296,15 +297,8 @@ class Rounds:
             **step.batch._asdict(),
             forward=functools.partial(self._runner.in_common_classes, step),
             class_map=self._runner.class_map,
-            teacher_before=self._teacher_before(step),
+            teacher_before=None if step.teacher is None or trained else self._runner.common(step.teacher),
         )
-
-    def _teacher_before(self, step: Step) -> Optional[Outputs]:
-        """Return what the teacher put out in ``distill``, if nobody can have trained it since."""
-        parameters = canonical_parameters(self._teacher.model).values()
-        if step.teacher is None or any(parameter.requires_grad for parameter in parameters):
-            return None
-        return self._runner.common(step.teacher)
 
     def _peak(self, step: Step) -> Optional[float]:
         """Return the host's highest learning rate so far, where that is known: 0 at the start of a warm-up."""
