@@ -136,15 +136,31 @@ class StreetNarrow(Street):
         return f"{Street.name}-{self.teacher_steps}-{self.steps}"
 
 
-class StreetLong(Street):
+class StreetBatch(Street):
+    """The same with a host that labels target frames by their own BatchNorm statistics, as DAFormer and MIC do."""
+
+    name = "street-batch"
+    batch_statistics = True
+
+
+class StreetBatchNarrow(StreetBatch):
+    """The same with the narrow student."""
+
+    name = "street-batch-narrow"
+    student_size, related = NARROW, False
+
+    def teacher_setting(self) -> str:
+        return f"{StreetBatch.name}-{self.teacher_steps}-{self.steps}"
+
+
+class StreetLong(StreetBatch):
     """The same, trained until the teacher's curve is flat: further training gives a published teacher nothing.
 
-    By running statistics the pseudo-labels of so long a training become worse and worse, and the teacher collapses.
+    Labels by running statistics become worse and worse in so long a training, and the teacher collapses.
     """
 
     name = "street-long"
     steps, teacher_steps, learning_rate = 1000, 2000, 5e-4
-    batch_statistics = True
 
 
 class StreetLongNarrow(StreetLong):

@@ -12,6 +12,8 @@ TASKS: Dict[str, Tuple[str, str]] = {
     "digits": ("benchmarks.evidence.digits", "Digits"),
     "street": ("benchmarks.evidence.street", "Street"),
     "street-narrow": ("benchmarks.evidence.street", "StreetNarrow"),
+    "street-batch": ("benchmarks.evidence.street", "StreetBatch"),
+    "street-batch-narrow": ("benchmarks.evidence.street", "StreetBatchNarrow"),
     "street-long": ("benchmarks.evidence.street", "StreetLong"),
     "street-long-narrow": ("benchmarks.evidence.street", "StreetLongNarrow"),
     "street-large": ("benchmarks.evidence.street", "StreetLarge"),

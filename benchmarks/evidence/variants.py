@@ -147,19 +147,19 @@ def without_student(task: Task, seed: int) -> Dict[str, Any]:
     return {"trust": FixedTrust(0.0), "update": own_targets(task, seed)}
 
 
-def stronger(task: Task, seed: int) -> Update:
-    """Return the stronger setting: own targets on the view, the student's on the images, and the source's loss."""
-    return MaskedDistillation(own_targets=True, source_weight=1.0)
-
-
 def anchored(task: Task, seed: int) -> Update:
-    """Return what the stronger setting was before: all of it learnt on the view."""
+    """Return the stronger setting for images: own targets on the view, with the source's loss as an anchor."""
     return MaskedDistillation(learns_on="view", own_targets=True, source_weight=1.0)
+
+
+def anchored_image(task: Task, seed: int) -> Update:
+    """Return the same with the student's predictions learnt on the images as they are."""
+    return MaskedDistillation(own_targets=True, source_weight=1.0)
 
 
 def anchored_without_student(task: Task, seed: int) -> Dict[str, Any]:
     """Return the same rounds with the teacher's own predictions as the only targets."""
-    return {"trust": FixedTrust(0.0), "update": stronger(task, seed)}
+    return {"trust": FixedTrust(0.0), "update": anchored(task, seed)}
 
 
 def kept_best(task: Task, seed: int) -> Update:
@@ -289,9 +289,14 @@ VARIANTS: Dict[str, Variant] = {
     "anchored-init": Variant(
         "own targets and the source's loss, student initialised", "lead", with_(update=anchored), start="teacher"
     ),
-    "stronger": Variant("the stronger setting", "lead", with_(update=stronger)),
-    "stronger-init": Variant(
-        "the stronger setting, student initialised", "lead", with_(update=stronger), start="teacher"
+    "anchored-image": Variant(
+        "own targets on the view, the student's on the image, the source's loss", "lead", with_(update=anchored_image)
+    ),
+    "anchored-image-init": Variant(
+        "own targets on the view, the student's on the image, the source's loss, initialised",
+        "lead",
+        with_(update=anchored_image),
+        start="teacher",
     ),
     "anchored-alone": Variant("the same rounds without the student", "lead", anchored_without_student),
     "anchored-alone-init": Variant(
