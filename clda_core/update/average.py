@@ -85,8 +85,10 @@ class Average(Strategy):
         if context.class_map is None:
             return None
         class_map = tuple(context.class_map)
-        if self._classes is not None and self._classes[0] == models and self._classes[1].class_map == class_map:
-            return self._classes[1]
+        known = self._classes
+        if known is not None and known[0] in (None, models) and known[1].class_map == class_map:
+            self._classes = models, known[1]
+            return known[1]
         if context.inputs is None:
             return Classes(class_map)
         with borrowed(context.teacher, context.student, doing="watch", hooked=True):
@@ -107,11 +109,19 @@ class Average(Strategy):
         return {**self.__dict__, "_pairs": None, "_classes": None}
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return nothing: averaging has no state."""
-        return {}
+        """Return which modules make the logits, once a class map has asked for that; averaging has no other state."""
+        if self._classes is None:
+            return {}
+        found = self._classes[1]
+        names = {"of_teacher": sorted(found.of_teacher), "of_student": sorted(found.of_student)}
+        return {"class_map": list(found.class_map), **names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; the next round's models are taken for those it is of."""
+        self._classes = None
+        if state:
+            names = frozenset(state["of_teacher"]), frozenset(state["of_student"])
+            self._classes = None, Classes(tuple(state["class_map"]), *names)
 
 
 class _Pairs(NamedTuple):

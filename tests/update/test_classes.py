@@ -13,8 +13,9 @@ from clda_core.distillation import KLDistillation
 from clda_core.errors import CldaError
 from clda_core.lead import FixedTrust
 from clda_core.selection import AllLayers
-from clda_core.update import AlignedAverage, Average
+from clda_core.update import AlignedAverage, Average, Guard, agreement
 from clda_core.update.classes import MAY_BE_CLASSES, Classes, is_logits
+from tests.helpers import loaded, saved
 from tests.reference_update import average
 from tests.update.rounds import changed, randomise, round_context, same_bits, values
 
@@ -235,6 +236,26 @@ def test_both_models_are_run_once_for_the_classes_and_not_at_all_without_a_class
     assert len(runs) == 2
     update.apply(context(teacher, student, ORDER[::-1]))
     assert len(runs) == 4
+
+
+@BOTH
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_resumed_update_averages_classes_on_a_small_batch_as_one_that_was_not_interrupted(
+    kind: Any, guarded: bool
+) -> None:
+    teacher, student = randomise(Net(), 1), randomise(Net(), 2)
+    update, resumed = (
+        Guard(kind(decay=0.5), criterion=agreement, tolerance=9.0) if guarded else kind(decay=0.5) for _ in range(2)
+    )
+    update.apply(context(teacher, student, ORDER))
+    resumed.load_state_dict(loaded(saved(update.state_dict())))
+    before, results = copy.deepcopy(teacher.state_dict()), []
+    for one in (update, resumed):
+        teacher.load_state_dict(before)
+        result = one.apply(context(teacher, student, ORDER, inputs=images(4)))
+        results.append((result.updated, dict(result.skipped), teacher.head.weight.tolist()))
+    assert "head" in results[0][0]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("order", [ORDER, [3, 1], [0, 2, 2]], ids=str)
