@@ -96,7 +96,8 @@ class Runner:
             check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
             self._own_graph = check_graph(self._student, student)
             self._checked = student.logits.requires_grad  # a loss that is only read has no graph to look at
-        return Pair(student, teacher, batch, has_data, teacher_output is None or not self._teacher.training)
+        as_in_rounds = has_data and (teacher_output is None or not self._teacher.training)
+        return Pair(student, teacher, batch, has_data, as_in_rounds)
 
     def in_common_classes(self, step: Step, model: nn.Module, inputs: Any) -> Outputs:
         """Run the teacher or the student in a round; the teacher's logits come in the student's classes."""

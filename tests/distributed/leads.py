@@ -15,12 +15,13 @@ from clda_core.validation import MixVal
 from tests.distributed.host import BATCH, INPUTS, Net
 from tests.helpers import bits, make_learner, seeded, values
 
-SCENARIOS: Dict[str, Tuple[Any, bool]] = {
-    "a part each": (None, False),
-    "none on the last rank": (None, True),
-    "a mix of its own, none on the last rank": (MixVal, True),
+SCENARIOS: Dict[str, Tuple[Any, str]] = {
+    "a part each": (None, "nothing"),
+    "none on the last rank": (None, "images"),
+    "a mix of its own, none on the last rank": (MixVal, "images"),
+    "all masked out on the last rank": (None, "positions"),
 }
-"""The validator, and whether the last rank has no data."""
+"""The validator, and what the last rank lacks."""
 
 
 def data(seed: int) -> Tensor:
@@ -34,8 +35,9 @@ def source(network: nn.Module) -> Tensor:
 
 def train(name: str, rank: int, ranks: int) -> Dict[str, Any]:
     """Train for three steps, each with a round; in one process on all the data."""
-    validator, empty = SCENARIOS[name]
-    teacher, student = seeded(lambda: Net(3), 0), seeded(lambda: Net(2), 1)
+    validator, lacks = SCENARIOS[name]
+    empty = lacks != "nothing"
+    teacher, student = seeded(lambda: Net(3), 0).requires_grad_(False), seeded(lambda: Net(2), 1)
     with torch.no_grad():
         for model in (teacher, student):  # so that both predict every class
             model.head.bias -= model(data(80)).mean(0)
@@ -51,12 +53,13 @@ def train(name: str, rank: int, ranks: int) -> Dict[str, Any]:
     )
     for number in range(3):
         whole = data(number)
-        mine = whole if empty else whole.chunk(ranks)[rank]
+        mine, mask = whole if empty else whole.chunk(ranks)[rank], None
         if empty and rank == ranks - 1 and ranks > 1:
-            mine = whole[:0]
+            mine = whole[:0] if lacks == "images" else whole
+            mask = torch.zeros(len(mine), dtype=torch.bool) if lacks == "positions" else None
         view = None if validator is MixVal else mine + 0.3 * mine.sin()
         optimizer.zero_grad()
-        learner.distill(student(mine), mine, view=view, source_loss=source).backward()
+        learner.distill(student(mine), mine, mask=mask, view=view, source_loss=source).backward()
         if dist.is_available() and dist.is_initialized():
             for parameter in student.parameters():
                 dist.all_reduce(parameter.grad)
