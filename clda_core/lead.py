@@ -12,7 +12,7 @@ from ._host.ranks import sum_across_ranks
 from .errors import check_number, problem
 from .strategy import Strategy
 from .update import RoundContext
-from .update.judged import DEFAULT_VALIDATORS, statistics_of, validator_of
+from .update.scoring import DEFAULT_VALIDATORS, statistics_of, validator_of
 from .validation import Validator
 from .validation.base import nothing_unless_finite, score_by_class, score_of
 

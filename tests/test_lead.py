@@ -15,7 +15,7 @@ from clda_core.lead import MEMORY, FixedTrust, Lead, LinearTrust
 from clda_core.saliency import Magnitude
 from clda_core.selection import AllLayers
 from clda_core.update import Average, Guard, MaskedDistillation
-from clda_core.update.judged import validator_of
+from clda_core.update.scoring import validator_of
 from clda_core.validation import ConsistencyIoU, MixVal, MutualInformation, NegativeEntropy, SoftConsistency, mixed
 from tests.distributed import leads, processes
 from tests.helpers import (

@@ -32,7 +32,7 @@ from .base import (
     state_of,
     weighs_trust,
 )
-from .judged import statistics_of, validator_of
+from .scoring import statistics_of, validator_of
 from .writing import tensors_of
 
 __all__ = ["KeepBest"]

@@ -53,14 +53,17 @@ STRONGER = 1.3  # the same with the stronger setting
 TRAINING = 1.15  # times frozen-teacher KD: the budget of a training with the defaults, docs/cost.md
 ROWS: Tuple[Tuple[str, str, str, Sequence[int]], ...] = (
     ("digits", "clda", "digits", REPORTED),
+    ("street-batch", "clda-init", "street-batch, student started from the teacher's layers", FRESH),
     ("street", "clda-init", "street, student started from the teacher's layers", FRESH),
     ("street", "clda", "street, student with its own start", FRESH),
     ("street-narrow", "clda", "street, student of half the width", REPORTED),
     ("pretrained", "clda", "street, pretrained encoders", FRESH),
     ("vowels", "clda", "vowels, held out", REPORTED),
     ("letters", "clda", "letters", REPORTED),
+    ("street-batch", "anchored-init", "*stronger setting*: street-batch, from the teacher's layers", FRESH),
     ("street", "anchored-init", "*stronger setting*: street, from the teacher's layers", FRESH),
     ("street-narrow", "anchored", "*stronger setting*: street, half the width", FRESH),
+    ("digits", "anchored", "*stronger setting*: digits", REPORTED),
 )
 INTERVAL = re.compile(r" \[(.*?), (.*?)\]")
 
@@ -95,6 +98,8 @@ def test_the_evidences_table_is_that_of_the_records() -> None:
 def test_the_cards_table_of_the_stronger_setting_is_that_of_the_records() -> None:
     told = _told("docs/update/masked-distillation.md", "([evidence](../evidence.md#the-stronger-setting)):")
     variants = (
+        ("street-batch", "clda-init"),
+        ("street-batch", "anchored-init"),
         *[("street", f"{name}-init") for name in ("clda", "anchored", "anchored-alone")],
         ("street-narrow", "anchored"),
     )
