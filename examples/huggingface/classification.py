@@ -34,6 +34,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs, Schedule
 from clda_core.checkpoint import LearnerAndTeacher, atomically
 from clda_core.errors import problem
+from examples.huggingface.dacs import by_batch_statistics
 from examples.huggingface.image_folders import Pairs, Whole, in_classes_of, read_domain
 from examples.huggingface.running import Checkpoints, Curve, HostAlone, start
 
@@ -227,7 +228,7 @@ def train(options: argparse.Namespace) -> Dict[str, Any]:
     for images_s, labels_s, images_t, strong_t in batches:
         with accelerator.accumulate(network):
             logits_s, logits_t = network(**reads(torch.cat([images_s, strong_t]))).logits.chunk(2)
-            with torch.no_grad(), accelerator.autocast():
+            with torch.no_grad(), accelerator.autocast(), by_batch_statistics(host_ema):
                 confidence, labels_t = host_ema(**reads(images_t)).logits.float().softmax(1).max(1)
             sure = (confidence >= options.threshold).float()
             loss_s = F.cross_entropy(logits_s, labels_s)

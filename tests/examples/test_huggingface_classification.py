@@ -33,6 +33,8 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -181,6 +183,24 @@ def test_the_teacher_is_trained_alone_and_then_loads_as_one(data: Path, tmp_path
     assert set(results["curve"][-1]) == {"step", "teacher"}
     _, reads = classification.load_model("teacher", str(tmp_path / "teacher"), CLASSES, trained=True)
     assert reads.size == 8
+
+
+def test_batchnorm_labels_a_target_batch_by_its_own_statistics(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(torch.optim.swa_utils.AveragedModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+            seen.extend((norm.training, norm.track_running_stats) for norm in norms)
+            return super().forward(*args, **kwargs)
+
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **NAMES)
+    ResNetForImageClassification(resnet).save_pretrained(tmp_path / "resnet")
+    monkeypatch.setattr(classification, "AveragedModel", Watched)
+    run(data, tmp_path / "run", "--student", str(tmp_path / "resnet"))
+    assert set(seen) == {(True, False)}
 
 
 def save_of_timm(folder: Path, width: int, **config: Any) -> None:
