@@ -130,7 +130,7 @@ def _cells(of: Tuple[str, str, str, Sequence[int]]) -> List[str]:
         item = difference(runs, variant, role, to=base)
         assert item is not None
         low, high = item.low, item.high
-        if len(seeds) < 4:  # of three pairs there are ten samples, and no interval that is worth the name
+        if len(seeds) < 5:  # too few pairs for an interval that is worth the name, or the same in all versions of SciPy
             pairs = [runs[variant][seed][role][metric] - runs[base][seed][role][metric] for seed in seeds]
             low, high = min(pairs), max(pairs)
         cells.append(f"{_tenths(item.mean, '+')} [{_tenths(low)}, {_tenths(high)}]")
