@@ -133,7 +133,7 @@ class StreetNarrow(Street):
     student_size, related = NARROW, False
 
     def teacher_setting(self) -> str:
-        return f"{Street.name}-{self.teacher_steps}-{self.steps}"
+        return self.setting().replace("-narrow", "")
 
 
 class StreetBatch(Street):
@@ -143,14 +143,10 @@ class StreetBatch(Street):
     batch_statistics = True
 
 
-class StreetBatchNarrow(StreetBatch):
+class StreetBatchNarrow(StreetNarrow, StreetBatch):
     """The same with the narrow student."""
 
     name = "street-batch-narrow"
-    student_size, related = NARROW, False
-
-    def teacher_setting(self) -> str:
-        return f"{StreetBatch.name}-{self.teacher_steps}-{self.steps}"
 
 
 class StreetLong(StreetBatch):
@@ -163,14 +159,10 @@ class StreetLong(StreetBatch):
     steps, teacher_steps, learning_rate = 1000, 2000, 5e-4
 
 
-class StreetLongNarrow(StreetLong):
+class StreetLongNarrow(StreetNarrow, StreetLong):
     """The same with the narrow student."""
 
     name = "street-long-narrow"
-    student_size, related = NARROW, False
-
-    def teacher_setting(self) -> str:
-        return f"{StreetLong.name}-{self.teacher_steps}-{self.steps}"
 
 
 class Pretrained(Street):
