@@ -802,17 +802,22 @@ def test_11_what_the_host_draws_for_rounds_is_drawn_alike_after_resuming() -> No
         calls.append(1)
         return F.cross_entropy(network(batch(7)), labels(7))
 
+    def noisy(x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn(SAMPLES, INPUTS)
+
+    def options() -> Dict[str, Any]:
+        return {"update": MaskedDistillation(source_weight=1.0), "schedule": Schedule(interval=6)}
+
     def go_on(learner: CollaborativeLearner, optimizer: Any) -> Any:
         torch.manual_seed(5)
         calls.clear()
         for step in range(3, 8):
             optimizer.zero_grad()
-            view = lambda step=step: batch(step) + 0.1 * torch.randn(SAMPLES, INPUTS)  # noqa: E731
-            learner.distill(learner.student(batch(step)), batch(step), view=view, source_loss=source_loss).backward()
+            x = batch(step)
+            learner.distill(learner.student(x), x, view=functools.partial(noisy, x), source_loss=source_loss).backward()
             learner.step(optimizer)
         return bits([learner.state_dict(), learner.teacher.state_dict(), torch.get_rng_state()]), len(calls)
 
-    options = lambda: {"update": MaskedDistillation(source_weight=1.0), "schedule": Schedule(interval=6)}  # noqa: E731
     learner, optimizer = resumable(options)
     train(learner, optimizer, 3)
     parts = (learner.teacher, learner.student, optimizer, learner)

@@ -95,7 +95,7 @@ class Street(Task):
     teacher_size: Size = TEACHER
     student_size: Size = STUDENT
     batch, resolution = BATCH, SMALL
-    batch_statistics = False  # as in the records; a training of this length does not suffer from it
+    batch_statistics = False  # as in the records, which are older; its labels are poorer than StreetBatch's
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
