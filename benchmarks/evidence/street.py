@@ -178,6 +178,12 @@ class Pretrained(Street):
         return pretrained_segmenter("efficientnet-lite0", 5 * seed + 3).to(self.device)
 
 
+class PretrainedBatch(Pretrained, StreetBatch):
+    """The same with a host that labels target frames by their own BatchNorm statistics."""
+
+    name = "pretrained-batch"
+
+
 class StreetLarge(Street):
     """The published sizes, MiT-B3 and B0, on 256x512: for a GPU, and slow on a CPU.
 

@@ -18,6 +18,7 @@ TASKS: Dict[str, Tuple[str, str]] = {
     "street-long-narrow": ("benchmarks.evidence.street", "StreetLongNarrow"),
     "street-large": ("benchmarks.evidence.street", "StreetLarge"),
     "pretrained": ("benchmarks.evidence.street", "Pretrained"),
+    "pretrained-batch": ("benchmarks.evidence.street", "PretrainedBatch"),
     "letters": ("benchmarks.evidence.letters", "Letters"),
     "vowels": ("benchmarks.evidence.vowels", "Vowels"),
 }
@@ -35,7 +36,7 @@ def task(name: str) -> Task:
     fix = "pip install 'clda-core[benchmarks]', or make venv in a checkout"
     try:
         made: Task = getattr(import_module(module), attribute)()
-        if name == "pretrained":
+        if name.startswith("pretrained"):
             from benchmarks.street import pretrained
 
             fix = pretrained.INSTALL

