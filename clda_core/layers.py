@@ -92,7 +92,8 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
 
     Every remaining leaf module is a layer of its own, under whatever parametrization. A leaf with one-dimensional
     parameters only (a norm) joins the leaf before it under the same parent. A parameter that hangs directly on a
-    composite module (a class token) is a layer.
+    composite module (a class token) is a layer. The buffers of a module without parameters (a frozen norm) belong to
+    the layer of the parameters before it, also where ``by`` regroups.
 
     Args:
         model: Any module; it is only read.
@@ -122,9 +123,10 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
     modules = canonical_modules(model)
     name_of = _default_grouping(modules) if by is None else _user_grouping(by)
     members: Dict[str, List[str]] = {}
-    owner_layer: Dict[str, str] = {}
+    of_module: Dict[str, Optional[str]] = {}
     for name in parameters:
-        layer = name_of(name)
+        layer, owner = name_of(name), _parent(_plain_name(name, modules))
+        of_module[owner] = of_module.get(owner) or layer
         if layer is None:
             continue
         if not isinstance(layer, str) or not layer:
@@ -135,7 +137,6 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
                 fix="return the layer's name, or None to leave the parameter out",
             )
         members.setdefault(layer, []).append(name)
-        owner_layer.setdefault(_parent(_plain_name(name, modules)), layer)
     if not members:
         raise problem(
             "the layer grouping leaves every parameter out",
@@ -144,8 +145,12 @@ def group_layers(model: nn.Module, by: Optional[LayerGrouping] = None) -> Tuple[
             fix="correct the patterns or the function passed as layers=",
         )
     buffers: Dict[str, List[str]] = {}
+    places = {name: place for place, name in enumerate(modules)}
     for name in canonical_buffers(model):
-        layer = owner_layer.get(_parent(_plain_name(name, modules)), name_of(name) if by is None else None)
+        owner = _parent(_plain_name(name, modules))
+        layer = of_module.get(owner)
+        if owner not in of_module:
+            layer = name_of(name) if by is None else _layer_before(owner, places, of_module)
         if layer in members:
             buffers.setdefault(layer, []).append(name)
     return tuple(
@@ -272,6 +277,19 @@ def _is_listed_block(module: nn.Module, container: nn.Module, around: nn.Module)
     alone = bool(others) and all(_kind(other) is not _kind(module) for other in others)
     without_norm = not any(map(_is_norm, module.modules())) and any(map(_is_norm, around.modules()))
     return not alone and not without_norm and _weights(module) > 1
+
+
+def _layer_before(owner: str, places: Mapping[str, int], of_module: Mapping[str, Optional[str]]) -> Optional[str]:
+    """Return the layer of the parameters before a module without any, under the nearest module around it with some.
+
+    Of a module that comes before them it is the layer of the first.
+    """
+    for around in (*_above(owner), ""):
+        inside = [name for name in of_module if not around or f"{name}.".startswith(f"{around}.")]
+        if inside:
+            before = [name for name in inside if places[name] < places[owner]]
+            return of_module[(before or inside[:1])[-1]]
+    return None
 
 
 def _default_grouping(modules: Mapping[str, nn.Module]) -> Callable[[str], Optional[str]]:

@@ -37,7 +37,7 @@ from .validation import Validator
 
 __all__ = ["CollaborativeLearner"]
 
-_FIXED = frozenset({"teacher", "student", "extract", *ROLES})
+_FIXED = frozenset({"teacher", "student", "extract", "keep_rounds", *ROLES})
 
 
 class CollaborativeLearner:
@@ -345,8 +345,8 @@ class CollaborativeLearner:
         schedule says: what would fail in a round fails here, and nothing is written.
 
         The gradients are, in this order: those of ``loss`` if given; those that the host left on a co-trained teacher's
-        parameters (left-overs from before the learner was built do not count); those of the probe on this step's
-        ``inputs``.
+        parameters (left-overs from before the learner was built, and what was observed before, do not count); those of
+        the probe on this step's ``inputs``.
 
         Args:
             loss: A scalar with a graph to the teacher, or a function of the teacher that returns one, for example

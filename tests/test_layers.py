@@ -221,6 +221,21 @@ def test_a_norm_without_parameters_joins_by_its_buffers() -> None:
     assert layers["0"].buffers == ("1.running_mean", "1.running_var")
 
 
+@pytest.mark.parametrize("by", [[r"stem", r"blocks"], lambda name: None if "head" in name else name.partition(".")[0]])
+def test_regrouped_a_norm_without_parameters_stays_with_those_before_it(by) -> None:
+    def norm() -> nn.Module:
+        return nn.BatchNorm1d(2, affine=False)
+
+    model = nn.ModuleDict({"first": norm(), "stem": nn.Linear(2, 2), "norm": norm()})
+    model["blocks"] = nn.Sequential(norm(), nn.Linear(2, 2), nn.Sequential(norm()))
+    model["head"] = nn.Sequential(nn.Linear(2, 2), norm())
+    layers = by_name(model, by=by)
+    assert {name: {buffer.rpartition(".")[0] for buffer in layer.buffers} for name, layer in layers.items()} == {
+        "stem": {"first", "norm"},
+        "blocks": {"blocks.0", "blocks.2.0"},
+    }
+
+
 def _weight_norm_by_hooks(module: nn.Module) -> nn.Module:
     return nn.utils.weight_norm(module)
 

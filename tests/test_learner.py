@@ -1,6 +1,7 @@
 """The learner from a host's side: what it takes, what it gives, and strategies of a user's own."""
 
 import json
+import weakref
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import pytest
@@ -285,6 +286,22 @@ def test_left_overs_are_not_kept_alive() -> None:
         parameter.grad = None
     one_round(learner)
     assert not learner._observer._leftover
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, "inference_mode"), reason="before torch 1.9 a gradient is a new object each time"
+)
+def test_gradients_count_once_so_a_teacher_trained_no_longer_is_observed_by_the_probe() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, update=Average(decay=1.0))
+    teacher.unused(teacher.features(batch())[0]).pow(2).sum().backward()
+    assert list(one_round(learner).rates) == ["stem", "unused"], "the host's"
+    assert list(one_round(learner).rates) == LAYERS, "the probe's: the host made no new gradient"
+    teacher.unused(teacher.features(batch())[0]).pow(2).sum().backward()  # adds to the old one, in place
+    assert list(one_round(learner).rates) == ["stem", "unused"], "the host's"
+    gradient = weakref.ref(teacher.unused.weight.grad)
+    teacher.unused.weight.grad = None
+    assert gradient() is None, "what the host drops is not held"
 
 
 def test_a_function_is_observed_on_a_frozen_teacher() -> None:

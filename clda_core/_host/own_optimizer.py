@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from typing import AbstractSet, Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, cast
 
@@ -200,6 +201,15 @@ class OwnOptimizer:
             optimizer = adam(values, self._learning_rate) if self._factory is None else self._factory(values)
         if not _holds(optimizer, parameters):
             raise _other_parameters(optimizer, parameters)
+        try:
+            inspect.signature(optimizer.step).bind()
+        except TypeError as error:
+            raise problem(
+                "the update's optimizer cannot step by gradients alone",
+                expected="an optimizer whose step() needs no closure",
+                received=f"{type(optimizer).__name__}.step{inspect.signature(optimizer.step)}",
+                fix="let optimizer= build one of another kind, for example torch.optim.SGD",
+            ) from error
         base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._restored is not None:
             if self._grows and _is_by_name(self._restored):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,20 @@ def still_leftover(model: nn.Module, leftover: Leftover) -> Dict[str, Tuple[Tens
     }
 
 
+def weakly(leftover: Leftover) -> Dict[str, Tuple[Any, int]]:
+    """Return weak references to gradients, which hold no memory that the host frees.
+
+    Before torch 1.9 they refer to nothing, since the gradient's Python object is made anew wherever it is asked for.
+    """
+    return {name: (weakref.ref(gradient), version) for name, (gradient, version) in leftover.items()}
+
+
+def alive(references: Mapping[str, Tuple[Any, int]]) -> Dict[str, Tuple[Tensor, int]]:
+    """Return the gradients of :func:`weakly` that the host has not dropped."""
+    found = {name: (reference(), version) for name, (reference, version) in references.items()}
+    return {name: (gradient, version) for name, (gradient, version) in found.items() if gradient is not None}
+
+
 def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
     """Return the gradients that the host computed, by parameter name.
 
@@ -50,7 +65,7 @@ def hosts_gradients(model: nn.Module, leftover: Leftover) -> Dict[str, Tensor]:
 
     Args:
         model: The teacher.
-        leftover: Gradients to ignore: those from before the learner was built.
+        leftover: Gradients to ignore: those from before the learner was built, or that were observed before.
     """
     stale = still_leftover(model, leftover)
     found = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..layers import ModelView, canonical_parameters
 from .averages import Averages, LayerRates
 from .base import Probe, RandomVectors, SaliencyEstimator, derivatives
 from .histogram import Histogram
-from .host_gradients import explained, hosts_gradients, leftover_gradients, still_leftover
+from .host_gradients import alive, explained, hosts_gradients, leftover_gradients, still_leftover, weakly
 from .scores import score_layers
 from .threshold import Threshold
 
@@ -76,9 +76,11 @@ class Observer:
         self._generator = torch.Generator().manual_seed(0)
         self._discarded_in_a_row = 0
         self._leftover = leftover_gradients(view.model)
+        self._used: Dict[str, Tuple[Any, int]] = {}
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**vars(self), "_generator": self._generator.get_state()}  # which not every torch copies itself
+        # Not every torch copies a generator itself.
+        return {**vars(self), "_generator": self._generator.get_state(), "_used": {}}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         vars(self).update(state)
@@ -87,7 +89,7 @@ class Observer:
 
     def host_trains_teacher(self) -> bool:
         """Return whether the host left gradients of its own on the teacher."""
-        return bool(hosts_gradients(self._view.model, self._leftover))
+        return bool(self._hosts_gradients())
 
     def observe(self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor]) -> Observation:
         """Score the teacher's parameters on one batch; what is returned counts if :meth:`commit` gets it.
@@ -184,8 +186,9 @@ class Observer:
             return dict.fromkeys(names)
         wanted = [parameters[name] for name in names]
         sharded = any(map(is_sharded, wanted))
-        live = hosts_gradients(self._view.model, self._leftover) if loss is None and order == 1 else {}
+        live = self._hosts_gradients() if loss is None and order == 1 else {}
         if live:
+            self._used = weakly(leftover_gradients(self._view.model))
             found = [live.get(name) for name in names]
         elif isinstance(loss, Tensor):
             found = self._derivatives_of(loss, wanted, sharded)
@@ -203,6 +206,10 @@ class Observer:
         by_name = dict(zip(names, found))
         check_reached(by_name)
         return by_name
+
+    def _hosts_gradients(self) -> Dict[str, Tensor]:
+        """Return the host's gradients, without those observed before: it does not train these parameters any more."""
+        return hosts_gradients(self._view.model, {**self._leftover, **alive(self._used)})
 
     def _sharded_gradients(self, loss: Tensor, wanted: Sequence[Tensor]) -> List[Optional[Tensor]]:
         if self._saliency.order == 2:

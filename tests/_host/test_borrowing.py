@@ -309,6 +309,7 @@ def test_models_and_strategies_of_a_learner_cannot_be_exchanged() -> None:
         "distillation": KLDistillation(),
         "schedule": Schedule(warmup=3),
         "probe": lambda logits, mask: logits.sum(),
+        "keep_rounds": 2,
     }
     for name, other in others.items():
         with pytest.raises(CldaError, match=rf"learner\.{name} cannot be replaced.*build a new CollaborativeLearner"):

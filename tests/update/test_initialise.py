@@ -72,6 +72,19 @@ def test_a_regrouping() -> None:
     assert not torch.equal(student[2].weight, teacher[2].weight)
 
 
+def test_a_regrouping_copies_what_frozen_norms_keep_in_buffers() -> None:
+    def network(seed: int) -> nn.Module:
+        norm = nn.BatchNorm2d(4, affine=False)
+        for name in ("weight", "bias"):  # as torchvision's FrozenBatchNorm2d
+            delattr(norm, name)
+            norm.register_buffer(name, torch.ones(4))
+        return randomise(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1)), seed).eval()
+
+    teacher, student, x = network(1), network(2), torch.randn(2, 3, 4, 4)
+    init_student(student, teacher, layers=["0", "2"])
+    assert torch.equal(student(x), teacher(x))
+
+
 def test_nothing_to_copy_leaves_the_student_unchanged() -> None:
     teacher, student = nn.Sequential(nn.Linear(2, 4)), nn.Sequential(nn.Linear(2, 3))
     before = values(student)

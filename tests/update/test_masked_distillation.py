@@ -307,6 +307,15 @@ def test_an_optimizer_of_other_parameters(factory: Any) -> None:
         MaskedDistillation(optimizer=factory).apply(round_context(teacher, student, inputs=vectors()))
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused_at_the_first_step() -> None:
+    teacher, student = pair()
+    update = MaskedDistillation(optimizer=torch.optim.LBFGS)
+    learner = helpers.make_learner(teacher, student, update=update, schedule=Schedule())
+    learner.distill(student(vectors()), vectors()).backward()
+    with pytest.raises(CldaError, match=r"cannot step by gradients alone.*no closure, received LBFGS\.step\(closure\)"):
+        learner.observe()
+
+
 def test_one_update_cannot_serve_two_teachers() -> None:
     update, student = MaskedDistillation(), pair()[1]
     update.apply(round_context(pair()[0], student, inputs=vectors()))
