@@ -68,13 +68,11 @@ class OwnOptimizer:
             parameters: All of them, by name.
 
         Raises:
-            CldaError: If the optimizer holds other parameters, or the state does not fit these.
+            CldaError: If the optimizer is of another model, or the state does not fit these parameters.
         """
-        if self._optimizer is not None and not _holds(self._optimizer, parameters):
-            if not self._grows and (self._model is None or self._model() is not model):
-                raise _other_parameters(self._optimizer, parameters)
-            self._restored, self._optimizer = self.state_dict(), None
-        elif self._optimizer is not None and _left_behind(self._optimizer):
+        self.check_model(model, parameters)
+        optimizer = self._optimizer
+        if optimizer is not None and (not _holds(optimizer, parameters) or _left_behind(optimizer)):
             self._restored, self._optimizer = self.state_dict(), None
         if self._optimizer is None:
             self._optimizer = self._build(parameters)
@@ -137,6 +135,17 @@ class OwnOptimizer:
                 group.update({key: copied(value) for key, value in before.items()})
 
         return go_back
+
+    def check_model(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """Raise if the optimizer was built of another model's parameters, and may not grow."""
+        of_another = self._optimizer is not None and not _holds(self._optimizer, parameters)
+        if of_another and not self._grows and (self._model is None or self._model() is not model):
+            raise problem(
+                "the update has an optimizer of another teacher",
+                expected=f"one of this teacher's {len(parameters)} parameters, which the first round builds",
+                received=f"{type(self._optimizer).__name__} of other parameters, from earlier rounds",
+                fix="give every learner an update of its own",
+            )
 
     def check_fits(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise unless a restored state belongs to parameters of these names and shapes."""
@@ -249,7 +258,7 @@ def _other_parameters(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
         "the update's optimizer does not hold the teacher's parameters",
         expected=f"an optimizer of these {len(parameters)} parameters",
         received=f"{type(optimizer).__name__} of {len(_held(optimizer))}, not the same ones",
-        fix="let optimizer= take all the parameters it is given, and give every learner an update of its own",
+        fix="let optimizer= take all the parameters it is given",
     )
 
 

@@ -210,9 +210,11 @@ class MaskedDistillation(Strategy):
         """Build the optimizer, differentiate the loss once by every layer, and drop the gradients.
 
         Raises:
-            CldaError: If none of the layers has a gradient, or the source loss does not depend on them.
+            CldaError: If the update has made rounds of another teacher, none of the layers has a gradient, or the
+                source loss does not depend on them.
         """
         everything = canonical_parameters(context.teacher)
+        self._own.check_model(context.teacher, everything)
         OwnOptimizer(_RATE, self.optimizer).prepare(context.teacher, everything)
         wanted = [everything[name] for layer in context.layers for name in layer.parameters]
         found = self._gradients(context, self._lessons(replace(context, trust=0.5)), wanted, by_all=True)

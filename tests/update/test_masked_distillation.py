@@ -319,8 +319,17 @@ def test_an_optimizer_that_needs_a_closure_is_refused_at_the_first_step() -> Non
 def test_one_update_cannot_serve_two_teachers() -> None:
     update, student = MaskedDistillation(), pair()[1]
     update.apply(round_context(pair()[0], student, inputs=vectors()))
-    with pytest.raises(CldaError, match="give every learner an update of its own"):
+    with pytest.raises(CldaError, match="of another teacher.*give every learner an update of its own"):
         update.apply(round_context(pair()[0], student, inputs=vectors()))
+
+
+def test_an_update_of_another_teachers_rounds_is_refused_in_the_first_step() -> None:
+    update = MaskedDistillation()
+    update.apply(round_context(*pair(), inputs=vectors()))
+    learner = helpers.make_learner(*helpers.networks(), update=update, schedule=Schedule(warmup=20, interval=5))
+    learner.distill(learner.student(helpers.batch()), helpers.batch()).backward()
+    with helpers.nothing_changed(learner), pytest.raises(CldaError, match="optimizer of another teacher"):
+        learner.step(step_fn=lambda: pytest.fail("the optimizer was stepped"))
 
 
 def test_class_counts_that_differ() -> None:
