@@ -24,7 +24,7 @@ OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 _KERNELS = ("foreach", "fused")
 _LOAD = torch.optim.Optimizer.load_state_dict
-_OF_ONE = ("_optimizer", "_names", "_base_rates", "_model", "_restored")
+_OF_ONE = ("_optimizer", "_names", "_dtypes", "_base_rates", "_model", "_restored")
 """The attributes that are of one optimizer."""
 
 
@@ -49,6 +49,7 @@ class OwnOptimizer:
         self._grows = grows
         self._optimizer: Optional[torch.optim.Optimizer] = None
         self._names: List[str] = []
+        self._dtypes: List[torch.dtype] = []
         self._base_rates: List[float] = []
         self._model: Optional[weakref.ReferenceType[nn.Module]] = None
         self._restored: Optional[Mapping[str, Any]] = None
@@ -60,8 +61,8 @@ class OwnOptimizer:
     def prepare(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters, built if there is none.
 
-        Where the model's parameters were replaced or moved to another device since, the optimizer is built anew and the
-        state follows by name.
+        Where the model's parameters were replaced, or moved to another device or dtype since, the optimizer is built
+        anew and the state follows by name.
 
         Args:
             model: Whose parameters these are.
@@ -72,11 +73,12 @@ class OwnOptimizer:
         """
         self.check_model(model, parameters)
         optimizer = self._optimizer
-        if optimizer is not None and (not _holds(optimizer, parameters) or _left_behind(optimizer)):
+        if optimizer is not None and (not _holds(optimizer, parameters) or self._left_behind(optimizer)):
             self._restored, self._optimizer = self.state_dict(), None
         if self._optimizer is None:
             self._optimizer = self._build(parameters)
             self._names = _names_in_order(self._optimizer, parameters)
+            self._dtypes = [parameter.dtype for parameter in _held(self._optimizer)]
             self._restored = None
         self._model = weakref.ref(model)
         return self._optimizer
@@ -204,6 +206,16 @@ class OwnOptimizer:
         self._base_rates = list(state["base_rates"])
         return True
 
+    def _left_behind(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether moments stayed where their parameters were, which ``Module.to`` moved without them."""
+        if self._dtypes != [parameter.dtype for parameter in _held(optimizer)]:  # moments may have one of their own
+            return True
+        return any(
+            isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device
+            for parameter, moments in optimizer.state.items()
+            for value in moments.values()
+        )
+
     def _build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         values = list(parameters.values())
         with requiring_grad(values):
@@ -236,15 +248,6 @@ def _held(optimizer: torch.optim.Optimizer) -> List[Tensor]:
 
 def _holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> bool:
     return set(map(id, _held(optimizer))) == set(map(id, parameters.values()))
-
-
-def _left_behind(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether parameters were moved to another device than their moments, as ``Module.to`` does."""
-    return any(
-        isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device
-        for parameter, moments in optimizer.state.items()
-        for value in moments.values()
-    )
 
 
 def _keeps_by_parameter(optimizer: torch.optim.Optimizer) -> bool:

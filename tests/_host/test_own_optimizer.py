@@ -163,6 +163,18 @@ def test_moments_follow_a_teacher_that_changes_its_memory_format_between_rounds(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_follow_a_teacher_that_changes_its_dtype_between_rounds(optimizer: str) -> None:
+    teacher = randomise(Convolution(), 1)
+    reference = Reference(teacher)
+    update = MaskedDistillation(learning_rate=RATE, optimizer=OPTIMIZERS[optimizer])
+    for seed, dtype in enumerate([torch.float32, torch.float64, torch.float32]):
+        x = inputs(seed)
+        update.apply(round_context(teacher.to(dtype), student().to(dtype), inputs=x.to(dtype)))
+        reference.round(x)
+    reference.check(teacher)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_moments_of_a_checkpoint_take_the_layout_of_the_parameters_they_meet(optimizer: str) -> None:
     teacher = randomise(channels_last(), 1)
     reference = Reference(teacher)
