@@ -312,11 +312,14 @@ class CollaborativeLearner:
         engines = accelerated(optimizer)
         if not self.enabled or (step_fn is None and engines is not None and engines.accumulates):
             return make_step(optimizer, scaler, step_fn)[0]
+        scaled_by, inner = scaler, optimizer
+        if scaler is None and engines is not None:
+            scaled_by, inner = engines.scaler, engines.optimizer
         if "target" not in self._step.observed:
-            if scaler is not None and self.observing and self._observer.host_trains_teacher():
-                unscale(scaler, optimizer)
+            if scaled_by is not None and self.observing and self._observer.host_trains_teacher():
+                unscale(scaled_by, inner)
             self.observe()
-        self._unscale(engines.scaler if scaler is None and engines is not None else scaler)
+        self._unscale(scaled_by)
         try:
             result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from clda_core import CldaError, CollaborativeLearner
 from clda_core.checkpoint import LearnerAndTeacher
+from clda_core.saliency import ReferenceThreshold
 from clda_core.selection import AllLayers
 from clda_core.update import Average
-from tests.helpers import batch, bits, every_step, host_loss, make_sam, networks, sgd, values
+from tests.helpers import batch, bits, every_step, host_loss, labels, make_learner, make_sam, networks, sgd, values
 
 accelerate = pytest.importorskip("accelerate", reason="a recipe for Accelerate needs Accelerate")
 
@@ -80,6 +82,26 @@ def test_a_step_that_the_scaler_skips_is_none(fused: bool) -> None:
     assert made == [True, False, True, True]
     assert learner.report().steps == 3
     assert not adam._optimizer_step_post_hooks
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="GradScaler works on the CPU from torch 2.3 on")
+@pytest.mark.parametrize("clipped", [False, True])  # for which the host unscales before
+def test_gradients_of_a_co_trained_teacher_are_unscaled(clipped: bool) -> None:
+    rates = []
+    for scale in (1.0, 1024.0):
+        accelerate.Accelerator(cpu=True)
+        learner = make_learner(*networks(), threshold=ReferenceThreshold())
+        both = [*learner.student.parameters(), *learner.teacher.parameters()]
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = accelerate.optimizer.AcceleratedOptimizer(torch.optim.SGD(both, lr=0.1), scaler=scaler)
+        loss = learner.distill(learner.student(batch()), batch())
+        scaler.scale(loss + F.cross_entropy(learner.teacher(batch()), labels())).backward()
+        if clipped:
+            scaler.unscale_(optimizer.optimizer)
+        learner.observe(lambda teacher: F.cross_entropy(teacher(batch(1)), labels()), domain="source")
+        learner.step(optimizer)
+        rates.append(learner.report().rounds[-1].rates)
+    assert rates[0] == rates[1]
 
 
 def test_a_sam_optimizer_that_accelerate_wraps_is_refused_and_counted_in_two_halves() -> None:
