@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Literal
 
 from ._host.accelerate import accelerated
+from ._host.half import loss_scale
 from ._host.plain import copied, plain
 from ._host.stepping import adaptive_rate, check_steppable, make_step, unscale
 from ._host.undo import settled
@@ -315,6 +316,7 @@ class CollaborativeLearner:
         scaled_by, inner = scaler, optimizer
         if scaler is None and engines is not None:
             scaled_by, inner = engines.scaler, engines.optimizer
+        self._step.loss_scale = loss_scale(scaled_by)
         if "target" not in self._step.observed:
             if scaled_by is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaled_by, inner)
@@ -358,7 +360,8 @@ class CollaborativeLearner:
             domain: Whether the batch is target or source data; source observations serve
                 :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.saliency.ReferenceThreshold`.
             scaler: The GradScaler that scaled the host's loss, if :meth:`step` does not get it: it does not know the
-                parameters of a KD loss, whose gradients are unscaled here. Those of a co-trained teacher are yours to
+                parameters of a KD loss, whose gradients are unscaled here. The losses of this step's observation and
+                round are then scaled too. Those of a co-trained teacher are yours to
                 unscale before.
 
         Raises:
@@ -368,6 +371,8 @@ class CollaborativeLearner:
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
         if self.enabled:
+            if scaler is not None:
+                self._step.loss_scale = loss_scale(scaler)
             self._rounds.observe(self._step, self._steps + 1, loss, domain)
             self._unscale(scaler)
             self._step.observed.add(domain)

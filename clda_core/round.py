@@ -155,7 +155,9 @@ class Rounds:
             return
         lent = borrowed(self._teacher.model, doing=f"observe {domain}", passes=False)
         with adding(step.adds or not target), lent:
-            step.pending.append(self._observer.observe(loss, domain, step.batch.inputs, step.batch.mask))
+            step.pending.append(
+                self._observer.observe(loss, domain, step.batch.inputs, step.batch.mask, loss_scale=step.loss_scale)
+            )
         step.missed &= not target
 
     def follow(self, step: Step, number: int) -> None:
@@ -297,6 +299,7 @@ class Rounds:
             **step.batch._asdict(),
             forward=functools.partial(self._runner.in_common_classes, step),
             class_map=self._runner.class_map,
+            loss_scale=step.loss_scale,
             teacher_before=None if step.teacher is None or trained else self._runner.common(step.teacher),
         )
 

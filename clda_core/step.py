@@ -94,6 +94,7 @@ class Step:
         missed: Whether the step should have been observed and had no data then.
         unscaled: Whether the gradients of the KD loss's own parameters are unscaled.
         learning_rate: The host's, where its optimizer is of Adam's kind and known; else ``None``.
+        loss_scale: By what our losses are multiplied before they are differentiated, 1 unless the host scales its own.
     """
 
     def __init__(self) -> None:
@@ -107,6 +108,7 @@ class Step:
         self.missed = False
         self.unscaled = False
         self.learning_rate: Optional[float] = None
+        self.loss_scale = 1.0
         self._anywhere = False
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._host.borrowing import borrowed
+from .._host.half import unscaled
 from .._host.ranks import mean_across_ranks, mean_where_seen
 from .._host.shards import gradients, is_sharded
 from .._host.undo import undoing
@@ -91,7 +92,15 @@ class Observer:
         """Return whether the host left gradients of its own on the teacher."""
         return bool(self._hosts_gradients())
 
-    def observe(self, loss: Optional[LossOrFunction], domain: str, inputs: Any, mask: Optional[Tensor]) -> Observation:
+    def observe(
+        self,
+        loss: Optional[LossOrFunction],
+        domain: str,
+        inputs: Any,
+        mask: Optional[Tensor],
+        *,
+        loss_scale: float = 1.0,
+    ) -> Observation:
         """Score the teacher's parameters on one batch; what is returned counts if :meth:`commit` gets it.
 
         Args:
@@ -99,9 +108,10 @@ class Observer:
             domain: ``"target"`` or ``"source"``.
             inputs: The batch for the probe.
             mask: Its mask.
+            loss_scale: By what the loss is multiplied before it is differentiated; the derivatives are divided by it.
         """
         parameters = canonical_parameters(self._view.model)
-        found = self._derivatives(loss, domain, inputs, mask, parameters)
+        found = self._derivatives(loss, domain, inputs, mask, parameters, loss_scale)
         histogram = score_layers(self._saliency, self._view.layers, parameters, found)
         known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
         return Observation(domain, histogram, known)
@@ -178,6 +188,7 @@ class Observer:
         inputs: Any,
         mask: Optional[Tensor],
         parameters: Mapping[str, nn.Parameter],
+        scale: float = 1.0,
     ) -> Dict[str, Optional[Tensor]]:
         """Return the derivatives the saliency needs, by parameter name, averaged over ranks."""
         order = self._saliency.order
@@ -191,7 +202,7 @@ class Observer:
             self._used = weakly(leftover_gradients(self._view.model))
             found = [live.get(name) for name in names]
         elif isinstance(loss, Tensor):
-            found = self._derivatives_of(loss, wanted, sharded)
+            found = unscaled(self._derivatives_of(loss * scale, wanted, sharded), scale)
         else:
             with borrowed(self._view.model, grad_to=wanted) as teacher:
                 if loss is None:
@@ -200,7 +211,9 @@ class Observer:
                     value = loss(teacher)
                     what = "what the function given to observe() returned"
                     check_differentiable(value, what, "return a scalar from it")
+                value = value * scale
                 found = self._sharded_gradients(value, wanted) if sharded else self._differentiate(value, wanted)
+                found = unscaled(found, scale)
         if not sharded:  # FSDP2 averages by itself
             found = mean_where_seen(found, wanted)
         by_name = dict(zip(names, found))

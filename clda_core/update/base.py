@@ -47,6 +47,8 @@ class RoundContext:
         trust: How far the student is trusted by its lead, in [0, 1]; see :mod:`clda_core.lead`.
         learning_rate: The host's at its peak so far, where its optimizer is of Adam's kind; ``None`` where that is not
             known.
+        loss_scale: By what a loss is multiplied before it is differentiated by the teacher, and its gradients divided:
+            1 unless the host scales its own loss, as for float16.
         teacher_before: The teacher's outputs on ``inputs`` before the round, where they are known;
             :meth:`teacher_outputs` gives them in any case.
     """
@@ -66,6 +68,7 @@ class RoundContext:
     source_loss: Optional[SourceLoss] = None
     trust: float = 1.0
     learning_rate: Optional[float] = None
+    loss_scale: float = 1.0
     teacher_before: Optional[Outputs] = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False)
     _before: Dict[int, Before] = field(default_factory=dict, repr=False)

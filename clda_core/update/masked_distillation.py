@@ -11,6 +11,7 @@ from typing_extensions import Literal
 
 from .._host.borrowing import borrowed
 from .._host.compat import has_float64, norms
+from .._host.half import unscaled
 from .._host.layout import strided
 from .._host.own_optimizer import OptimizerFactory, OwnOptimizer
 from .._host.ranks import mean_where_seen
@@ -191,14 +192,14 @@ class MaskedDistillation(Strategy):
                     weight * distillation_loss(self.distillation, prediction, target, context.mask)
                     for weight, target in targets
                 ]
-                found.append(_differentiated(sum(losses[1:], losses[0]), by))
+                found.append(_differentiated(sum(losses[1:], losses[0]), by, context.loss_scale))
                 del prediction, losses
             if context.source_loss is not None and self._supervises(context):
                 loss = context.source_loss(teacher)
                 check_scalar(loss)
                 if by_all and not loss.requires_grad:
                     raise no_graph()
-                found.append(_differentiated(self.source_weight * loss, by))
+                found.append(_differentiated(self.source_weight * loss, by, context.loss_scale))
         summed = [_added(of_one) for of_one in zip(*found)]
         return summed if any(map(is_sharded, by)) else mean_where_seen(summed, by)
 
@@ -259,14 +260,15 @@ def _on_every_rank(here: Tensor, sharded: Sequence[Tensor]) -> bool:
     return bool(sum_over_shards(1 - here.float(), sharded) == 0) if any(map(is_sharded, sharded)) else bool(here)
 
 
-def _differentiated(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Optional[Tensor]]:
+def _differentiated(loss: Tensor, parameters: Sequence[Tensor], scale: float) -> Sequence[Optional[Tensor]]:
     """Return this rank's gradients; of sharded parameters those of all ranks."""
+    loss = loss if scale == 1 else loss * scale
     if any(map(is_sharded, parameters)):
-        return gradients(loss, parameters)
+        return unscaled(gradients(loss, parameters), scale)
     if not loss.requires_grad:  # nothing of what is differentiated by took part
         return [None] * len(parameters)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [None if one is None else strided(one) for one in found]
+    return unscaled([None if one is None else strided(one) for one in found], scale)
 
 
 def _added(parts: Sequence[Optional[Tensor]]) -> Optional[Tensor]:
