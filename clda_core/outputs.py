@@ -263,8 +263,12 @@ def check_trainable(student: Outputs) -> None:
         )
 
 
-def check_fits(model: nn.Module, raw: Any, outputs: Outputs, whose: str, *, of_classes: bool) -> None:
+def check_fits(
+    model: nn.Module, raw: Any, outputs: Outputs, whose: str, *, of_classes: bool, of_channels: bool
+) -> None:
     """Raise where a model's output can be seen to be something else than class scores with the classes in dimension 1.
+
+    So it does for features whose channels are elsewhere.
 
     Args:
         model: The teacher or the student.
@@ -272,7 +276,10 @@ def check_fits(model: nn.Module, raw: Any, outputs: Outputs, whose: str, *, of_c
         outputs: What was read from that.
         whose: ``"teacher"`` or ``"student"``.
         of_classes: Whether a strategy of ours takes the logits for those of classes that exclude each other.
+        of_channels: Whether one takes the features for those of channels.
     """
+    for feature in outputs.features if of_channels else ():
+        _check_channel_dimension(model, feature, whose)
     if not of_classes:
         return
     if hasattr(raw, "pred_boxes") or (isinstance(raw, Mapping) and "pred_boxes" in raw):
@@ -329,7 +336,7 @@ def _check_class_dimension(model: nn.Module, logits: Tensor, whose: str) -> None
         return
     _, classes, last = logits.shape
     nearest = next((leaf for leaf in map(_parameter, _nodes(logits)) if leaf is not None and leaf.dim() > 1), None)
-    made = {getattr(module, "out_features", getattr(module, "out_channels", None)) for module in model.modules()}
+    made = _widths(model)
     if nearest is not None and not is_sharded(nearest):
         made = {nearest.shape[0]}
     if last in made and classes not in made:
@@ -340,6 +347,23 @@ def _check_class_dimension(model: nn.Module, logits: Tensor, whose: str) -> None
             fix="pass extract=lambda out: out.logits.transpose(1, 2), or out.transpose(1, 2) for a bare tensor; if "
             "dimension 1 does hold the classes, give the logits a further dimension: logits.unsqueeze(-1)",
         )
+
+
+def _check_channel_dimension(model: nn.Module, feature: Tensor, whose: str) -> None:
+    """Raise on features ``(N, L, C)`` of a model with layers of C outputs and none of L."""
+    made = _widths(model)
+    if feature.dim() == 3 and feature.shape[2] in made and feature.shape[1] not in made:
+        raise problem(
+            f"the {whose}'s features seem to have their channels in the last dimension",
+            expected="(N, C, L), the channels in dimension 1",
+            received=f"shape {tuple(feature.shape)}, of a model with a layer of {feature.shape[2]} outputs",
+            fix="pass extract=lambda out: Outputs(out.logits, [x.transpose(1, 2) for x in out.hidden_states])",
+        )
+
+
+def _widths(model: nn.Module) -> Set[Optional[int]]:
+    """Return how many features or channels the layers of a model put out, as far as they say so."""
+    return {getattr(module, "out_features", getattr(module, "out_channels", None)) for module in model.modules()}
 
 
 def _parameter(node: Any) -> Optional[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 from torch import Tensor, nn
 
@@ -58,6 +58,7 @@ class Runner:
         self._extract = extract
         self.class_map: Optional[Sequence[int]] = class_map_of(distillation)
         self._of_classes = of_classes
+        self._of_channels = any(reads_of(loss) == "features" for loss in _ours(distillation))
         self._checked = False
         self._own_graph = True
 
@@ -92,8 +93,9 @@ class Runner:
         if not has_data:
             teacher = stand_in(emptied(teacher))
         elif not self._checked:
-            check_fits(self._student, student_output, student, "student", of_classes=self._of_classes)
-            check_fits(self._teacher, raw, teacher, "teacher", of_classes=self._of_classes)
+            takes = {"of_classes": self._of_classes, "of_channels": self._of_channels}
+            check_fits(self._student, student_output, student, "student", **takes)
+            check_fits(self._teacher, raw, teacher, "teacher", **takes)
             self._own_graph = check_graph(self._student, student)
             self._checked = student.logits.requires_grad  # a loss that is only read has no graph to look at
         as_in_rounds = has_data and (teacher_output is None or not self._teacher.training)
@@ -181,9 +183,12 @@ def _has_samples(student: Outputs, mask: Optional[Tensor], *, wait: bool) -> boo
 
 def takes_classes(distillation: Distillation, probe: Any) -> bool:
     """Return whether a strategy of ours reads logits as those of classes that exclude each other."""
-    ours = [of for of in single_losses(distillation) if _module_of(of).startswith("clda_core.")]
-    logits = any(reads_of(loss) == "logits" for loss in ours)
+    logits = any(reads_of(loss) == "logits" for loss in _ours(distillation))
     return logits or isinstance(probe, PseudoLabelCrossEntropy)
+
+
+def _ours(distillation: Distillation) -> List[Distillation]:
+    return [loss for loss in single_losses(distillation) if _module_of(loss).startswith("clda_core.")]
 
 
 def _module_of(strategy: Any) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs
+from clda_core.distillation import AttentionTransfer, FeatureDistillation, WeightedSum
 from tests.helpers import batch, networks
 
 Tokens = torch.arange(28).reshape(4, 7) % 11
@@ -33,6 +34,32 @@ def test_classes_in_the_last_dimension_are_refused_and_transposed_ones_distilled
         learner.distill(Outputs(student(Tokens)), Tokens)
     learner = CollaborativeLearner(teacher, student, extract=lambda output: output.transpose(1, 2))
     assert learner.distill(student(Tokens), Tokens).item() > 0
+
+
+def distilled_tokens(loss: Any, transposed: bool) -> Tensor:
+    teacher, student = Tagger(16), Tagger(6)
+
+    def output(tagger: Tagger) -> Outputs:
+        tokens = tagger.rest(tagger.embed(Tokens))
+        return Outputs(tagger(Tokens).transpose(1, 2), (tokens.transpose(1, 2) if transposed else tokens,))
+
+    learner = CollaborativeLearner(teacher, student, distillation=WeightedSum([(1.0, loss)]), schedule=Never())
+    return learner.distill(output(student), teacher_output=output(teacher))
+
+
+@pytest.mark.parametrize("loss", [FeatureDistillation(), AttentionTransfer()])
+def test_features_with_channels_in_the_last_dimension_are_refused_and_transposed_ones_distilled(loss: Any) -> None:
+    with pytest.raises(CldaError, match=r"student's features.*channels in the last dimension.*\(4, 7, 6\).*transpose"):
+        distilled_tokens(loss, transposed=False)
+    assert distilled_tokens(loss, transposed=True).item() > 0
+
+
+def test_a_loss_of_the_users_own_may_read_features_as_it_likes() -> None:
+    def loss(student: Any, teacher: Any, mask: Any) -> Tensor:
+        return student[0].pow(2).mean()
+
+    loss.reads = "features"  # type: ignore[attr-defined]
+    assert distilled_tokens(loss, transposed=False).item() > 0
 
 
 def test_signals_with_classes_in_dimension_1_are_distilled() -> None:
