@@ -17,9 +17,10 @@ from .distillation import DISTDistillation, Distillation, check_values, distilla
 from .distillation.masks import valid_mask
 from .distillation.projectors import Projectors
 from .errors import CldaError, check_choice, check_number, problem
+from .fits import check_trainable
 from .layers import LayerGrouping, ModelView, check_models, group_layers, size, warn_if_swapped
 from .lead import Lead, LinearTrust, Trust
-from .outputs import Extract, check_extract, check_trainable, zero_loss
+from .outputs import Extract, check_extract, zero_loss
 from .relation import ByRelativeDepth, Relation, needs_inputs
 from .report import Report
 from .round import Rounds
@@ -316,12 +317,11 @@ class CollaborativeLearner:
         scaled_by, inner = scaler, optimizer
         if scaler is None and engines is not None:
             scaled_by, inner = engines.scaler, engines.optimizer
-        self._step.loss_scale = loss_scale(scaled_by)
+        self._unscale(scaled_by)
         if "target" not in self._step.observed:
             if scaled_by is not None and self.observing and self._observer.host_trains_teacher():
                 unscale(scaled_by, inner)
             self.observe()
-        self._unscale(scaled_by)
         try:
             result, made = make_step(optimizer, scaler, step_fn, stepped)
         except Exception as error:
@@ -371,10 +371,8 @@ class CollaborativeLearner:
         check_choice("domain", domain, ("target", "source"))
         check_loss(loss)
         if self.enabled:
-            if scaler is not None:
-                self._step.loss_scale = loss_scale(scaler)
-            self._rounds.observe(self._step, self._steps + 1, loss, domain)
             self._unscale(scaler)
+            self._rounds.observe(self._step, self._steps + 1, loss, domain)
             self._step.observed.add(domain)
 
     @settled
@@ -480,7 +478,9 @@ class CollaborativeLearner:
     # ------------------------------------------------------------------------------------------------- internals
 
     def _unscale(self, scaler: Any) -> None:
-        """Divide the gradients of this step that a GradScaler does not know by its scale, once."""
+        """Divide the gradients of this step that a GradScaler does not know by its scale, once; and note that it scales."""
+        if scaler is not None:
+            self._step.loss_scale = loss_scale(scaler)
         if not self._step.unscaled:
             self._step.unscaled = self._projectors.unscale(scaler)
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections import deque
 from typing import (
     Any,
     Callable,
-    Deque,
-    Dict,
     Iterable,
-    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -24,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ._host.borrowing import inside_ddp
-from ._host.shards import is_sharded
 from .errors import CldaError, problem
 
 __all__ = ["Extract", "Outputs"]
@@ -43,15 +37,6 @@ class Outputs(NamedTuple):
 
 
 _MANY = (Mapping, tuple, list)
-
-_NO_CLASSES = ("regression", "multi_label_classification")
-"""What transformers calls tasks without one class per position, in ``config.problem_type``."""
-
-_REVERSAL = (
-    r"(?i)grad(ient)?s?_?rev|rev(erse)?_?grad|reverse_?layer|reversal"
-    r"|^_?grl?(_?(function|layer|func|fn|f))?(?=backward|$)"
-)
-"""Names of the autograd functions by which adversarial methods reverse a gradient."""
 
 Extract = Callable[[Any], Union[Tensor, Outputs]]
 """Turns whatever a model returns into logits, or into :class:`Outputs` where a loss also reads features."""
@@ -250,146 +235,3 @@ def check_extract(extract: Any) -> None:
             received=type(extract).__name__,
             fix="pass for example extract=lambda output: output['logits']",
         )
-
-
-def check_trainable(student: Outputs) -> None:
-    """Raise if nothing could be learnt from a loss of these outputs although gradients are enabled."""
-    if torch.is_grad_enabled() and not any(part.requires_grad for part in (student.logits, *student.features)):
-        raise problem(
-            "the student's output has no graph, so the KD loss would train nothing",
-            expected="the output of the student that is trained, or a call under torch.no_grad() to read the loss only",
-            received="a detached output: of the host EMA, of a frozen model, or made under no_grad()",
-            fix="pass what the trained student returned, without detach()",
-        )
-
-
-def check_fits(
-    model: nn.Module, raw: Any, outputs: Outputs, whose: str, *, of_classes: bool, of_channels: bool
-) -> None:
-    """Raise where a model's output can be seen to be something else than class scores with the classes in dimension 1.
-
-    So it does for features whose channels are elsewhere.
-
-    Args:
-        model: The teacher or the student.
-        raw: What it returned.
-        outputs: What was read from that.
-        whose: ``"teacher"`` or ``"student"``.
-        of_classes: Whether a strategy of ours takes the logits for those of classes that exclude each other.
-        of_channels: Whether one takes the features for those of channels.
-    """
-    for feature in outputs.features if of_channels else ():
-        _check_channel_dimension(model, feature, whose)
-    if not of_classes:
-        return
-    if hasattr(raw, "pred_boxes") or (isinstance(raw, Mapping) and "pred_boxes" in raw):
-        raise problem(
-            f"the {whose} detects objects, whose queries are not matched between two models",
-            expected="one class per sample or position: (N, C) or (N, C, ...)",
-            received=f"an output with pred_boxes, and logits of shape {tuple(outputs.logits.shape)}",
-            fix="distil detectors by a KD loss and a probe of your own, on matched queries",
-        )
-    _check_class_dimension(model, outputs.logits, whose)
-    task = getattr(getattr(_bare(model), "config", None), "problem_type", None)
-    if task in _NO_CLASSES or outputs.logits.shape[1] == 1:
-        received = f"config.problem_type={task!r}" if task in _NO_CLASSES else "one output, as of a regression"
-        raise problem(
-            f"the {whose}'s outputs are no scores of classes of which one is right",
-            expected="single-label classification with C >= 2 classes in dimension 1",
-            received=received,
-            fix="write a binary problem as two logits, torch.cat([-x, x], 1) / 2; for regression or several labels "
-            "pass distillation=, probe= and update= (or its criterion=) of your own",
-        )
-
-
-def check_graph(student: nn.Module, outputs: Outputs) -> bool:
-    """Raise if the student's logits lie behind a gradient reversal, as far as the names in their graph tell.
-
-    Returns:
-        Whether all parameters in the graph are the student's own; True where that cannot be told.
-    """
-    names, leaves = set(), []
-    for node in _nodes(outputs.logits):
-        names.add(type(node).__name__)
-        leaf = _parameter(node)
-        if leaf is not None:
-            leaves.append(leaf)
-    reversed_by = sorted(name for name in names if re.search(_REVERSAL, name))
-    if reversed_by:
-        raise problem(
-            "the student's logits lie behind a gradient reversal, so the KD loss would drive them from the teacher's",
-            expected="logits whose gradient reaches the student as it is",
-            received=f"a graph through {reversed_by}",
-            fix="pass distill() the logits of a forward pass without the reversal",
-        )
-    own = list(student.parameters())
-    known = {id(parameter) for parameter in own}
-    return any(map(is_sharded, own)) or all(id(leaf) in known for leaf in leaves)
-
-
-def _check_class_dimension(model: nn.Module, logits: Tensor, whose: str) -> None:
-    """Raise on logits ``(N, L, C)`` of a model whose last layer with a weight has C outputs.
-
-    That layer is the nearest one in the graph; without a graph one that can be it is looked for.
-    """
-    if logits.dim() != 3 or logits.shape[1] == logits.shape[2]:
-        return
-    _, classes, last = logits.shape
-    nearest = next((leaf for leaf in map(_parameter, _nodes(logits)) if leaf is not None and leaf.dim() > 1), None)
-    made = _widths(model)
-    if nearest is not None and not is_sharded(nearest):
-        made = {nearest.shape[0]}
-    if last in made and classes not in made:
-        raise problem(
-            f"the {whose}'s logits seem to have their classes in the last dimension",
-            expected="(N, C, L), the classes in dimension 1",
-            received=f"shape {tuple(logits.shape)}, of a model with a layer of {last} outputs",
-            fix="pass extract=lambda out: out.logits.transpose(1, 2), or out.transpose(1, 2) for a bare tensor; if "
-            "dimension 1 does hold the classes, give the logits a further dimension: logits.unsqueeze(-1)",
-        )
-
-
-def _check_channel_dimension(model: nn.Module, feature: Tensor, whose: str) -> None:
-    """Raise on features ``(N, L, C)`` of a model with layers of C outputs and none of L."""
-    made = _widths(model)
-    if feature.dim() == 3 and feature.shape[2] in made and feature.shape[1] not in made:
-        raise problem(
-            f"the {whose}'s features seem to have their channels in the last dimension",
-            expected="(N, C, L), the channels in dimension 1",
-            received=f"shape {tuple(feature.shape)}, of a model with a layer of {feature.shape[2]} outputs",
-            fix="pass extract=lambda out: Outputs(out.logits, [x.transpose(1, 2) for x in out.hidden_states])",
-        )
-
-
-def _widths(model: nn.Module) -> Set[Optional[int]]:
-    """Return how many features or channels the layers of a model put out, as far as they say so."""
-    return {getattr(module, "out_features", getattr(module, "out_channels", None)) for module in model.modules()}
-
-
-def _parameter(node: Any) -> Optional[nn.Parameter]:
-    variable = getattr(node, "variable", None)
-    return variable if isinstance(variable, nn.Parameter) else None
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of compilation and of parallel training."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__.endswith("DataParallel"):
-            inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _nodes(tensor: Tensor) -> Iterator[Any]:
-    """Go through the graph behind a tensor, each node once, the nearest first."""
-    seen: Dict[int, Any] = {}  # which keeps them: a node that is dropped may come back under another id
-    waiting: Deque[Any] = deque([tensor.grad_fn])
-    while waiting:
-        node = waiting.popleft()
-        if node is None or id(node) in seen:
-            continue
-        seen[id(node)] = node
-        yield node
-        waiting.extend(parent for parent, _ in node.next_functions)

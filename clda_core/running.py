@@ -15,13 +15,12 @@ from .distillation.masks import leaves_nothing
 from .distillation.protocol import class_map_of, reads_of
 from .distillation.weighted_sum import single_losses
 from .errors import problem
+from .fits import check_fits, check_graph
 from .outputs import (
     Extract,
     Outputs,
     as_outputs,
     call_model,
-    check_fits,
-    check_graph,
     emptied,
     owned,
     stand_in,

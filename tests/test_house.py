@@ -14,7 +14,7 @@ PACKAGE = Path(clda_core.__file__).parent
 FLOORS = [
     {"errors"},
     {"_host"},
-    {"layers", "outputs", "strategy"},
+    {"fits", "layers", "outputs", "strategy"},
     {"saliency", "distillation", "validation"},
     {"relation", "similarity", "selection", "schedule"},
     {"update"},
