@@ -478,7 +478,7 @@ class CollaborativeLearner:
     # ------------------------------------------------------------------------------------------------- internals
 
     def _unscale(self, scaler: Any) -> None:
-        """Divide the gradients of this step that a GradScaler does not know by its scale, once; and note that it scales."""
+        """Divide the gradients of this step that a GradScaler does not know by its scale, once, and note the scaler."""
         if scaler is not None:
             self._step.loss_scale = loss_scale(scaler)
         if not self._step.unscaled:
