@@ -22,7 +22,7 @@ from .layers import LayerGrouping, ModelView, check_models, group_layers, size, 
 from .lead import Lead, LinearTrust, Trust
 from .outputs import Extract, check_extract, zero_loss
 from .relation import ByRelativeDepth, Relation, needs_inputs
-from .report import Report
+from .report import Report, why_no_round
 from .round import Rounds
 from .running import Runner, takes_classes
 from .saliency import MeanThreshold, Probe, PseudoLabelCrossEntropy, SaliencyEstimator, Taylor, Threshold
@@ -276,6 +276,7 @@ class CollaborativeLearner:
         if not pair.has_data:
             loss = loss * 0  # with its graph: the backward() of ranks with data waits for this one's
         if of_step:
+            step.count_call()
             self._kd_loss = loss.detach()
             self._rounds.take_inputs |= pair.batch.inputs is not None
         # Of the micro-batches of an accumulated step the last one with data is the round's.
@@ -310,13 +311,11 @@ class CollaborativeLearner:
             CldaError: If there is nothing to step, a SAM optimizer comes without ``step_fn``, or the optimizer raises
                 (its exception is the cause); the learner is then as before.
         """
-        check_steppable(optimizer, scaler, step_fn, stepped)
+        check_steppable(optimizer, scaler, step_fn, stepped, self.student if self.observing else None)
         engines = accelerated(optimizer)
         if not self.enabled or (step_fn is None and engines is not None and engines.accumulates):
             return make_step(optimizer, scaler, step_fn)[0]
-        scaled_by, inner = scaler, optimizer
-        if scaler is None and engines is not None:
-            scaled_by, inner = engines.scaler, engines.optimizer
+        scaled_by, inner = (engines.scaler, engines.optimizer) if scaler is None and engines else (scaler, optimizer)
         self._unscale(scaled_by)
         if "target" not in self._step.observed:
             if scaled_by is not None and self.observing and self._observer.host_trains_teacher():
@@ -466,6 +465,7 @@ class CollaborativeLearner:
             steps=self._steps,
             discarded=self._observer.discarded,
             earlier=history.earlier,
+            no_round=why_no_round(history.rounds, self.schedule, self._steps, self._rounds.owed, self.enabled),
         )
 
     def metrics(self) -> Dict[str, float]:

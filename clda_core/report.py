@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .history import Earlier, RoundRecord
+from .schedule import RoundSchedule, Schedule, makes_rounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ class Report:
         steps: Optimizer steps counted.
         discarded: Observations discarded because a gradient was not finite.
         earlier: The rounds before these, in sums.
+        no_round: Why no round was made, where none was and that is known.
     """
 
     layers: Tuple[str, ...]
@@ -33,6 +35,7 @@ class Report:
     steps: int
     discarded: int
     earlier: Earlier = field(default_factory=Earlier)
+    no_round: str = ""
 
     @property
     def made(self) -> int:
@@ -48,6 +51,7 @@ class Report:
             "steps": self.steps,
             "discarded": self.discarded,
             "earlier": self.earlier.to_dict(),
+            "no_round": self.no_round,
         }
 
     @classmethod
@@ -101,11 +105,15 @@ class Report:
             + (f", {self.discarded} observations discarded (non-finite)" if self.discarded else "")
         ]
         if not self.made:
+            lines += [f"no round was made: {self.no_round}"] if self.no_round else []
             return "\n".join([*lines, *(f"{name}: unrelated: {reason}" for name, reason in self.unrelated.items())])
         lines += _of_lead(self.rounds)
-        if self.rounds and not total.changed:
-            lines.append(f"no round changed the teacher: {self.rounds[-1].reason}")
+        said = self.rounds[-1].reason if self.rounds and not total.changed else None
+        if said is not None:
+            lines.append(f"no round changed the teacher: {said}")
         why_not = {key.partition(": ")[0]: why for record in self.rounds for key, why in record.skipped.items()}
+        if list(why_not.values()).count(str(said)) > 1:  # said above once for all
+            why_not = {name: why for name, why in why_not.items() if why != said}
         width = max(len(name) for name in (*self.layers, "layer"))
         lines.append(f"{'layer':<{width}}  first LSR  last LSR  selected  updated  note")
         for name in self.layers:
@@ -140,6 +148,25 @@ class Report:
         from .drawing import draw
 
         return draw(self.layers, self.rounds, axes, lead_axes)
+
+
+def why_no_round(
+    rounds: Sequence[RoundRecord], schedule: RoundSchedule, steps: int, owed: Optional[int], enabled: bool
+) -> str:
+    """Return why a learner made no round; nothing where it did, or where that is not known."""
+    if rounds:
+        return ""
+    if not enabled:
+        return "the learner is not enabled"
+    if not makes_rounds(schedule):
+        return "the schedule is Never()"
+    if not steps:
+        return "no optimizer step was counted. Call learner.step(optimizer) in place of optimizer.step()"
+    if owed is not None:
+        return f"the round of step {owed} waits for a step with target data"
+    if isinstance(schedule, Schedule) and steps < schedule.warmup + schedule.interval:
+        return f"the first is due at step {schedule.warmup + schedule.interval}"
+    return ""
 
 
 def _of_lead(rounds: Sequence[RoundRecord]) -> List[str]:

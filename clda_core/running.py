@@ -136,8 +136,9 @@ class Runner:
                 f"the {whose}'s logits in a round are of another shape than those distilled",
                 expected=f"(N, {', '.join(map(str, expected))})",
                 received=f"shape {tuple(outputs.logits.shape)} in eval mode",
-                fix="pass distill() what the models return, let extract= read what they return in eval mode too, and "
-                "pass student_inputs= where the student is called with something else than the teacher",
+                fix="pass distill() what the models return, before it is resized, let extract= read what they return "
+                "in eval mode too, and pass student_inputs= where the student is called with something else than the "
+                "teacher",
             )
         if whose == "student" and not self._own_graph:
             raise problem(

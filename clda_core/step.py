@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
@@ -12,6 +13,9 @@ from .errors import problem
 from .outputs import Outputs, owned, without_graph
 from .saliency.observer import Observation
 from .update import SourceLoss
+
+_PATIENCE = 100
+"""Calls of ``distill`` without a step, after which a warning is due: few hosts accumulate that many batches."""
 
 
 class Batch(NamedTuple):
@@ -110,6 +114,19 @@ class Step:
         self.learning_rate: Optional[float] = None
         self.loss_scale = 1.0
         self._anywhere = False
+        self._calls = 0
+
+    def count_call(self) -> None:
+        """Count a call of ``distill``, and warn if there were many and the step is not made."""
+        self._calls += 1
+        if self._calls == _PATIENCE:
+            warnings.warn(
+                f"distill() was called {_PATIENCE} times without a step of the learner, which makes no rounds then. "
+                "Call learner.step(optimizer) in place of optimizer.step(), or observe() before and after_step() after "
+                "it; and distill() under torch.no_grad() where the loss is only read. If you do "
+                "accumulate the gradients of so many batches, all is well",
+                stacklevel=4,
+            )
 
     @property
     def adds(self) -> bool:

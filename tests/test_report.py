@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from clda_core import Report, RoundRecord
+from clda_core import Never, Report, RoundRecord, Schedule
 from clda_core.history import Earlier
+from tests.helpers import batch, make_learner, networks, sgd
 
 
 def report(**options: Any) -> Report:
@@ -108,12 +109,53 @@ def test_the_report_says_who_led_and_why_no_round_changed_the_teacher() -> None:
     assert not any(line.startswith("no round") for line in lines)
 
 
+def test_the_table_says_once_why_no_round_changed_the_teacher() -> None:
+    skipped = {"conv1": "behind", "layer1.0": "behind", "classifier": "of another shape"}
+    record = RoundRecord(step=1, rates={"conv1": 1.0}, selected=("conv1", "layer1.0", "classifier"), skipped=skipped)
+    shown = str(report(rounds=(record,), unrelated={}))
+    assert "no round changed the teacher: behind" in shown
+    assert shown.count("behind") == 1
+    assert "of another shape" in shown
+
+
 def test_a_round_says_why_it_changed_nothing() -> None:
     assert led(1, 0.0, updated=("conv1",)).reason is None
     assert led(1, 0.0, accepted=False, skipped={"conv1: bias": "x"}).reason == "the guard rejected it"
     assert led(1, 0.0, accepted=False, skipped={"conv1": "went back"}).reason == "went back"  # as KeepBest does
     assert led(1, 0.0, skipped={"a": "one", "b": "two", "c": "two"}).reason == "two"
     assert RoundRecord(step=1, rates={}).reason == "no layer was selected"
+
+
+@pytest.mark.filterwarnings("ignore:optimizer step 2 has no target data")
+def test_the_report_says_why_no_round_was_made() -> None:
+    def shown(steps: int, target: bool = True, **options: Any) -> str:
+        teacher, student = networks()
+        learner, optimizer = make_learner(teacher, student, **options), sgd(student)
+        for _ in range(steps):
+            if target:
+                learner.distill(student(batch()), batch()).backward()
+            learner.step(optimizer)
+        made = learner.report()
+        assert not made.rounds
+        assert str(Report.from_dict(json.loads(json.dumps(made.to_dict())))) == str(made)
+        return str(made).partition("\nno round was made: ")[2].partition("\n")[0]
+
+    assert shown(1, enabled=False) == "the learner is not enabled"
+    assert shown(1, schedule=Never()) == "the schedule is Never()"
+    due = {"schedule": Schedule(warmup=1, interval=1)}
+    assert shown(0, **due).startswith("no optimizer step was counted. Call learner.step(optimizer)")
+    assert shown(1, **due) == "the first is due at step 2"
+    assert shown(2, target=False, **due) == "the round of step 2 waits for a step with target data"
+
+
+def test_a_report_with_rounds_says_nothing_of_none() -> None:
+    teacher, student = networks()
+    learner = make_learner(teacher, student, schedule=Schedule(interval=1))
+    learner.distill(student(batch()), batch()).backward()
+    learner.step(sgd(student))
+    learner.step(sgd(student), stepped=lambda: False)
+    assert learner.report().rounds
+    assert learner.report().no_round == ""
 
 
 def test_from_dict_reads_a_report_from_before_rounds_were_summed_up() -> None:

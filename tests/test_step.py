@@ -343,3 +343,56 @@ def test_a_loss_that_is_read_on_validation_data_is_no_data_of_the_step(silent: A
     assert len(learner.report().rounds) == 2
     assert trained["read before"] == trained["alone"]
     assert trained["read after"] == trained["alone"]
+
+
+# ------------------------------------------------------------------------------------------------ steps of others
+
+
+OTHERS = "learner.step.. got an optimizer without any parameter of the student, Adam of 2 others"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_optimizer_without_the_students_parameters_is_warned_of(alone: bool) -> None:
+    """As the discriminator's of an adversarial host: at a step that is observed, alone or after the student's."""
+    teacher, student = networks()
+    observed = Schedule(interval=1, observe_every=1)
+    learner, optimizer = make_learner(teacher, student, schedule=observed), sgd(student)
+    discriminator = torch.optim.Adam(nn.Linear(4, 1).parameters(), lr=0.1)
+    learner.distill(student(batch()), batch()).backward()
+    if not alone:
+        learner.step(optimizer)
+        learner.distill(student(batch()), batch())
+    with pytest.warns(UserWarning, match=OTHERS):
+        learner.step(discriminator)
+
+
+def test_no_other_optimizer_is_warned_of() -> None:
+    """Of a part of the student, of both networks, of copies as DeepSpeed and apex make them, or of no groups at all."""
+    teacher, student = networks()
+    own = list(student.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in own]).requires_grad_()
+
+    class Wrapped:
+        def step(self) -> None:
+            pass
+
+    held: List[Any] = [own[:1], [*own, *teacher.parameters()], [flat]]
+    learner = make_learner(teacher, student, schedule=Schedule(interval=1, observe_every=1))
+    for optimizer in [*(torch.optim.SGD(parameters, lr=0.1) for parameters in held), Wrapped()]:
+        learner.distill(student(batch()), batch()).backward()
+        learner.step(optimizer)
+
+
+def test_many_calls_of_distill_without_a_step_are_warned_of_once() -> None:
+    learner, optimizer = due_every_two()
+    logits = learner.student(batch())
+    for _ in range(99):
+        learner.distill(logits, batch())
+    with torch.no_grad():
+        learner.distill(logits, batch())
+    with pytest.warns(UserWarning, match="distill.. was called 100 times without a step of the learner"):
+        learner.distill(logits, batch())
+    learner.distill(logits, batch())
+    learner.step(optimizer)
+    for _ in range(99):
+        learner.distill(logits, batch())

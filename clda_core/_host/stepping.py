@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from types import MethodType
 from typing import Any, Callable, Optional, Tuple
+
+from torch import nn
 
 from ..errors import problem
 from .accelerate import AcceleratedWatch, accelerated
@@ -91,9 +94,15 @@ class StepWatch:
 
 
 def check_steppable(
-    optimizer: Any, scaler: Any, step_fn: Optional[Callable[[], Any]], stepped: Optional[Callable[[], bool]]
+    optimizer: Any,
+    scaler: Any,
+    step_fn: Optional[Callable[[], Any]],
+    stepped: Optional[Callable[[], bool]],
+    student: Optional[nn.Module] = None,
 ) -> None:
-    """Raise unless :func:`make_step` can step by these."""
+    """Raise unless :func:`make_step` can step by these, and warn if the optimizer is not the ``student``'s."""
+    if student is not None:
+        _warn_if_of_others(optimizer, student)
     if stepped is not None and (scaler is not None or not callable(stepped)):
         raise problem(
             "step() cannot ask stepped= whether the step was made",
@@ -140,6 +149,22 @@ def check_steppable(
             received="the optimizer alone",
             fix="call learner.step(step_fn=lambda: optimizer.second_step(zero_grad=True)), "
             "or observe() before and after_step() after it",
+        )
+
+
+def _warn_if_of_others(optimizer: Any, student: nn.Module) -> None:
+    """Warn if an optimizer holds parameters and none of them is the student's: a discriminator's, for example.
+
+    One that holds flat or master copies, as DeepSpeed's and apex's do, holds tensors that are no ``Parameter``.
+    """
+    held = [item for group in getattr(optimizer, "param_groups", None) or () for item in group["params"]]
+    own = {id(parameter) for parameter in student.parameters()}
+    if own and any(isinstance(item, nn.Parameter) for item in held) and not any(id(item) in own for item in held):
+        warnings.warn(
+            f"learner.step() got an optimizer without any parameter of the student, {type(optimizer).__name__} of "
+            f"{len(held)} others. Its steps are counted as the student's, and rounds go by its learning rate. Step "
+            "this one yourself, and call learner.step() with the optimizer that trains the student",
+            stacklevel=5,
         )
 
 

@@ -32,6 +32,20 @@ def test_links_resolve(page: Path) -> None:
     assert not dead
 
 
+ADDED = re.compile(r"^\+\s*(from|import) (\S+)(?: import (.+))?$", re.M)
+VARIABLES = {"checkpoint", "teacher", "student", "model", "loss", "optimizer", "args", "data", "update", "schedule"}
+"""What hosts call their variables: in a function that assigns one, an import of this name is not seen."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_diff_imports_no_name_that_hosts_have(page: Path) -> None:
+    diffs = re.findall(r"^```diff\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    imported = [
+        name.strip() for diff in diffs for match in ADDED.finditer(diff) for name in (match[3] or "").split(",")
+    ]
+    assert not VARIABLES & set(imported)
+
+
 def public() -> Iterator[Tuple[str, object]]:
     """Yield every public name of the package whose object carries its own docstring."""
     for name in getattr(clda_core, "__all__", ()):
