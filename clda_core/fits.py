@@ -53,7 +53,7 @@ def check_fits(
         _check_channel_dimension(model, feature, whose)
     if not of_classes:
         return
-    _check_unnormalised(outputs.logits, whose)
+    check_unnormalised(outputs.logits, whose)
     if hasattr(raw, "pred_boxes") or (isinstance(raw, Mapping) and "pred_boxes" in raw):
         raise problem(
             f"the {whose} detects objects, whose queries are not matched between two models",
@@ -99,7 +99,7 @@ def check_graph(student: nn.Module, outputs: Outputs) -> bool:
     return any(map(is_sharded, own)) or all(id(leaf) in known for leaf in leaves)
 
 
-def _check_unnormalised(logits: Tensor, whose: str) -> None:
+def check_unnormalised(logits: Tensor, whose: str) -> None:
     """Raise on probabilities of classes, as a softmax leaves them; waits for the device."""
     p = logits.detach().float()
     if bool((p >= 0).all() & ((p.sum(1) - 1).abs().max() < 1e-2)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Set
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from .distillation.masks import leaves_nothing
 from .distillation.protocol import class_map_of, reads_of
 from .distillation.weighted_sum import single_losses
 from .errors import problem
-from .fits import check_fits, check_graph
+from .fits import check_fits, check_graph, check_unnormalised
 from .outputs import (
     Extract,
     Outputs,
@@ -59,6 +59,7 @@ class Runner:
         self._of_classes = of_classes
         self._of_channels = any(reads_of(loss) == "features" for loss in _ours(distillation))
         self._checked = False
+        self._checked_in_rounds: Set[str] = set()
         self._own_graph = True
 
     def pair(
@@ -140,6 +141,9 @@ class Runner:
                 "in eval mode too, and pass student_inputs= where the student is called with something else than the "
                 "teacher",
             )
+        if self._of_classes and whose not in self._checked_in_rounds:  # some models end with a softmax in eval mode
+            check_unnormalised(outputs.logits, whose)
+            self._checked_in_rounds.add(whose)
         if whose == "student" and not self._own_graph:
             raise problem(
                 "the logits that were distilled are not the student's alone",

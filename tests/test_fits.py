@@ -107,6 +107,18 @@ def test_probabilities_are_refused_and_their_logarithms_distilled(shape: Any, dt
     assert own.distill(p, teacher_output=of_teacher).item() > 0
 
 
+def test_a_softmax_in_eval_mode_alone_is_refused_at_the_first_step() -> None:
+    class Classifier(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.training else super().forward(x).softmax(1)
+
+    teacher, student = nn.Linear(5, 4), Classifier(5, 4)
+    learner = CollaborativeLearner(teacher, student)
+    learner.distill(student(batch()), batch()).backward()
+    with pytest.raises(CldaError, match="student's logits seem to be probabilities"):
+        learner.observe()
+
+
 def test_one_output_is_a_regression() -> None:
     teacher, student = nn.Linear(5, 1), nn.Linear(5, 1)
     with pytest.raises(CldaError, match="no scores of classes.*regression.*two logits"):
