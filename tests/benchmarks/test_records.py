@@ -57,12 +57,10 @@ ROWS: Tuple[Row, ...] = (
     ("street", "clda-init", "street, student started from the teacher's layers", FRESH),
     ("street", "clda", "street, student with its own start", FRESH),
     ("street-narrow", "clda", "street, student of half the width", FRESH),
-    ("pretrained", "clda", "street, pretrained encoders", FRESH),
     ("vowels", "clda", "vowels, held out", REPORTED),
     ("letters", "clda", "letters", REPORTED),
     ("street", "anchored-init", "*stronger setting*: street, from the teacher's layers", FRESH),
     ("street-narrow", "anchored", "*stronger setting*: street, half the width", FRESH),
-    ("pretrained", "anchored", "*stronger setting*: street, pretrained encoders", FRESH),
     ("digits", "anchored", "*stronger setting*: digits", REPORTED),
 )
 POORER_LABELS: Tuple[Row, ...] = (  # in the evidence alone
