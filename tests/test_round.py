@@ -171,7 +171,6 @@ def test_tensors_of_inference_mode_are_named() -> None:
     fails(make_learner(*networks(), schedule=LATER), inputs, "inference mode.*clone")
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.skipif(not hasattr(torch, "inference_mode"), reason="inference mode came with torch 1.9")
 def test_a_teachers_output_of_inference_mode_is_taken() -> None:
     """Also by a loss that keeps the teacher's features for the backward pass."""
@@ -186,6 +185,7 @@ def test_a_teachers_output_of_inference_mode_is_taken() -> None:
     assert learner.report().changed == 1
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_lazy_modules_are_refused_and_initialised_ones_taken() -> None:
     if not hasattr(nn, "LazyLinear"):  # before torch 1.8
         return

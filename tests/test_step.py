@@ -367,7 +367,7 @@ def test_an_optimizer_without_the_students_parameters_is_warned_of(alone: bool) 
 
 
 def test_no_other_optimizer_is_warned_of() -> None:
-    """Of a part of the student, of both networks, of copies as DeepSpeed and apex make them, or of no groups at all."""
+    """Of a part of the student, of both networks, of copies as DeepSpeed and apex make them, or of none at all."""
     teacher, student = networks()
     own = list(student.parameters())
     flat = torch.cat([parameter.detach().flatten() for parameter in own]).requires_grad_()
@@ -376,9 +376,13 @@ def test_no_other_optimizer_is_warned_of() -> None:
         def step(self) -> None:
             pass
 
+    class WithoutParameters(Wrapped):
+        def __init__(self) -> None:
+            self.param_groups = [{"lr": 0.1}]
+
     held: List[Any] = [own[:1], [*own, *teacher.parameters()], [flat]]
     learner = make_learner(teacher, student, schedule=Schedule(interval=1, observe_every=1))
-    for optimizer in [*(torch.optim.SGD(parameters, lr=0.1) for parameters in held), Wrapped()]:
+    for optimizer in [*(torch.optim.SGD(parameters, lr=0.1) for parameters in held), Wrapped(), WithoutParameters()]:
         learner.distill(student(batch()), batch()).backward()
         learner.step(optimizer)
 

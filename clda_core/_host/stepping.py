@@ -157,7 +157,7 @@ def _warn_if_of_others(optimizer: Any, student: nn.Module) -> None:
 
     One that holds flat or master copies, as DeepSpeed's and apex's do, holds tensors that are no ``Parameter``.
     """
-    held = [item for group in getattr(optimizer, "param_groups", None) or () for item in group["params"]]
+    held = [item for group in getattr(optimizer, "param_groups", None) or () for item in group.get("params", ())]
     own = {id(parameter) for parameter in student.parameters()}
     if own and any(isinstance(item, nn.Parameter) for item in held) and not any(id(item) in own for item in held):
         warnings.warn(
