@@ -360,8 +360,7 @@ class CollaborativeLearner:
                 :class:`~clda_core.selection.DomainShift` and :class:`~clda_core.saliency.ReferenceThreshold`.
             scaler: The GradScaler that scaled the host's loss, if :meth:`step` does not get it: it does not know the
                 parameters of a KD loss, whose gradients are unscaled here. The losses of this step's observation and
-                round are then scaled too. Those of a co-trained teacher are yours to
-                unscale before.
+                round are then scaled too. The gradients of a co-trained teacher are yours to unscale before.
 
         Raises:
             CldaError: If there is nothing to observe, the loss cannot be differentiated by the teacher, or the
