@@ -67,6 +67,7 @@ class MaskedDistillation(Strategy):
         learns_on: ``"inputs"``, or ``"view"``: what the teacher sees when it learns the student's prediction, the
             target images as they are or the view of them that ``distill`` got, where it got one.
         own_targets: Whether the teacher learns its own predictions on the view as far as the student is not trusted.
+            They are those of the teacher as it is now, so errors may feed on themselves: it wrecked a pretrained one.
         source_weight: The weight :math:`\lambda` of the source loss that ``distill`` got, >= 0; 0 leaves it out.
         distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
             has a ``class_map``, the teacher's logits come in the student's classes.
