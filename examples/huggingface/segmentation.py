@@ -48,7 +48,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for checkpoints, networks, results and TensorBoard")
     add("--teacher-only", action="store_true", help="train the teacher by the host alone")
     add("--clda", choices=("on", "off"), default="on", help="off: the host alone, no teacher")
-    add("--rounds", choices=("on", "stronger", "off"), default="on", help="off: frozen teacher; stronger: an experiment")
+    add("--rounds", choices=("on", "stronger", "off"), default="on", help="off: frozen teacher; stronger: experimental")
     add("--interval", type=int, default=7, help="optimizer steps between rounds")
     add("--kd-weight", type=float, default=1.0, help="factor of the KD loss")
     add("--steps", type=int, default=40000, help="optimizer steps")
