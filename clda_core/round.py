@@ -300,6 +300,7 @@ class Rounds:
             forward=functools.partial(self._runner.in_common_classes, step),
             class_map=self._runner.class_map,
             loss_scale=step.loss_scale,
+            cotrained=self._observer.cotrained,
             teacher_before=None if step.teacher is None or trained else self._runner.common(step.teacher),
         )
 

@@ -13,7 +13,7 @@ from .strategy import PACKAGE, describe
 State = Dict[str, Any]
 Description = Dict[str, Any]
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 """Raise it with every change of what :meth:`CollaborativeLearner.state_dict` holds, and say below how to get there."""
 
 
@@ -213,6 +213,17 @@ def _every_start_was_rehearsed(state: State) -> State:
     return {**state, "rehearsed": False, "take_inputs": False}
 
 
+# ------------------------------------------------------------------------------------- what changed, from 5 to 6
+
+
+def _teachers_were_not_known_to_be_trained(state: State) -> State:
+    """Before it was kept whether the host trains the teacher too, which the next observed step shows.
+
+    An update that learns the teacher's own targets goes on from the teacher as it is.
+    """
+    return {**state, "observer": {**state["observer"], "cotrained": False}}
+
+
 _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     1: (_every_step_was_observed, _every_round_was_kept),
     2: (
@@ -225,6 +236,7 @@ _MIGRATIONS: Dict[int, Tuple[Callable[[State], State], ...]] = {
     ),
     3: (_nobody_was_validated, _rates_were_not_the_hosts, _changes_were_not_counted),
     4: (_every_start_was_rehearsed,),
+    5: (_teachers_were_not_known_to_be_trained,),
 }
 """By version, what makes a state of that version one of the next, one change after the other.
 

@@ -109,6 +109,7 @@ CASES: Dict[str, List[Case]] = {
     "MaskedDistillation": [
         ("update", lambda: MaskedDistillation(learning_rate=1e-2)),
         ("update", lambda: MaskedDistillation(steps=2, learning_rate=1e-2)),
+        ("update", lambda: MaskedDistillation(learning_rate=1e-2, own_targets=True)),
     ],
     "Guard": [
         ("update", lambda: Guard(MaskedDistillation(learning_rate=1e-2))),

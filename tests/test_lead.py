@@ -464,9 +464,10 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
-def test_resumed_with_lead_moments_and_peak_is_uninterrupted() -> None:
+@pytest.mark.parametrize("own_targets", [False, True])
+def test_resumed_with_lead_moments_and_peak_is_uninterrupted(own_targets: bool) -> None:
     def training() -> Tuple[CollaborativeLearner, Any, Any]:
-        learner = make_learner(*networks(), trust=WIDE, update=MaskedDistillation())
+        learner = make_learner(*networks(), trust=WIDE, update=MaskedDistillation(own_targets=own_targets))
         optimizer = adam(learner.student)
         return learner, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
@@ -484,6 +485,7 @@ def test_resumed_with_lead_moments_and_peak_is_uninterrupted() -> None:
     assert state[0]["peak"] == pytest.approx(1e-2)
     assert state[0]["lead"]["of"] == "SoftConsistency"
     assert state[0]["update"]["optimizer"]["state"]
+    assert ("original" in state[0]["update"]) == own_targets
     whole = go(learner, optimizer, rates, range(2, 5))
     resumed, its_optimizer, its_rates = training()
     for one, its in zip((resumed, resumed.teacher, resumed.student, its_optimizer), state):

@@ -35,7 +35,7 @@ from tests.states import strategies, training
 from tests.strategies import MODULES, cases
 
 STATES = Path(training.__file__).parent
-FILES = ["version-1", "version-2", "version-2-defaults", "version-4", f"version-{STATE_VERSION}"]
+FILES = ["version-1", "version-2", "version-2-defaults", "version-4", "version-5", f"version-{STATE_VERSION}"]
 OF_STRATEGIES = json.loads((STATES / "version-2-strategies.json").read_text())
 
 
@@ -183,7 +183,7 @@ def test_a_former_state_whose_selection_kept_no_threshold_goes_with_any() -> Non
     assert learner.report().steps == training.SAVED
 
 
-@pytest.mark.parametrize("file", FILES[:-2])
+@pytest.mark.parametrize("file", FILES[:3])
 def test_the_last_rates_of_a_former_state_are_those_of_its_last_round(file: str) -> None:
     state = former(file)["learner"]
     averages = migrated(state)["observer"]["averages"]

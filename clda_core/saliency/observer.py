@@ -57,6 +57,7 @@ class Observer:
     Attributes:
         averages: The rates of the round in the making, and those of the one before.
         discarded: Observations discarded because they were not finite.
+        cotrained: Whether the host was seen to train the teacher.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Observer:
     ) -> None:
         self.averages = Averages()
         self.discarded = 0
+        self.cotrained = False
         self._view = view
         self._saliency = saliency
         self._threshold = threshold
@@ -111,6 +113,7 @@ class Observer:
             loss_scale: By what the loss is multiplied before it is differentiated; the derivatives are divided by it.
         """
         parameters = canonical_parameters(self._view.model)
+        self.cotrained |= self.host_trains_teacher()
         found = self._derivatives(loss, domain, inputs, mask, parameters, loss_scale)
         histogram = score_layers(self._saliency, self._view.layers, parameters, found)
         known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
@@ -170,6 +173,7 @@ class Observer:
             "generator": self._generator.get_state(),
             "discarded": self.discarded,
             "discarded_in_a_row": self._discarded_in_a_row,
+            "cotrained": self.cotrained,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,7 +182,7 @@ class Observer:
         generator = torch.Generator()
         generator.set_state(state["generator"].to("cpu", torch.uint8))  # map_location may have moved it to a device
         counters = int(state["discarded"]), int(state["discarded_in_a_row"])
-        self.averages, self._generator = averages, generator
+        self.averages, self._generator, self.cotrained = averages, generator, bool(state["cotrained"])
         self.discarded, self._discarded_in_a_row = counters
 
     def _derivatives(

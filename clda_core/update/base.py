@@ -15,7 +15,7 @@ from ..errors import problem
 from ..layers import Layer
 from ..outputs import Outputs, owned
 from ..strategy import vouched_for
-from .writing import Snapshot
+from .writing import Snapshot, names_in
 
 __all__ = ["RoundContext", "SourceLoss", "Update", "UpdateResult"]
 
@@ -49,6 +49,7 @@ class RoundContext:
             known.
         loss_scale: By what a loss is multiplied before it is differentiated by the teacher, and its gradients divided:
             1 unless the host scales its own loss, as for float16.
+        cotrained: Whether the host trains the teacher too, which gradients that it left there have shown.
         teacher_before: The teacher's outputs on ``inputs`` before the round, where they are known;
             :meth:`teacher_outputs` gives them in any case.
     """
@@ -69,6 +70,7 @@ class RoundContext:
     trust: float = 1.0
     learning_rate: Optional[float] = None
     loss_scale: float = 1.0
+    cotrained: bool = False
     teacher_before: Optional[Outputs] = None
     _cache: Dict[str, Outputs] = field(default_factory=dict, repr=False)
     _before: Dict[int, Before] = field(default_factory=dict, repr=False)
@@ -166,7 +168,7 @@ class Before:
     """
 
     def __init__(self, context: RoundContext, update: Update) -> None:
-        self._snapshot = Snapshot(context.teacher, context.layers)
+        self._snapshot = Snapshot(context.teacher, names_in(context.layers))
         self._take_state_back = keep_state(update, context)
 
     def take_back(self) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from torch import Tensor, nn
 
-from .._host.compat import clones, copy_
 from .._host.plain import copied
 from .._host.ranks import sum_across_ranks
-from .._host.shards import here
 from .._host.undo import undoing
 from ..errors import check_number, problem
 from ..layers import Layer
@@ -33,7 +31,7 @@ from .base import (
     weighs_trust,
 )
 from .scoring import statistics_of, validator_of
-from .writing import tensors_of
+from .writing import Snapshot, Weights, check_weights, holding, names_in, with_weights, write_weights
 
 __all__ = ["KeepBest"]
 
@@ -101,8 +99,8 @@ class KeepBest(Strategy):
         self.tolerance = tolerance
         self._as_new = copied(state_of(update))
         self._rounds = 0
-        self._best: Dict[str, Tensor] = {}
-        """What layers that were updated since had in the best teacher, by canonical name; of a shard, this rank's."""
+        self._best: Weights = {}
+        """What layers that were updated since had in the best teacher."""
         self._counted: Tuple[Tensor, ...] = ()
         """The validator's statistics of the best teacher and of the present one, in this period."""
         self._of: Optional[str] = None
@@ -158,17 +156,13 @@ class KeepBest(Strategy):
 
     def _remember(self, teacher: nn.Module, layers: Iterable[Layer]) -> None:
         """Keep what the layers have, of which the best teacher has the same, since nothing has updated them."""
-        tensors = tensors_of(teacher)
-        names = [name for layer in layers for name in (*layer.parameters, *layer.buffers) if name not in self._best]
-        self._best = {**self._best, **dict(zip(names, clones([here(tensors[name]) for name in names])))}
+        self._best = with_weights(self._best, teacher, names_in(layers))
 
     def _look(self, context: RoundContext) -> None:
         """Count the batch for the best teacher and for the present one."""
         validator = validator_of(self.validator, context)
         present = statistics_of(validator, context, context.teacher, context.teacher_outputs)
-        targets, sources = self._pairs(context.teacher)
-        with undoing(functools.partial(copy_, targets, clones(targets))):
-            copy_(targets, sources)
+        with holding(context.teacher, self._best):
             predicted = functools.partial(context.predict, context.teacher)
             best = statistics_of(validator, context, context.teacher, predicted, like=present)
         both = sum_across_ranks(nothing_unless_finite(best, present))
@@ -185,31 +179,15 @@ class KeepBest(Strategy):
         return None if math.isnan(best) or math.isnan(present) else (best, present)
 
     def _go_back(self, teacher: nn.Module) -> None:
-        targets, sources = self._pairs(teacher)
-        self._undo = functools.partial(copy_, targets, clones(targets))
+        self._undo = Snapshot(teacher, self._best).restore
         with undoing(self._undo, on_error_only=True):
-            copy_(targets, sources)
+            write_weights(teacher, self._best)
             load_state(self.update, self._as_new)
         self._best, self._counted = {}, ()
 
-    def _pairs(self, teacher: nn.Module) -> Tuple[List[Tensor], List[Tensor]]:
-        tensors = tensors_of(teacher)
-        targets = [here(tensors[name]) for name in self._best]
-        return targets, [value.to(target) for value, target in zip(self._best.values(), targets)]
-
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raise unless a restored state belongs to this teacher."""
-        tensors = tensors_of(teacher)
-        for name, value in self._best.items():
-            shape = tuple(here(tensors[name]).shape) if name in tensors else None
-            if shape != tuple(value.shape):
-                raise problem(
-                    "the best teacher so far in the saved state is another network",
-                    expected=f"{name!r} of shape {tuple(value.shape)}, as saved",
-                    received="no such tensor" if shape is None else f"shape {shape}",
-                    fix="load it into a learner of the teacher it was saved with; under FSDP2 on every rank what that "
-                    "rank saved, on as many ranks",
-                )
+        check_weights(teacher, self._best, "the best teacher so far")
         check_teacher(self.update, teacher)
 
     def rehearse(self, context: RoundContext) -> None:

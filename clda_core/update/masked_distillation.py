@@ -22,6 +22,7 @@ from ..layers import canonical_parameters
 from ..outputs import Outputs
 from ..strategy import Strategy
 from .base import RoundContext, UpdateResult
+from .writing import Weights, check_weights, holding, with_weights
 
 __all__ = ["MaskedDistillation"]
 
@@ -52,7 +53,9 @@ class MaskedDistillation(Strategy):
     .. math:: L(\theta_T) = (1 - t)\, D(f_T(\tilde x; \theta_T), f_T(x; \theta_T^0)) + t\, D(f_T(v; \theta_T), f_S(x))
               + \lambda L_\text{source}(\theta_T)
 
-    where :math:`\theta_T^0` is the teacher before the round. Without a view the first term is left out.
+    where :math:`\theta_T^0` is the teacher before its first round, since errors would feed on themselves if each round
+    went by what the last has made of it; where the host trains the teacher too, it is the teacher before this round.
+    Without a view the first term is left out.
 
     Both models run in eval mode: BatchNorm statistics stay. The networks need not be related and may differ in every
     shape. The optimizer is the learner's own. The paper speaks of layer-wise relations instead; this functional update
@@ -67,7 +70,6 @@ class MaskedDistillation(Strategy):
         learns_on: ``"inputs"``, or ``"view"``: what the teacher sees when it learns the student's prediction, the
             target images as they are or the view of them that ``distill`` got, where it got one.
         own_targets: Whether the teacher learns its own predictions on the view as far as the student is not trusted.
-            They are those of the teacher as it is now, so errors may feed on themselves: it wrecked a pretrained one.
         source_weight: The weight :math:`\lambda` of the source loss that ``distill`` got, >= 0; 0 leaves it out.
         distillation: The loss :math:`D`, called with the teacher in the student's place. Where the learner's KD loss
             has a ``class_map``, the teacher's logits come in the student's classes.
@@ -79,9 +81,10 @@ class MaskedDistillation(Strategy):
             round, if the source loss is no scalar.
 
     Note:
-        Memory beyond the teacher's activations: gradients and optimizer state of the layers selected so far. The
-        strength scales the learning rate. A step with a non-finite gradient is not made. On several ranks gradients are
-        averaged, so that the teacher stays equal everywhere.
+        Memory beyond the teacher's activations: gradients and optimizer state of the layers selected so far; with
+        ``own_targets`` also what they had before, part of the state, and another copy of them for one forward pass of
+        each round. The strength scales the learning rate. A step with a non-finite gradient is not made. On several
+        ranks gradients are averaged, so that the teacher stays equal everywhere.
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015, for :math:`D`; Zhang et al., Deep Mutual
@@ -118,6 +121,8 @@ class MaskedDistillation(Strategy):
         self.distillation = KLDistillation(temperature=1.0) if distillation is None else distillation
         self.optimizer = optimizer
         self._own = OwnOptimizer(_RATE if learning_rate is None else learning_rate, optimizer)
+        self._original: Weights = {}
+        """What the parameters that were updated had before, for targets of the teacher's own."""
 
     @property
     def weighs_trust(self) -> bool:
@@ -131,6 +136,7 @@ class MaskedDistillation(Strategy):
         selected = [everything[name] for name in names]
         self._own.prepare(context.teacher, everything)
         lessons = self._lessons(context)
+        self._original = with_weights(self._original, context.teacher, names) if self._goes_by_original(context) else {}
         factor = self._factor(context)
         reached: Set[str] = set()
         reason = "no gradient reaches it"
@@ -158,11 +164,21 @@ class MaskedDistillation(Strategy):
         of_student = "inputs" if context.view is None else self.learns_on
         targets: Dict[str, List[Tuple[float, Outputs]]] = {"view": [], "inputs": []}
         if self.own_targets and context.trust < 1 and context.view is not None:
-            targets["view"].append((1.0 - context.trust, context.teacher_outputs()))
+            targets["view"].append((1.0 - context.trust, self._own_prediction(context)))
         weight = context.trust if self.own_targets else 1.0
         if weight > 0:
             targets[of_student].append((weight, context.student_outputs()))
         return [(seen[name], of_one) for name, of_one in targets.items() if of_one]
+
+    def _goes_by_original(self, context: RoundContext) -> bool:
+        return self.own_targets and not context.cotrained
+
+    def _own_prediction(self, context: RoundContext) -> Outputs:
+        """Return what the teacher predicted on the batch, or would have, before its first round."""
+        if not (self._original and self._goes_by_original(context)):
+            return context.teacher_outputs()
+        with holding(context.teacher, self._original):
+            return context.predict(context.teacher)
 
     def _supervises(self, context: RoundContext) -> bool:
         return context.source_loss is not None and self.source_weight > 0
@@ -207,6 +223,7 @@ class MaskedDistillation(Strategy):
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raise unless a restored state belongs to this teacher."""
         self._own.check_fits(canonical_parameters(teacher))
+        check_weights(teacher, self._original, "the teacher before its first round")
 
     def rehearse(self, context: RoundContext) -> None:
         """Build the optimizer, differentiate the loss once by every layer, and drop the gradients.
@@ -229,16 +246,28 @@ class MaskedDistillation(Strategy):
             )
 
     def keep(self, context: RoundContext) -> Callable[[], None]:
-        """Return what takes the optimizer back; of torch's own optimizers the selected layers' moments are copied."""
-        return self._own.keep({name for layer in context.layers for name in layer.parameters})
+        """Return what takes the state back; of torch's own optimizers the selected layers' moments are copied."""
+        original = self._original
+        take_optimizer_back = self._own.keep({name for layer in context.layers for name in layer.parameters})
+
+        def go_back() -> None:
+            self._original = original
+            take_optimizer_back()
+
+        return go_back
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the optimizer's state by parameter name; under FSDP2 this rank's part of it, as plain tensors."""
-        return self._own.state_dict()
+        """Return the optimizer's state by parameter name, and what updated layers had before their first update.
+
+        Under FSDP2 this rank's part of both, as plain tensors.
+        """
+        return {**self._own.state_dict(), **({"original": dict(self._original)} if self._original else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the optimizer's state; it is applied when the teacher is at hand."""
-        self._own.load_state_dict(state)
+        """Restore what :meth:`state_dict` returned; the optimizer's part is applied when the teacher is at hand."""
+        original = dict(state.get("original", {}))
+        self._own.load_state_dict({name: value for name, value in state.items() if name != "original"})
+        self._original = original
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import AbstractSet, Dict, Iterable, Iterator, Mapping, Optional, Tuple
+from typing import AbstractSet, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,40 @@ from .._host.compat import clones, copy_, halve_towards_, lerp_
 from .._host.names import named_tensors
 from .._host.shards import here
 from .._host.undo import undoing
+from ..errors import problem
 from ..layers import Layer, local_names
 from .classes import MAY_BE_CLASSES, Classes
 from .norms import NO_STATISTIC
 
-__all__ = ["Snapshot", "blend", "pair_tensors", "tensors_of", "undone_on_error"]
+__all__ = [
+    "Snapshot",
+    "Weights",
+    "blend",
+    "check_weights",
+    "holding",
+    "names_in",
+    "pair_tensors",
+    "tensors_of",
+    "undone_on_error",
+    "with_weights",
+    "write_weights",
+]
+
+Weights = Mapping[str, Tensor]
+"""What some tensors of a model had at an earlier time, by canonical name; of a shard, this rank's part."""
 
 
 class Snapshot:
-    """A copy of some layers of a model, to restore them exactly.
+    """A copy of some tensors of a model, to restore them exactly.
 
     Args:
-        model: The model; only the parameters and buffers of ``layers`` are copied.
-        layers: The layers about to be written.
+        model: The model.
+        names: Of the tensors about to be written.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         tensors = tensors_of(model)
-        self._tensors = [here(tensors[name]) for layer in layers for name in (*layer.parameters, *layer.buffers)]
+        self._tensors = [here(tensors[name]) for name in names]
         self._copies = clones(self._tensors)
 
     def restore(self) -> None:
@@ -44,9 +60,59 @@ class Snapshot:
 @contextmanager
 def undone_on_error(model: nn.Module, layers: Iterable[Layer]) -> Iterator[Snapshot]:
     """Restore ``layers`` of ``model`` if the block raises anything."""
-    snapshot = Snapshot(model, layers)
+    snapshot = Snapshot(model, names_in(layers))
     with undoing(snapshot.restore, on_error_only=True):
         yield snapshot
+
+
+def with_weights(kept: Weights, model: nn.Module, names: Iterable[str]) -> Weights:
+    """Return kept weights, and copies of what those tensors of these names have that are not among them.
+
+    Args:
+        kept: Of an earlier time, from which on the other tensors have stayed.
+        model: The model.
+        names: Of tensors about to be written.
+    """
+    tensors = tensors_of(model)
+    added = [name for name in names if name not in kept]
+    moved = {name: value.to(tensors[name].device) for name, value in kept.items()}
+    return {**moved, **dict(zip(added, clones([here(tensors[name]) for name in added])))}
+
+
+def write_weights(model: nn.Module, kept: Weights) -> None:
+    """Write kept weights to the model, which may have moved to another device or dtype since."""
+    tensors = tensors_of(model)
+    targets = [here(tensors[name]) for name in kept]
+    copy_(targets, [value.to(target) for value, target in zip(kept.values(), targets)])
+
+
+@contextmanager
+def holding(model: nn.Module, kept: Weights) -> Iterator[None]:
+    """Let the model have kept weights inside the block."""
+    with undoing(Snapshot(model, kept).restore):
+        write_weights(model, kept)
+        yield
+
+
+def check_weights(model: nn.Module, kept: Weights, whose: str) -> None:
+    """Raise unless kept weights, from a saved state, are of this model.
+
+    Args:
+        model: The model.
+        kept: The weights.
+        whose: What they are called in the message, for example ``"the best teacher so far"``.
+    """
+    tensors = tensors_of(model)
+    for name, value in kept.items():
+        shape = tuple(here(tensors[name]).shape) if name in tensors else None
+        if shape != tuple(value.shape):
+            raise problem(
+                f"{whose} in the saved state is another network",
+                expected=f"{name!r} of shape {tuple(value.shape)}, as saved",
+                received="no such tensor" if shape is None else f"shape {shape}",
+                fix="load it into a learner of the teacher it was saved with; under FSDP2 on every rank what that "
+                "rank saved, on as many ranks",
+            )
 
 
 def blend(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], weight: float) -> None:
@@ -59,6 +125,11 @@ def blend(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], weight: 
     """
     with torch.no_grad():
         lerp_([targets[name] for name in sources], list(sources.values()), weight)
+
+
+def names_in(layers: Iterable[Layer]) -> List[str]:
+    """Return the names of all parameters and buffers of layers."""
+    return [name for layer in layers for name in (*layer.parameters, *layer.buffers)]
 
 
 def tensors_of(model: nn.Module) -> Dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import clda_core
 from clda_core import CollaborativeLearner
 from clda_core._host.undo import settled, undoing
+from clda_core.lead import FixedTrust
 from clda_core.relation import BySimilarity
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, KeepBest, MaskedDistillation, agreement
@@ -44,6 +45,7 @@ UPDATES: Dict[str, Callable[[], Any]] = {
     "AlignedAverage": lambda: AlignedAverage(decay=0.5, buffers="average"),
     "accepted": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=agreement, tolerance=1e9),
     "rejected": lambda: Guard(MaskedDistillation(learning_rate=1e-2), criterion=distance, backtracks=1),
+    "own targets": lambda: MaskedDistillation(learning_rate=1e-2, own_targets=True),
     "gone back": lambda: KeepBest(MaskedDistillation(learning_rate=1e-2), validator=Former(), every=2, looks=1),
 }
 
@@ -107,7 +109,7 @@ def state(learner: CollaborativeLearner) -> Tuple[Any, ...]:
 
 def one_step(learner: CollaborativeLearner) -> None:
     images = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    learner.distill(learner.student(images), images).backward()
+    learner.distill(learner.student(images), images, view=-images).backward()
     learner.step(step_fn=lambda: None)
 
 
@@ -119,10 +121,11 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_all_as_before_or_after(update
         update=UPDATES[update](),
         relation=BySimilarity(minimum=0.0),
         selection=AllLayers(),
+        trust=FixedTrust(0.5 if update == "own targets" else 1.0),
     )
     one_step(learner)
     images = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    learner.distill(learner.student(images), images).backward()
+    learner.distill(learner.student(images), images, view=-images).backward()
 
     def step(of: CollaborativeLearner) -> Callable[[], Any]:
         return lambda: of.step(step_fn=lambda: None)

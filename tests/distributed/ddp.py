@@ -4,6 +4,7 @@ from typing import Any, Dict, List
 
 from torch.nn.parallel import DistributedDataParallel
 
+from clda_core.lead import FixedTrust
 from clda_core.saliency import Fisher
 from clda_core.selection import AllLayers
 from clda_core.update import AlignedAverage, Average, Guard, MaskedDistillation, agreement
@@ -19,6 +20,7 @@ SCENARIOS: Dict[str, Scenario] = {
     "average": Scenario(lambda: {"update": Average(decay=0.9)}),
     "aligned average": Scenario(lambda: {"update": AlignedAverage(decay=0.9), "saliency": Fisher()}),
     "masked distillation": Scenario(masked_distillation),
+    "own targets": Scenario(lambda: {**masked_distillation(own_targets=True), "trust": FixedTrust(0.5)}, view=True),
     "guarded, agreement": Scenario(
         lambda: {"update": Guard(Average(decay=0.5), criterion=agreement), "selection": AllLayers()}
     ),

@@ -43,6 +43,7 @@ SCENARIOS: Dict[str, Scenario] = {
     ),
     "aligned average": Scenario(lambda: {"update": AlignedAverage(decay=0.9)}),
     "masked distillation": Scenario(masked_distillation),
+    "own targets": Scenario(lambda: {**masked_distillation(own_targets=True), "trust": FixedTrust(0.5)}, view=True),
     "guarded": Scenario(
         lambda: {"update": Guard(MaskedDistillation(learning_rate=0.1), criterion=agreement), "selection": AllLayers()}
     ),

@@ -54,6 +54,7 @@ class Scenario:
         empty: Steps at which the last rank's target batch is empty.
         masked: Steps at which the last rank's mask leaves nothing.
         rate: The host's learning rate.
+        view: Whether the learner gets a changed view of the target.
         steps: Optimizer steps, each with a round.
     """
 
@@ -65,6 +66,7 @@ class Scenario:
     empty: Any = ()
     masked: Any = ()
     rate: float = 0.1
+    view: bool = False
     steps: int = 3
 
 
@@ -121,7 +123,8 @@ def collaborate(teacher: nn.Module, student: nn.Module, scenario: Scenario, rank
         # One forward pass, since DistributedDataParallel expects one before each backward pass.
         logits = student(torch.cat([source, target]))
         loss = F.cross_entropy(logits[: len(source)], classes)
-        loss = loss + learner.distill(logits[len(source) :], target, mask=mask)
+        view = target + 0.5 * target.sin() if scenario.view else None
+        loss = loss + learner.distill(logits[len(source) :], target, mask=mask, view=view)
         if scenario.co_trained:
             loss = loss + F.cross_entropy(teacher(source), classes)
         loss.backward()

@@ -9,7 +9,7 @@ from torch import nn
 
 from clda_core.layers import group_layers
 from clda_core.update.norms import running_statistics
-from clda_core.update.writing import Snapshot, blend, pair_tensors, tensors_of, undone_on_error
+from clda_core.update.writing import Snapshot, blend, names_in, pair_tensors, tensors_of, undone_on_error
 from tests._host.test_layout import LAYOUTS
 from tests.helpers import no_traces
 from tests.models import CNN, ResNet
@@ -29,7 +29,7 @@ def test_snapshot_restores_its_layers_bit_for_bit_and_nothing_else() -> None:
     before = values(model)
     layers = [layer for layer in group_layers(model) if layer.name in ("layer1.0", "fc")]
     with no_traces(model):
-        snapshot = Snapshot(model, layers)
+        snapshot = Snapshot(model, names_in(layers))
         scramble(model)
         snapshot.restore()
     kept = {name for layer in layers for name in (*layer.parameters, *layer.buffers)}
@@ -163,7 +163,7 @@ def test_a_snapshot_restores_and_halves_elements_of_every_layout(kinds: Any) -> 
     )
     layers = group_layers(model)
     before = {name: float64(parameter) for name, parameter in model.items()}
-    snapshot = Snapshot(model, layers)
+    snapshot = Snapshot(model, names_in(layers))
     now = {}
     with torch.no_grad():
         for name, parameter in model.items():
