@@ -117,37 +117,56 @@ def check_unnormalised(logits: Tensor, whose: str) -> None:
 
 
 def _check_class_dimension(model: nn.Module, logits: Tensor, whose: str) -> None:
-    """Raise on logits ``(N, L, C)`` of a model whose last layer with a weight has C outputs.
+    """Raise on logits ``(N, L, C)`` or ``(N, H, W, C)`` of a model whose last layer with a weight has C outputs.
 
     That layer is the nearest one in the graph; without a graph one that can be it is looked for.
     """
-    if logits.dim() != 3 or logits.shape[1] == logits.shape[2]:
+    if not _may_be_last(logits):
         return
-    _, classes, last = logits.shape
+    classes, last = logits.shape[1], logits.shape[-1]
     nearest = next((leaf for leaf in map(_parameter, _nodes(logits)) if leaf is not None and leaf.dim() > 1), None)
     made = _widths(model)
     if nearest is not None and not is_sharded(nearest):
         made = {nearest.shape[0]}
     if last in made and classes not in made:
+        turned = _TURNED[logits.dim()]
         raise problem(
             f"the {whose}'s logits seem to have their classes in the last dimension",
-            expected="(N, C, L), the classes in dimension 1",
+            expected=f"{_FORMS[logits.dim()]}, the classes in dimension 1",
             received=f"shape {tuple(logits.shape)}, of a model with a layer of {last} outputs",
-            fix="pass extract=lambda out: out.logits.transpose(1, 2), or out.transpose(1, 2) for a bare tensor; if "
+            fix=f"pass extract=lambda out: out.logits.{turned}, or out.{turned} for a bare tensor; if "
             "dimension 1 does hold the classes, give the logits a further dimension: logits.unsqueeze(-1)",
         )
 
 
 def _check_channel_dimension(model: nn.Module, feature: Tensor, whose: str) -> None:
-    """Raise on features ``(N, L, C)`` of a model with layers of C outputs and none of L."""
+    """Raise on features ``(N, L, C)`` or ``(N, H, W, C)`` of a model with layers of C outputs and none of L or H."""
     made = _widths(model)
-    if feature.dim() == 3 and feature.shape[2] in made and feature.shape[1] not in made:
+    if _may_be_last(feature) and feature.shape[-1] in made and feature.shape[1] not in made:
+        turned = _TURNED[feature.dim()]
         raise problem(
             f"the {whose}'s features seem to have their channels in the last dimension",
-            expected="(N, C, L), the channels in dimension 1",
-            received=f"shape {tuple(feature.shape)}, of a model with a layer of {feature.shape[2]} outputs",
-            fix="pass extract=lambda out: Outputs(out.logits, [x.transpose(1, 2) for x in out.hidden_states])",
+            expected=f"{_FORMS[feature.dim()]}, the channels in dimension 1",
+            received=f"shape {tuple(feature.shape)}, of a model with a layer of {feature.shape[-1]} outputs",
+            fix=f"pass extract=lambda out: Outputs(out.logits, [x.{turned} for x in out.hidden_states])",
         )
+
+
+_FORMS = {3: "(N, C, L)", 4: "(N, C, H, W)"}
+_TURNED = {3: "transpose(1, 2)", 4: "permute(0, 3, 1, 2)"}
+
+
+def _may_be_last(tensor: Tensor) -> bool:
+    """Return whether the shape alone allows that dimension 1 is one of positions, and the last that of channels.
+
+    Of a grid it does where the other two dimensions are those of a square, or the last one is by far the longest.
+    """
+    if tensor.dim() == 3:
+        return tensor.shape[1] != tensor.shape[2]
+    if tensor.dim() != 4:
+        return False
+    _, height, width, last = tensor.shape
+    return last != height and (height == width or last > 4 * max(height, width))
 
 
 def _widths(model: nn.Module) -> Set[Optional[int]]:

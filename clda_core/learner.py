@@ -84,7 +84,7 @@ class CollaborativeLearner:
 
     Warns:
         UserWarning: If the student is larger than the teacher, so that the two may have been swapped; once, if a step
-            that is observed or ends with a round has no target data.
+            that is observed or ends with a round has no target data; if :meth:`step` is followed by a second step.
 
     Note:
         The learner registers no hooks and no sub-modules and draws from no global random generator; modes,
@@ -330,6 +330,7 @@ class CollaborativeLearner:
                 "Fix: see the exception that caused this one"
             ) from error
         self.after_step(stepped=made, optimizer=optimizer)
+        self._step.follow(inner, self._steps)
         return result
 
     # -------------------------------------------------------------------------------------------- the two halves

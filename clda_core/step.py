@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._host.ranks import adding, sum_across_ranks, world_size
+from ._host.stepping import Written, just_stepped, warn_if_stepped_again
 from .errors import problem
 from .outputs import Outputs, owned, without_graph
 from .saliency.observer import Observation
@@ -16,6 +17,10 @@ from .update import SourceLoss
 
 _PATIENCE = 100
 """Calls of ``distill`` without a step, after which a warning is due: few hosts accumulate that many batches."""
+
+
+_WATCHED = 3
+"""Steps after which it is looked whether the host makes them once more: if it does, it does from the first on."""
 
 
 class Batch(NamedTuple):
@@ -115,10 +120,22 @@ class Step:
         self.loss_scale = 1.0
         self._anywhere = False
         self._calls = 0
+        self._written: Written = []
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Leave out of a copy what was written: its parameters are others."""
+        return {**vars(self), "_written": []}
+
+    def follow(self, optimizer: Any, number: int) -> None:
+        """Note that the step before this one was made by an optimizer, ``number`` steps from the first."""
+        if number <= _WATCHED:
+            self._written = just_stepped(optimizer)
 
     def count_call(self) -> None:
-        """Count a call of ``distill``, and warn if there were many and the step is not made."""
+        """Count a call of ``distill``; warn if there were many and the step is not made, or if it was made twice."""
         self._calls += 1
+        warn_if_stepped_again(self._written)
+        self._written = []
         if self._calls == _PATIENCE:
             warnings.warn(
                 f"distill() was called {_PATIENCE} times without a step of the learner, which makes no rounds then. "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clda_core import CldaError, CollaborativeLearner, Never, Outputs
-from clda_core.distillation import AttentionTransfer, FeatureDistillation, WeightedSum
+from clda_core.distillation import AttentionTransfer, FeatureDistillation, KLDistillation, WeightedSum
 from tests.helpers import batch, networks
 
 Tokens = torch.arange(28).reshape(4, 7) % 11
@@ -52,6 +52,69 @@ def test_features_with_channels_in_the_last_dimension_are_refused_and_transposed
     with pytest.raises(CldaError, match=r"student's features.*channels in the last dimension.*\(4, 7, 6\).*transpose"):
         distilled_tokens(loss, transposed=False)
     assert distilled_tokens(loss, transposed=True).item() > 0
+
+
+class Windows(nn.Module):
+    """As Swin: a grid of tokens with the channels in the last dimension, and logits from a linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, width), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Outputs:
+        grid = self.embed(x.permute(0, 2, 3, 1))
+        return Outputs(self.head(grid), (grid,))
+
+
+def turned(outputs: Outputs, *, logits: bool = True, features: bool = True) -> Outputs:
+    return Outputs(
+        outputs.logits.permute(0, 3, 1, 2) if logits else outputs.logits,
+        tuple(one.permute(0, 3, 1, 2) if features else one for one in outputs.features),
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 3)], ids=["square", "the width by far the longest"])
+def test_grids_with_channels_in_the_last_dimension_are_refused_and_turned_ones_distilled(
+    height: int, width: int
+) -> None:
+    teacher, student = Windows(32), Windows(16)
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    loss = WeightedSum([(1.0, FeatureDistillation())])
+    learner = CollaborativeLearner(teacher, student, distillation=loss, schedule=Never())
+    with pytest.raises(CldaError, match=rf"student's features.*last dimension.*\(2, {height}, {width}, 16\).*permute"):
+        learner.distill(turned(student(x), features=False), teacher_output=turned(teacher(x)))
+    with pytest.raises(CldaError, match=r"teacher's features.*last dimension.*permute"):
+        learner.distill(turned(student(x)), teacher_output=turned(teacher(x), features=False))
+    assert learner.distill(turned(student(x)), teacher_output=turned(teacher(x))).item() > 0
+
+
+def test_maps_with_classes_in_the_last_dimension_are_refused() -> None:
+    teacher, student = Windows(32), Windows(16)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    learner = CollaborativeLearner(teacher, student)
+    with pytest.raises(CldaError, match=r"classes in the last dimension.*\(2, 4, 4, 5\).*permute\(0, 3, 1, 2\)"):
+        learner.distill(student(x).logits, teacher_output=turned(teacher(x)).logits)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 16), (64, 64), (16, 64)])
+def test_maps_of_convolutions_are_distilled_whatever_their_size(height: int, width: int) -> None:
+    """Also where no layer has as many channels as two maps that were concatenated, and one as many as a map is wide."""
+
+    class Concatenated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 64, 1)
+            self.head = nn.Conv2d(80, 5, 1)
+
+        def forward(self, x: Tensor) -> Outputs:
+            both = torch.cat([self.one(x), self.other(x)], 1)
+            return Outputs(self.head(both), (both,))
+
+    teacher, student = Concatenated(), Concatenated()
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    loss = WeightedSum([(1.0, FeatureDistillation()), (1.0, KLDistillation())])
+    learner = CollaborativeLearner(teacher, student, distillation=loss, schedule=Never())
+    assert learner.distill(student(x), teacher_output=teacher(x)).item() > 0
 
 
 def test_a_loss_of_the_users_own_may_read_features_as_it_likes() -> None:

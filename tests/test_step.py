@@ -1,5 +1,6 @@
 """Steps without target data: a zero loss, no observation and no round, which is made at the next step with some."""
 
+import copy
 import warnings
 from typing import Any, Callable, Dict, List
 
@@ -385,6 +386,66 @@ def test_no_other_optimizer_is_warned_of() -> None:
     for optimizer in [*(torch.optim.SGD(parameters, lr=0.1) for parameters in held), Wrapped(), WithoutParameters()]:
         learner.distill(student(batch()), batch()).backward()
         learner.step(optimizer)
+
+
+AGAIN = r"all \d+ parameters that learner.step.. stepped were written again.*optimizer.step.. after it, remove it"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, "through a GradScaler"])
+def test_a_second_step_after_the_learners_is_warned_of(kind: Any) -> None:
+    teacher, student = networks()
+    own = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    scaled = kind == "through a GradScaler"
+    optimizer = (torch.optim.SGD if scaled else kind)(own, lr=0.01)
+    learner = make_learner(teacher, student)
+    learner.distill(student(batch()), batch()).backward()
+    learner.step(optimizer, scaler=Passing() if scaled else None)
+    optimizer.step()
+    logits = student(batch(1))
+    with pytest.warns(UserWarning, match=AGAIN):
+        learner.distill(logits, batch(1))
+    learner.distill(logits, batch(1)).backward()
+
+
+class Passing:
+    """A GradScaler that scales by 1."""
+
+    def step(self, optimizer: Any) -> None:
+        optimizer.step()
+
+    def get_scale(self) -> float:
+        return 1.0
+
+    def unscale_(self, optimizer: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("written", ["nothing", "the head by another optimizer", "statistics", "a checkpoint of both"])
+def test_no_other_write_is_taken_for_a_second_step(written: str) -> None:
+    teacher, student = networks()
+    learner, optimizer = make_learner(teacher, student), sgd(student)
+    head = torch.optim.SGD(student.head.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        learner.distill(student(batch(step)), batch(step)).backward()
+        learner.step(optimizer)
+        if written == "the head by another optimizer":
+            head.step()
+        elif written == "statistics":
+            student.train()(batch(90))
+        elif written == "a checkpoint of both":
+            student.load_state_dict(copy.deepcopy(student.state_dict()))
+            learner.load_state_dict(learner.state_dict())
+    learner.distill(student(batch()), batch())
+
+
+def test_a_copy_of_a_learner_is_not_warned_of_a_second_step() -> None:
+    teacher, student = nn.Linear(5, 3), nn.Linear(5, 3)
+    learner = CollaborativeLearner(teacher, student)
+    learner.distill(student(batch()), batch()).backward()
+    learner.step(torch.optim.SGD(student.parameters(), lr=0.1))
+    other = copy.deepcopy(learner)
+    other.distill(other.student(batch()), batch())
 
 
 def test_many_calls_of_distill_without_a_step_are_warned_of_once() -> None:

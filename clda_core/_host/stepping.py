@@ -5,25 +5,54 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from itertools import accumulate
 from types import MethodType
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 from torch import nn
 
 from ..errors import problem
 from .accelerate import AcceleratedWatch, accelerated
+from .shards import is_sharded
 
 
 def adaptive_rate(optimizer: Any) -> Optional[float]:
     """Return the learning rate of an optimizer of Adam's kind, whose steps are of about that size, if it is known.
 
-    It is the lowest of its groups that is not 0: that of the backbone, where the head has a higher one. Where it is a
+    Of several groups it is the rate that half of the parameters do not exceed, counted as tensors, 0 left aside: that
+    of the backbone where the head has a higher one, of its middle where rates fall from layer to layer. Where it is a
     tensor on a device, it waits for the device.
     """
     groups = [group for group in getattr(optimizer, "param_groups", None) or () if "lr" in group]
     if not groups or not all("betas" in group for group in groups):
         return None
-    return min((rate for rate in (float(group["lr"]) for group in groups) if 0 < rate < math.inf), default=0.0)
+    rates = [(float(group["lr"]), len(group.get("params", ()))) for group in groups]
+    counted = sorted((rate, count) for rate, count in rates if 0 < rate < math.inf)
+    half = sum(count for _, count in counted) / 2
+    sums = accumulate(count for _, count in counted)
+    return next((rate for (rate, _), so_far in zip(counted, sums) if so_far >= half), 0.0)
+
+
+Written = List[Tuple[nn.Parameter, int]]
+"""Parameters, each with its version, which everything that writes to it raises."""
+
+
+def just_stepped(optimizer: Any) -> Written:
+    """Return the parameters that an optimizer has gradients for, with their versions after its step."""
+    held = [item for group in getattr(optimizer, "param_groups", None) or () for item in group.get("params", ())]
+    moved = [item for item in held if isinstance(item, nn.Parameter) and item.grad is not None]
+    return [] if any(map(is_sharded, moved)) else [(parameter, parameter._version) for parameter in moved]
+
+
+def warn_if_stepped_again(written: Written) -> None:
+    """Warn if all of these parameters were written since."""
+    if written and all(parameter._version != version for parameter, version in written):
+        warnings.warn(
+            f"all {len(written)} parameters that learner.step() stepped were written again before the next distill(). "
+            "If there is an optimizer.step() after it, remove it: learner.step(optimizer) makes that step. If the "
+            "host means to write them, all is well",
+            stacklevel=5,
+        )
 
 
 class StepWatch:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clda_core._host.accelerate import accelerated
-from clda_core._host.stepping import StepWatch, make_step, unscale
+from clda_core._host.stepping import StepWatch, adaptive_rate, make_step, unscale
 
 
 class FakeScaler:
@@ -236,3 +236,21 @@ def test_a_watched_step_has_the_signature_by_which_a_scaler_chooses_how_to_call_
     before = inspect.signature(optimizer.step)
     with StepWatch(optimizer):
         assert inspect.signature(optimizer.step) == before
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([(6e-5, 3)], 6e-5),
+        ([(6e-4, 2), (6e-5, 9)], 6e-5),
+        ([(6e-5, 2), (6e-4, 2)], 6e-5),
+        ([(1e-4 * 0.5**depth, 4) for depth in range(12)], 1e-4 * 0.5**6),
+        ([(1e-4, 1), (0.0, 9)], 1e-4),
+        ([(0.0, 1)], 0.0),
+        ([(float("inf"), 5), (1e-3, 1)], 1e-3),
+    ],
+    ids=["one", "a backbone and a head", "as many in both", "falling from layer to layer", "one still", "still", "inf"],
+)
+def test_the_rate_of_several_groups_is_that_of_the_middle(rates: Any, expected: float) -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1)) for _ in range(count)], "lr": rate} for rate, count in rates]
+    assert adaptive_rate(torch.optim.AdamW(groups)) == pytest.approx(expected)
