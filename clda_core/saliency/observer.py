@@ -113,10 +113,11 @@ class Observer:
             loss_scale: By what the loss is multiplied before it is differentiated; the derivatives are divided by it.
         """
         parameters = canonical_parameters(self._view.model)
-        self.cotrained |= self.host_trains_teacher()
+        trained = self.host_trains_teacher()
         found = self._derivatives(loss, domain, inputs, mask, parameters, loss_scale)
         histogram = score_layers(self._saliency, self._view.layers, parameters, found)
         known = {name for name, one in found.items() if one is not None or self._saliency.order == 0}
+        self.cotrained |= trained
         return Observation(domain, histogram, known)
 
     def rehearse(self, inputs: Any, mask: Optional[Tensor]) -> None:
