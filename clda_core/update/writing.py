@@ -66,12 +66,12 @@ def undone_on_error(model: nn.Module, layers: Iterable[Layer]) -> Iterator[Snaps
 
 
 def with_weights(kept: Weights, model: nn.Module, names: Iterable[str]) -> Weights:
-    """Return kept weights, and copies of what those tensors of these names have that are not among them.
+    """Return kept weights, with copies of the tensors of these names added that are not kept yet.
 
     Args:
-        kept: Of an earlier time, from which on the other tensors have stayed.
+        kept: What the model had at an earlier time; tensors that are not among them have stayed the same since.
         model: The model.
-        names: Of tensors about to be written.
+        names: Of the tensors about to be written.
     """
     tensors = tensors_of(model)
     added = [name for name in names if name not in kept]
