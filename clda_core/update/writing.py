@@ -88,9 +88,16 @@ def write_weights(model: nn.Module, kept: Weights) -> None:
 
 @contextmanager
 def holding(model: nn.Module, kept: Weights) -> Iterator[None]:
-    """Let the model have kept weights inside the block."""
-    with undoing(Snapshot(model, kept).restore):
+    """Let the model have kept weights inside the block, also where the host's autocast has cached the present ones."""
+    before = Snapshot(model, kept)
+
+    def give_back() -> None:
+        before.restore()
+        torch.clear_autocast_cache()
+
+    with undoing(give_back):
         write_weights(model, kept)
+        torch.clear_autocast_cache()
         yield
 
 

@@ -204,6 +204,26 @@ def test_a_teacher_that_moved_to_another_dtype_is_asked_in_that() -> None:
     assert all(value.dtype == torch.float64 and value.isfinite().all() for value in teacher.state_dict().values())
 
 
+@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="autocast on the CPU came with torch 1.10")
+def test_weights_that_autocast_has_cached_are_not_taken_for_those_held() -> None:
+    """It caches the half-precision copies of weights that require gradients."""
+    teacher, _ = pair(torch.float32)
+    teacher.requires_grad_(True)
+    kept = with_weights({}, teacher, [f"{FIRST}.weight"])
+    x = batch(0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        original = teacher(x).detach()
+    write_weights(teacher, {f"{FIRST}.weight": -kept[f"{FIRST}.weight"]})
+    with torch.autocast("cpu", torch.bfloat16):
+        present = teacher(x).detach()
+        with holding(teacher, kept):
+            held = teacher(x).detach()
+        again = teacher(x).detach()
+    assert same_bits(held.float(), original.float())
+    assert same_bits(again.float(), present.float())
+    assert not same_bits(held.float(), present.float())
+
+
 def test_it_leaves_no_trace() -> None:
     teacher, student = pair()
     update = own()
