@@ -31,7 +31,7 @@ class Options:
         temperature: Of the KD loss, DIST.
         rounds: ``False`` is KD from the frozen teacher, the baseline to compare with.
         stronger: Whether the teacher learns its own prediction and the host's source loss too, on the view: for more
-            memory and time per round. An experiment that can wreck a teacher, see docs/update/masked-distillation.md.
+            memory and time per round. An experiment, see docs/update/masked-distillation.md.
         warmup: Iterations before the first round; none are needed, since the student is trusted by its lead.
         interval: Iterations between rounds; ``None`` is the library's.
         learning_rate: Of the update of the teacher, Adam; ``None`` goes by the host's.

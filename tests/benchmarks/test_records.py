@@ -50,9 +50,7 @@ def test_the_reason_says_whether_rounds_changed_a_layer_of_that_layout(name: str
 # ------------------------------------------------------------------------------------ the tables of README and evidence
 
 STRONGER = 1.3  # the same with the stronger setting
-OVER = {
-    ("digits", "anchored"): 1.35
-}  # missed: its networks are small, and a round runs the teacher twice more
+OVER = {("digits", "anchored"): 1.35}  # missed: its networks are small, and a round runs the teacher twice more
 TRAINING = 1.15  # times frozen-teacher KD: the budget of a training with the defaults, docs/cost.md
 Row = Tuple[str, str, str, Sequence[int]]
 ROWS: Tuple[Row, ...] = (
