@@ -39,8 +39,7 @@ Written = List[Tuple[nn.Parameter, int]]
 
 def just_stepped(optimizer: Any) -> Written:
     """Return the parameters that an optimizer has gradients for, with their versions after its step."""
-    held = [item for group in getattr(optimizer, "param_groups", None) or () for item in group.get("params", ())]
-    moved = [item for item in held if isinstance(item, nn.Parameter) and item.grad is not None]
+    moved = [item for item in _held(optimizer) if isinstance(item, nn.Parameter) and item.grad is not None]
     return [] if any(map(is_sharded, moved)) else [(parameter, parameter._version) for parameter in moved]
 
 
@@ -186,7 +185,7 @@ def _warn_if_of_others(optimizer: Any, student: nn.Module) -> None:
 
     One that holds flat or master copies, as DeepSpeed's and apex's do, holds tensors that are no ``Parameter``.
     """
-    held = [item for group in getattr(optimizer, "param_groups", None) or () for item in group.get("params", ())]
+    held = _held(optimizer)
     own = {id(parameter) for parameter in student.parameters()}
     if own and any(isinstance(item, nn.Parameter) for item in held) and not any(id(item) in own for item in held):
         warnings.warn(
@@ -195,6 +194,11 @@ def _warn_if_of_others(optimizer: Any, student: nn.Module) -> None:
             "this one yourself, and call learner.step() with the optimizer that trains the student",
             stacklevel=5,
         )
+
+
+def _held(optimizer: Any) -> List[Any]:
+    """Return what an optimizer steps, as far as its groups say so."""
+    return [item for group in getattr(optimizer, "param_groups", None) or () for item in group.get("params", ())]
 
 
 def make_step(

@@ -50,7 +50,7 @@ def test_the_reason_says_whether_rounds_changed_a_layer_of_that_layout(name: str
 # ------------------------------------------------------------------------------------ the tables of README and evidence
 
 STRONGER = 1.3  # the same with the stronger setting
-OVER = {("digits", "anchored"): 1.35}  # missed: its networks are small, and a round runs the teacher twice more
+MISSED = {("digits", "anchored"): 1.32}  # as docs/cost.md says; no other figure may stand here
 TRAINING = 1.15  # times frozen-teacher KD: the budget of a training with the defaults, docs/cost.md
 Row = Tuple[str, str, str, Sequence[int]]
 ROWS: Tuple[Row, ...] = (
@@ -153,8 +153,10 @@ def test_a_whole_training_costs_at_most_its_budget(row: Row) -> None:
     (runs,) = runs_of(Records(FOLDER / f"{name}.jsonl").read(), reported).values()
     ratio = cost_ratio(runs, variant, alike=True)
     assert ratio is not None
-    budget = STRONGER if variant.startswith("anchored") else TRAINING
-    assert 1.0 <= ratio <= OVER.get((name, variant), budget)
+    if (name, variant) in MISSED:
+        assert round(ratio, 2) == MISSED[name, variant] > STRONGER
+        return
+    assert 1.0 <= ratio <= (STRONGER if variant.startswith("anchored") else TRAINING)
 
 
 def test_the_demo_tells_what_ten_seeds_gave() -> None:
